@@ -1,0 +1,126 @@
+"""Loading trained models and generating images: what `import ibq` offers."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ibq.config import UserError, load_config
+from ibq.data.shards import to_uint8
+from ibq.interop import seed_voken
+from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.sampling import SamplerConfig, sample_codes
+
+Weights = Literal["ema", "raw"]
+
+
+def load_tokenizer(path: str | Path, *, weights: Weights = "ema", device: torch.device | str = "auto") -> Tokenizer:
+    """A tokenizer for use (eval mode) from a run folder, a `best` folder or a published `.ckpt` file.
+
+    Raises UserError if there is none. `weights` chooses between the averaged and the raw weights of a `.ckpt`; a run
+    keeps the averaged ones.
+    """
+    if _is_reference_checkpoint(path):
+        state = seed_voken.read_tokenizer(path, weights)
+        return _ready(Tokenizer, seed_voken.infer_tokenizer_config(state), state, device)
+    return _load(Tokenizer, TokenizerConfig, path, device)
+
+
+def load_transformer(
+    path: str | Path, *, config: TransformerConfig | None = None, device: torch.device | str = "auto"
+) -> Transformer:
+    """A transformer for use (eval mode) from a run folder, a `best` folder or a published `.ckpt` file.
+
+    A `.ckpt` does not say its number of heads: without `config` the paper's rule (heads of 64 dimensions, 16 x 16
+    tokens) is taken. Raises UserError if there is no model.
+    """
+    if _is_reference_checkpoint(path):
+        state = seed_voken.read_transformer(path)
+        return _ready(Transformer, config or seed_voken.published_transformer_config(state), state, device)
+    return _load(Transformer, TransformerConfig, path, device)
+
+
+def pretrained_folder(path: str | Path) -> Path:
+    """The folder with model.safetensors and config.yaml that `path` (it, or a run folder) means; UserError if none."""
+    path = Path(path)
+    for folder in (path / "best", path):
+        if (folder / "model.safetensors").exists():
+            return folder
+    raise UserError(f"no model at {str(path)!r}: give a run folder, its `best` folder, or a published .ckpt file")
+
+
+def _is_reference_checkpoint(path: str | Path) -> bool:
+    return Path(path).is_file() and Path(path).suffix in {".ckpt", ".pt", ".pth"}
+
+
+def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device) -> nn.Module:
+    folder = pretrained_folder(path)
+    config = load_config(config_kind, folder / "config.yaml")
+    try:
+        state = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'model.safetensors'}: cannot be read ({error}); copy or train it again") from error
+    return _ready(kind, config, state, device)
+
+
+def _ready(kind: type[nn.Module], config, state: dict[str, Tensor], device) -> nn.Module:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device("meta"):
+        model = kind(config)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights do not fit the config: {' '.join(str(error).split())}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def decode_in_blocks(tokenizer: Tokenizer, codes: Tensor, block: int = 16) -> Tensor:
+    """uint8 images [N, 3, H, W] of codes [N, h, w], decoded in padded blocks of a fixed size.
+
+    Matrix products round differently for different batch shapes; in fixed blocks an image does not depend on its
+    company.
+    """
+    device = next(tokenizer.parameters()).device
+    images = []
+    for start in range(0, len(codes), block):
+        part = codes[start : start + block]
+        padded = torch.cat([part, part[:1].expand(block - len(part), -1, -1)])
+        images.append(to_uint8(tokenizer.decode(padded.to(device)))[: len(part)].cpu())
+    return torch.cat(images)
+
+
+def generate(
+    tokenizer: Tokenizer,
+    transformer: Transformer,
+    classes: Sequence[int],
+    *,
+    seed: int = 0,
+    guidance_scale: float = 2.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """One uint8 image [3, H, W] per entry of `classes`: [N, 3, H, W], on the CPU.
+
+    Image i is drawn with seed `seed` + i and depends on (weights, class, that seed, settings) alone, on a given
+    device and precision. `progress` is called with (images done, images). Raises ValueError for classes or settings out of range.
+    """
+    config = SamplerConfig(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    seeds = [seed + i for i in range(len(classes))]
+    codes = sample_codes(transformer, classes, seeds, config, progress=progress)
+    return decode_in_blocks(tokenizer, codes)
+
+
+def class_names(path: str | Path) -> list[str] | None:
+    """The class names stored beside a transformer, if any."""
+    file = pretrained_folder(path) / "classes.json"
+    return json.loads(file.read_text()) if file.exists() else None

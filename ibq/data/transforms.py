@@ -1,0 +1,71 @@
+"""From files to uint8 arrays: decoding, resizing, cropping, flipping."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random views of training images; validation always takes the centre crop."""
+
+    flip: bool = True  # mirror half of the images
+    crop: bool = True  # random position instead of the centre
+    max_zoom: float = 1.0  # the crop covers down to 1 / max_zoom of the shorter side
+
+    def __post_init__(self):
+        if self.max_zoom < 1:
+            raise ValueError(f"max_zoom: must be at least 1, got {self.max_zoom}; 1 crops at full size")
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """An RGB picture from the bytes of a JPEG, PNG or WebP file; transparency is laid over white.
+
+    ValueError if the bytes are no picture or one of more than 100 megapixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable picture: {error}") from error
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """Centre crop to a square and resize to `size`: uint8 [size, size, 3]."""
+    return view(image, size, zoom=1.0, x=0.5, y=0.5, flip=False)
+
+
+def random_square(image: Image.Image, size: int, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """A random view as `config` allows: uint8 [size, size, 3]."""
+    zoom, x, y, mirror = rng.random(4)  # always four draws, so that settings do not shift the random stream
+    return view(
+        image,
+        size,
+        zoom=config.max_zoom**zoom,
+        x=x if config.crop else 0.5,
+        y=y if config.crop else 0.5,
+        flip=config.flip and mirror < 0.5,
+    )
+
+
+def view(image: Image.Image, size: int, *, zoom: float, x: float, y: float, flip: bool) -> np.ndarray:
+    """The square of side min(width, height) / zoom at the relative position (x, y), resized to `size`."""
+    side = min(image.size) / zoom
+    left, top = (image.width - side) * x, (image.height - side) * y
+    box = (left, top, left + side, top + side)
+    resample = Image.Resampling.LANCZOS if side > size else Image.Resampling.BICUBIC
+    if side == size and float(left).is_integer() and float(top).is_integer():
+        image = image.crop(tuple(int(v) for v in box))
+    else:
+        image = image.resize((size, size), resample, box=box)
+    pixels = np.asarray(image)
+    return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels.copy()

@@ -1,0 +1,105 @@
+"""Rank, world size and the few collectives the project needs; everything works without a launcher."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def setup(device: str = "auto") -> torch.device:
+    """Join the process group that the launcher's variables describe, if any; returns this rank's device.
+
+    `device`: "auto" takes CUDA when there is one. NCCL on CUDA, gloo on the CPU.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
+        torch_dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number among all."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes logs and checkpoints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx, tensor: Tensor) -> Tensor:
+        return all_reduce_mean(tensor.clone())
+
+    @staticmethod
+    def backward(_ctx, gradient: Tensor) -> Tensor:
+        # Data-parallel engines average the gradients over the ranks once more, which makes this exact: each
+        # rank's loss depends on every rank's input, and the average counts each dependence once.
+        return all_reduce_mean(gradient.clone())
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Mean over all ranks, with a gradient (for engines that average gradients over ranks)."""
+    return _MeanOverRanks.apply(tensor) if world_size() > 1 else tensor
+
+
+def statistics_reduction(statistics: str) -> Callable[[Tensor], Tensor] | None:
+    """The reduction for batch statistics: None for "rank" (and for one process), the mean for "world"."""
+    return mean_over_ranks if statistics == "world" and world_size() > 1 else None
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """In-place mean over all ranks, without a gradient."""
+    if world_size() > 1:
+        torch_dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """In-place sum over all ranks, without a gradient."""
+    if world_size() > 1:
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: Tensor) -> bool:
+    """Whether the boolean scalar is true on any rank; every rank gets the same answer."""
+    value = flag.to(torch.float32)
+    if world_size() > 1:
+        torch_dist.all_reduce(value, op=torch_dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def broadcast_module(module: torch.nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers."""
+    if world_size() > 1:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            torch_dist.broadcast(tensor.data, src=0)

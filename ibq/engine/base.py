@@ -1,0 +1,102 @@
+"""The engine seam: how a module is trained on one process or many, hidden from the tasks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer of one module; learning rate and weight decay come from the schedule at every step."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 1e-4
+    scale_learning_rate: bool = False  # multiply by global batch / 256, the paper's rule
+    betas: tuple[float, float] = (0.5, 0.9)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    def __post_init__(self):
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate: must not be negative, got {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: must lie in [0, 1), got {self.betas}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm: must be positive, got {self.clip_norm}; null switches clipping off")
+
+    def peak_learning_rate(self, batch_size: int) -> float:
+        """The learning rate for a global batch, scaled by the paper's rule if that is switched on."""
+        return self.learning_rate * (batch_size / 256 if self.scale_learning_rate else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What an optimizer step gives: the global gradient norm before clipping, and whether it was skipped."""
+
+    gradient_norm: Tensor
+    skipped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupHyper:
+    """What the schedule sets for one parameter group at one step."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterState:
+    """One parameter in canonical form: what a checkpoint holds of it."""
+
+    weight: Tensor  # fp32
+    moment1: Tensor | None  # first and second moment of the optimizer; None before the first step
+    moment2: Tensor | None
+    ema: Tensor | None  # None where the engine keeps no average
+
+
+class Engine(Protocol):
+    """Trains one module.
+
+    `micro_batch` surrounds the forward and backward passes of one micro-batch; `backward` owns accumulation (the
+    loss is divided by the number of micro-batches) and the sync of gradients; `step` clips, updates the parameters
+    and the average.
+    """
+
+    module: nn.Module
+    steps: int  # updates done so far
+
+    def __call__(self, *inputs):
+        """The module's forward pass in the engine's precision."""
+
+    def micro_batch(self) -> AbstractContextManager[None]:
+        """Around the forward and backward passes of one micro-batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch."""
+
+    def step(self, hyper: dict[str, GroupHyper]) -> StepResult:
+        """Update the parameters with the settings of the groups "decay" and "no_decay"."""
+
+    def discard(self) -> None:
+        """Forget the accumulated gradients."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within this context the module carries the averaged (EMA) weights."""
+
+    def named_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """Every parameter in canonical form."""
+
+    def load_named_state(self, reader: Callable[[str], ParameterState], steps: int) -> None:
+        """Restore every parameter from `reader`."""
+
+
+@torch.no_grad()
+def ema_update(shadow: Tensor, raw: Tensor, decay: float) -> None:
+    """shadow <- shadow - (1 - decay) * (shadow - raw), in place."""
+    shadow.lerp_(raw, 1.0 - decay)

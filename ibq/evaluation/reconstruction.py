@@ -1,0 +1,159 @@
+"""How well images survive the tokenizer, and how well the codebook is used."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ibq import dist
+from ibq.data.shards import to_uint8, to_unit_range
+
+SSIM_WINDOW, SSIM_K1, SSIM_K2 = 7, 0.01, 0.03
+MIN_TOKENS_PER_CODE = 20  # fewer tokens say little about which codes a codebook uses
+
+
+def psnr(reference: Tensor, other: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of uint8 images [B, C, H, W], per image [B]; equal images give inf."""
+    error = (reference.double() - other.double()).div(255).square().flatten(1).mean(dim=1)
+    return -10 * error.log10()
+
+
+def ssim(reference: Tensor, other: Tensor) -> Tensor:
+    """Structural similarity of uint8 images [B, C, H, W], per image [B].
+
+    7x7 uniform window, sample covariance, mean over channels and over pixels with a border of 3 cropped: the
+    defaults of scikit-image (Wang et al., 2004).
+    """
+    x, y = reference.double() / 255, other.double() / 255
+    count = SSIM_WINDOW**2
+    mean_x, mean_y = _window_mean(x), _window_mean(y)
+    sample = count / (count - 1)
+    var_x = sample * (_window_mean(x * x) - mean_x**2)
+    var_y = sample * (_window_mean(y * y) - mean_y**2)
+    covariance = sample * (_window_mean(x * y) - mean_x * mean_y)
+    c1, c2 = SSIM_K1**2, SSIM_K2**2
+    structure = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    structure /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    return structure.flatten(1).mean(dim=1)
+
+
+def _window_mean(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, SSIM_WINDOW, stride=1)
+
+
+def thumbnail(images: Tensor, side: int) -> Tensor:
+    """uint8 images [B, C, H, W] shrunk to side x side pixels and scaled up bicubically: what a code must beat."""
+    small = F.interpolate(images.double(), size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+    small = small.round().clamp(0, 255)
+    large = F.interpolate(small, size=images.shape[-2:], mode="bicubic", align_corners=False)
+    return large.clamp(0, 255).to(torch.uint8)
+
+
+class CodeUsage:
+    """Counts how often each code occurs."""
+
+    def __init__(self, num_codes: int, device: torch.device | str = "cpu"):
+        self.counts = torch.zeros(num_codes, dtype=torch.int64, device=device)
+
+    def add(self, codes: Tensor) -> None:
+        """Count the codes of a batch, of any shape."""
+        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+
+    def reduce(self) -> "CodeUsage":
+        """Sum the counts over all ranks."""
+        dist.all_reduce_sum(self.counts)
+        return self
+
+    def statistics(self) -> dict[str, float]:
+        """Share of codes in use, perplexity (exp of the entropy of the codes), entropy in nats, tokens per code."""
+        total = int(self.counts.sum())
+        p = self.counts.double() / max(total, 1)
+        entropy = float(-torch.special.xlogy(p, p).sum())
+        return {
+            "usage": float((self.counts > 0).double().mean()),
+            "perplexity": math.exp(entropy),
+            "entropy": entropy,
+            "tokens_per_code": total / len(self.counts),
+        }
+
+    def used(self) -> Tensor:
+        """Boolean [num_codes]: which codes occur."""
+        return self.counts > 0
+
+
+@torch.no_grad()
+def effective_rank(vectors: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of vectors [K, D] (Roy & Vetterli, 2007)."""
+    if vectors.shape[0] == 0:
+        return 0.0
+    gram = vectors.double().t() @ vectors.double()  # [D, D]: K may be 262,144
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    p = singular / singular.sum().clamp_min(1e-300)
+    return float(torch.exp(-torch.special.xlogy(p, p).sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionReport:
+    """Figures over a whole image set, and its first images."""
+
+    metrics: dict[str, float]
+    histogram: Tensor  # [num_codes] int64
+    originals: Tensor  # uint8 [n, 3, H, W]
+    reconstructions: Tensor
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    tokenizer, batches: Iterable[tuple[Tensor, Tensor]], *, perceptual=None, keep: int = 16
+) -> ReconstructionReport:
+    """Reconstruct uint8 batches (images [B, 3, H, W], labels); figures are exact means over all images and ranks.
+
+    `tokenizer` has encode, decode, quantizer and downsampling; `perceptual` is an LPIPS module or None.
+    """
+    device = next(tokenizer.parameters()).device
+    usage = CodeUsage(tokenizer.quantizer.num_codes, device)
+    sums: dict[str, Tensor] = {}
+    originals, reconstructions = [], []
+    for images, _ in batches:
+        inputs = to_unit_range(images)
+        codes = tokenizer.encode(inputs)
+        usage.add(codes)
+        decoded = tokenizer.decode(codes)
+        outputs = to_uint8(decoded)
+        values = {
+            "psnr": psnr(images, outputs),
+            "ssim": ssim(images, outputs),
+            "l1": (inputs - decoded).abs().flatten(1).mean(dim=1),
+            "thumbnail_psnr": psnr(images, thumbnail(images, images.shape[-1] // tokenizer.downsampling)),
+        }
+        if perceptual is not None:
+            values["lpips"] = perceptual(inputs, decoded.clamp(-1, 1)).flatten()
+        for name, value in values.items():
+            finite = torch.where(torch.isinf(value), 100.0, value.double())  # an exact copy counts as 100 dB
+            sums[name] = sums.get(name, 0) + torch.stack([finite.sum(), finite.new_tensor(len(finite))])
+        if sum(map(len, originals)) < keep:
+            originals.append(images[:keep].cpu())
+            reconstructions.append(outputs[:keep].cpu())
+    metrics = _means_over_ranks(sums)
+    usage.reduce()
+    used = usage.used()
+    metrics |= usage.statistics()
+    metrics["effective_rank"] = effective_rank(tokenizer.quantizer.codebook[used])
+    return ReconstructionReport(
+        metrics=metrics,
+        histogram=usage.counts.cpu(),
+        originals=torch.cat(originals)[:keep] if originals else torch.empty(0),
+        reconstructions=torch.cat(reconstructions)[:keep] if originals else torch.empty(0),
+    )
+
+
+def _means_over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
+    means = {}
+    for name, pair in sums.items():
+        total, count = dist.all_reduce_sum(pair).tolist()
+        means[name] = total / count
+        means["images"] = count
+    return means

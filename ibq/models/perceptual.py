@@ -1,0 +1,73 @@
+"""LPIPS (arXiv 1801.03924) through the `lpips` package, with the VGG-16 weights from wherever they are."""
+
+import hashlib
+import urllib.error
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ibq.config import UserError
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's; its name carries the hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptualConfig:
+    """LPIPS loss. Weight 0 switches it off."""
+
+    weight: float = 1.0
+    weights: str = "download"  # of VGG-16: "download" (torchvision's), "random" (for tests), or a file
+    sha256: str | None = None  # checked when `weights` is a file
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"weight: must not be negative, got {self.weight}; 0 switches LPIPS off")
+
+
+def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
+    """Frozen LPIPS (images in [-1, 1] -> [B, 1, 1, 1]), None at weight 0; UserError if the weights can't be had."""
+    if config.weight == 0:
+        return None
+    import lpips  # slow to import, and not needed at weight 0
+
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    if config.weights != "random":
+        _load_vgg(network.net, _read_vgg(config))
+    return network.requires_grad_(False).eval()
+
+
+def _read_vgg(config: PerceptualConfig) -> dict:
+    if config.weights == "download":
+        try:
+            return torch.hub.load_state_dict_from_url(
+                VGG_URL, map_location="cpu", check_hash=True, weights_only=True, progress=False
+            )
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"LPIPS needs VGG-16 weights, and they could not be downloaded ({error}); give a copy of "
+                "vgg16-397923af.pth by loss.perceptual.weights=FILE, or set loss.perceptual.weight=0"
+            ) from error
+    path = Path(config.weights)
+    if not path.is_file():
+        raise UserError(
+            f"no VGG-16 weights at {str(path)!r}; give a copy of vgg16-397923af.pth by loss.perceptual.weights=FILE, "
+            "or set loss.perceptual.weight=0"
+        )
+    if config.sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != config.sha256:
+        raise UserError(f"{path}: SHA-256 differs from loss.perceptual.sha256; the file is damaged or another one")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a file of VGG-16 weights ({reason}); use vgg16-397923af.pth") from error
+
+
+def _load_vgg(slices: nn.Module, state: dict) -> None:
+    """Copy torchvision's `features.N.*` into lpips's slices, which keep the layer numbers N."""
+    for name, parameter in slices.named_parameters():
+        source = f"features.{name.split('.', 1)[1]}"
+        if source not in state or state[source].shape != parameter.shape:
+            raise UserError(f"VGG-16 weights: {source} is missing or has another shape; use vgg16-397923af.pth")
+        parameter.data.copy_(state[source])

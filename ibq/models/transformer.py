@@ -1,0 +1,320 @@
+"""Class-conditional autoregressive transformer over codes in raster order.
+
+Llama blocks (RMSNorm, SwiGLU, 2-D rotary embedding; LlamaGen, arXiv 2406.06525) with adaptive norms (DiT,
+arXiv 2212.09748; VAR, arXiv 2404.02905), as IBQ (arXiv 2412.02692) uses them. The class embedding is both the
+start token and the condition of every adaptive norm. Parameter names are those of the reference checkpoints,
+without the prefix `transformer.` and with `class_emb.weight` for `class_emb.embedding_table.weight`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ibq.models.transformer_blocks import (
+    Attention,
+    Block,
+    FeedForward,
+    HeadNorm,
+    embedding,
+    linear,
+    rotary_table,
+)
+
+INIT_STD = 0.02
+FFN_MULTIPLE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Size and regularisation of a `Transformer`; published depths are 16 (B), 20 (L), 24 (XL), 30 (XXL).
+
+    `heads` defaults to `depth`, `width` to 64 x `depth`, `kv_heads` to the number of heads (fewer: groups of
+    heads share keys and values), `condition_dim` to the width; the resolved numbers are the properties
+    `num_heads`, `model_width`, `num_kv_heads`. Errors: ValueError for sizes that do not fit together.
+    """
+
+    vocab_size: int = 16384
+    num_classes: int = 1000
+    tokens_per_side: int = 16
+    depth: int = 16
+    heads: int | None = None
+    width: int | None = None
+    kv_heads: int | None = None
+    condition_dim: int | None = None
+    residual_dropout: float = 0.1
+    ffn_dropout: float = 0.1
+    token_dropout: float = 0.1
+    class_dropout: float = 0.1
+    adaln_gamma_init: float = 1e-3
+    shared_adaln: bool = False
+    rope_base: float = 10000.0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_classes", "tokens_per_side", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not positive; use at least 1")
+        for name in ("heads", "width", "kv_heads", "condition_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is not positive; use at least 1, or leave it out")
+        for name in ("residual_dropout", "ffn_dropout", "token_dropout", "class_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not a probability; use a value in [0, 1)")
+        if self.rope_base <= 1.0:
+            raise ValueError(f"rope_base: {self.rope_base} must be above 1; the usual value is 10000")
+        if self.model_width % self.num_heads:
+            raise ValueError(
+                f"heads: {self.num_heads} heads do not divide the width {self.model_width}; "
+                "choose a width that is a multiple of the number of heads (64 x heads is usual)"
+            )
+        if self.head_dim % 4:
+            raise ValueError(
+                f"heads: {self.num_heads} heads give {self.head_dim} channels per head, but the 2-D rotary "
+                "embedding needs a multiple of 4; change heads or width (64 channels per head are usual)"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"kv_heads: {self.num_kv_heads} does not divide the {self.num_heads} heads; use a divisor"
+            )
+        if self.condition_dim not in (None, self.model_width):
+            raise ValueError(
+                f"condition_dim: {self.condition_dim} differs from the width {self.model_width}, but the "
+                "class embedding is start token and condition at once; leave condition_dim out"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self.depth if self.heads is None else self.heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def model_width(self) -> int:
+        """Channels of the residual stream, C."""
+        return 64 * self.depth if self.width is None else self.width
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.model_width // self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Hidden channels of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256."""
+        return -(-int(8 * self.model_width / 3) // FFN_MULTIPLE) * FFN_MULTIPLE
+
+    @property
+    def tokens(self) -> int:
+        """Codes per image, T."""
+        return self.tokens_per_side**2
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the positions decoded so far, static buffers [depth, R, kv_heads, T, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What decoding needs of the classes, computed once per image."""
+
+    embedding: Tensor  # [R, C], the start token
+    blocks: tuple[Tensor, ...]  # per block [R, 6, C], see `Block.modulation`
+    head: Tensor  # [R, 2, C], scale and shift of the final norm
+
+
+class Transformer(nn.Module):
+    """Next-code model: position i sees the class and the codes before i, and predicts code i.
+
+    `head_loss`, where set, replaces head and cross-entropy in `forward`: a callable (hidden [N, C], head
+    weight [V, C], codes [N]) -> negative log likelihood [N] in float32. It is how a fused or a
+    vocabulary-parallel loss comes in.
+    """
+
+    head_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        width = config.model_width
+        self.tok_emb = embedding(config.vocab_size, width)
+        self.class_emb = embedding(config.num_classes + 1, width)
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.depth))
+        if config.shared_adaln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), linear(width, 6 * width, bias=True))
+        self.head_nm = HeadNorm(width)
+        self.head = linear(width, config.vocab_size)
+        self._rotary_tables: dict[tuple, Tensor] = {}
+        for name, parameter in self.named_parameters():
+            self.initialize_parameter(name, parameter)
+
+    @property
+    def null_class(self) -> int:
+        """The class that stands for "no class" in guidance and class dropout."""
+        return self.config.num_classes
+
+    @torch.no_grad()
+    def initialize_parameter(
+        self, name: str, parameter: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        """Fill one parameter in place with its initial value; `name` as in `named_parameters`.
+
+        The gates gamma start small, so that every block starts near the identity (VAR, arXiv 2404.02905), and
+        the head at zero, so that the first loss is ln V. One parameter at a time: engines seed by name.
+        """
+        width, gamma = self.config.model_width, self.config.adaln_gamma_init
+        if name == "head.weight" or name.endswith(".bias"):
+            parameter.zero_()
+        elif name.endswith(("norm.weight", "rmsnorm.weight")):
+            parameter.fill_(1.0)
+        elif name.endswith("ada_gss"):
+            parameter.normal_(0.0, width**-0.5, generator=generator)
+            parameter[:, :, :2] *= gamma
+        else:
+            parameter.normal_(0.0, INIT_STD, generator=generator)
+            if name.endswith("ada_lin.1.weight") and not name.startswith("head_nm."):
+                parameter[: 2 * width] *= gamma
+
+    def forward(self, codes: Tensor, classes: Tensor) -> Tensor:
+        """Negative log likelihood of every code in nats, codes [B, T], classes [B] -> [B, T] float32.
+
+        In training mode dropout is active and a class becomes `null_class` with probability `class_dropout`.
+        Errors: ValueError for wrong shapes or types and, on the CPU only (elsewhere the check would wait for
+        the device), for codes and classes out of range.
+        """
+        hidden = self._hidden(codes, classes).flatten(0, 1)
+        targets = codes.flatten().long()
+        if self.head_loss is not None:
+            return self.head_loss(hidden, self.head.weight, targets).view(codes.shape)
+        logits = self.head(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, targets, reduction="none").view(codes.shape)
+
+    def logits(self, codes: Tensor, classes: Tensor) -> Tensor:
+        """Logits [B, T, V]: those at i predict code i. Modes and errors as in `forward`."""
+        return self.head(self._hidden(codes, classes))
+
+    def condition(self, classes: Tensor) -> Condition:
+        """Everything that decoding needs of classes [R]."""
+        self._check_classes(classes)
+        embedding = self.class_emb(classes)
+        condition = self._block_condition(embedding)
+        blocks = tuple(block.modulation(condition) for block in self.blocks)
+        return Condition(embedding, blocks, self.head_nm.modulation(embedding))
+
+    def new_cache(self, rows: int, dtype: torch.dtype | None = None, device=None) -> KVCache:
+        """An empty cache for `rows` sequences; precision and device default to those of the weights."""
+        cfg, weight = self.config, self.head.weight
+        shape = (cfg.depth, rows, cfg.num_kv_heads, cfg.tokens, cfg.head_dim)
+        dtype, device = dtype or weight.dtype, weight.device if device is None else device
+        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+
+    def decode_step(
+        self, codes: Tensor | None, condition: Condition, cache: KVCache, position: int
+    ) -> Tensor:
+        """Logits [R, V] of the code at `position`; `codes` [R] are those at position - 1, None at position 0.
+
+        Positions must come in order, as every call adds one to the cache. Call `eval()` first: dropout would
+        be active in training mode. Errors: ValueError for a position out of range or without its codes.
+        """
+        if (codes is None) != (position == 0) or not 0 <= position < self.config.tokens:
+            raise ValueError(
+                f"position: {position} {'without' if codes is None else 'with'} codes; give no codes at "
+                f"position 0 and the previous codes at positions 1 to {self.config.tokens - 1}"
+            )
+        x = (condition.embedding if codes is None else self.tok_emb(codes))[:, None]  # [R, 1, C]
+        rope = self._rope(x)[position : position + 1]
+        for i, block in enumerate(self.blocks):
+            x = block.decode(x, condition.blocks[i], rope, cache.keys[i], cache.values[i], position)
+        return self.head(self.head_nm(x, condition.head)[:, 0])
+
+    def _hidden(self, codes: Tensor, classes: Tensor) -> Tensor:
+        """Hidden states [B, T, C] before the head."""
+        self._check_codes(codes)
+        self._check_classes(classes, len(codes))
+        if self.training and self.config.class_dropout > 0:
+            dropped = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
+            classes = classes.masked_fill(dropped, self.null_class)
+        embedding = self.class_emb(classes)  # [B, C]
+        x = self._blocks(codes, embedding)
+        return self.head_nm(x, self.head_nm.modulation(embedding))
+
+    def _blocks(self, codes: Tensor, embedding: Tensor) -> Tensor:
+        """The residual stream after the last block, [B, T, C]."""
+        x = torch.cat([embedding[:, None], self.tok_emb(codes[:, :-1])], dim=1)
+        x = F.dropout(x, self.config.token_dropout, self.training)
+        rope = self._rope(x)[: self.config.tokens]
+        condition = self._block_condition(embedding)
+        for block in self.blocks:
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, rope, use_reentrant=False)
+            else:
+                x = block(x, condition, rope)
+        return x
+
+    def _block_condition(self, embedding: Tensor) -> Tensor:
+        """What the blocks are conditioned on: the class embedding [B, C], or the shared layer's [B, 6, C]."""
+        if not self.config.shared_adaln:
+            return embedding
+        return self.shared_ada_lin(embedding).unflatten(-1, (6, -1))
+
+    def _rope(self, like: Tensor) -> Tensor:
+        """The rotary table on the device of `like`, in float32 or, for float64, in float64.
+
+        Not a buffer: `module.to(bfloat16)` would round it and meta-device construction would lose it.
+        """
+        key = (like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+        if key not in self._rotary_tables:
+            cfg = self.config
+            with torch.inference_mode(False):  # a table made while sampling must serve training too
+                table = rotary_table(cfg.tokens_per_side, cfg.head_dim, cfg.rope_base)
+                self._rotary_tables[key] = table.to(like.device, key[1].to_complex())
+        return self._rotary_tables[key]
+
+    def _check_codes(self, codes: Tensor) -> None:
+        if codes.ndim != 2 or codes.shape[1] != self.config.tokens:
+            raise ValueError(
+                f"codes: shape {tuple(codes.shape)}, expected [B, {self.config.tokens}] "
+                f"({self.config.tokens_per_side} x {self.config.tokens_per_side} codes in raster order); "
+                "flatten the code grid, or set tokens_per_side to that of the tokenizer"
+            )
+        _check_indices("codes", codes, self.config.vocab_size, "vocab_size must be the tokenizer's num_codes")
+
+    def _check_classes(self, classes: Tensor, rows: int | None = None) -> None:
+        if classes.ndim != 1 or rows not in (None, len(classes)):
+            expected = "[B]" if rows is None else f"[{rows}]"
+            raise ValueError(
+                f"classes: shape {tuple(classes.shape)}, expected {expected}: one class per image"
+            )
+        limit = self.config.num_classes + 1
+        _check_indices(
+            "classes", classes, limit, "num_classes must cover the labels (the last index is no class)"
+        )
+
+
+def _block(config: TransformerConfig) -> Block:
+    width = config.model_width
+    attention = Attention(width, config.num_heads, config.num_kv_heads, config.residual_dropout)
+    feed_forward = FeedForward(width, config.ffn_width, config.ffn_dropout)
+    return Block(width, attention, feed_forward, shared_adaln=config.shared_adaln)
+
+
+def _check_indices(name: str, indices: Tensor, limit: int, remedy: str) -> None:
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: dtype {indices.dtype}; convert to torch.int64")
+    if indices.is_cpu and indices.numel() and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in indices.aminmax())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name}: values {low} to {high} outside 0 to {limit - 1}; {remedy}")

@@ -1,0 +1,176 @@
+"""Layers of the autoregressive transformer: rotary embedding, adaptive norms, attention, feed-forward."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-5
+
+
+def rotary_table(tokens_per_side: int, head_dim: int, base: float) -> Tensor:
+    """Rotation of every channel pair as a complex number, [1 + T, head_dim / 2] complex128.
+
+    The first half of the pairs turns with the row of the token, the second half with its column (2-D RoPE as
+    in LlamaGen, arXiv 2406.06525). Row 0 belongs to the class and is zero: its query and key vanish.
+    """
+    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float64, device="cpu") / (head_dim // 2)
+    steps = torch.arange(tokens_per_side, dtype=torch.float64, device="cpu")
+    angles = torch.outer(steps, base**-exponents)  # [side, head_dim / 4]
+    rows = angles[:, None].expand(-1, tokens_per_side, -1)
+    columns = angles[None].expand(tokens_per_side, -1, -1)
+    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [T, head_dim / 2]
+    table = torch.polar(torch.ones_like(grid), grid)
+    return torch.cat([torch.zeros_like(table[:1]), table])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn adjacent channel pairs of x [B, T, heads, head_dim] by `table` [T, head_dim / 2].
+
+    Computed in the precision of the table (float32 or float64), returned in that of x (RoFormer, arXiv
+    2104.09864).
+    """
+    pairs = torch.view_as_complex(x.to(table.dtype.to_real()).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467), then the adaptive scale and shift; statistics in float32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """RMSNorm(x) * (1 + scale) + shift for x [B, T, C] and scale, shift [B, 1, C]."""
+        high = x if x.dtype == torch.float64 else x.float()
+        normed = high * torch.rsqrt(high.square().mean(-1, keepdim=True) + NORM_EPS)
+        # The learned weight is folded into the scale, which is one row per image instead of one per token.
+        scale, shift = scale.to(high.dtype), shift.to(high.dtype)
+        return torch.addcmul(shift, normed, self.weight * (1 + scale)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with 2-D rotary embedding; groups of heads may share one key/value head."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
+        self.dropout = dropout
+        self.wqkv = linear(width, (heads + 2 * kv_heads) * self.head_dim)
+        self.wo = linear(width, width)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Attention over a whole sequence, x [B, T, C] -> [B, T, C]; rope [T, head_dim / 2]."""
+        q, k, v = self._project(x, rope)
+        grouped = self.heads != self.kv_heads
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        out = self.wo(out.transpose(1, 2).flatten(2))
+        return F.dropout(out, self.dropout, self.training)
+
+    def decode(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+        """Attention of one new position, x [R, 1, C] -> [R, 1, C]; writes its key and value into the cache.
+
+        keys, values: [R, kv_heads, T, head_dim].
+        """
+        q, k, v = self._project(x, rope)
+        keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
+        keys, values = keys[:, :, : position + 1], values[:, :, : position + 1]
+        # The heads of a group share keys and values: they go where a sequence of queries would.
+        q = q.squeeze(2).unflatten(1, (self.kv_heads, -1)).to(keys.dtype)  # [R, kv_heads, group, head_dim]
+        if q.is_cpu:
+            # The fused CPU kernel with several threads rounds a row differently at different places in the
+            # batch; plain products do not (tests/test_sampling.py), and no image may depend on its company.
+            weights = ((q * self.head_dim**-0.5) @ keys.transpose(-1, -2)).softmax(-1)
+            out = weights.to(values.dtype) @ values
+        else:
+            out = F.scaled_dot_product_attention(q, keys, values)
+        return self.wo(out.flatten(1)[:, None].to(v.dtype))
+
+    def _project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both rotated) and values, each [B, heads, T, head_dim]."""
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads + 2 kv_heads, head_dim]
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+        self.w1 = linear(width, hidden)
+        self.w3 = linear(width, hidden)
+        self.w2 = linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, C] -> [B, T, C]."""
+        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward part, each behind an adaptive norm and a gate (adaLN-Zero of DiT)."""
+
+    def __init__(self, width: int, attention: Attention, feed_forward: FeedForward, *, shared_adaln: bool):
+        super().__init__()
+        if shared_adaln:
+            self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, width))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), linear(width, 6 * width, bias=True))
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.attention_norm = RMSNorm(width)
+        self.ffn_norm = RMSNorm(width)
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """gamma1, gamma2, scale1, scale2, shift1, shift2 as [B, 6, C].
+
+        `condition` is the class embedding [B, C], or with `shared_adaln` the shared layer's output [B, 6, C].
+        """
+        if hasattr(self, "ada_gss"):
+            return self.ada_gss[0] + condition
+        return self.ada_lin(condition).unflatten(-1, (6, -1))
+
+    def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
+        """x [B, T, C] -> [B, T, C]; condition as in `modulation`."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition)[:, :, None].unbind(1)
+        x = torch.addcmul(x, gamma1, self.attention(self.attention_norm(x, scale1, shift1), rope))
+        return torch.addcmul(x, gamma2, self.feed_forward(self.ffn_norm(x, scale2, shift2)))
+
+    def decode(
+        self, x: Tensor, modulation: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int
+    ) -> Tensor:
+        """One position, x [R, 1, C] -> [R, 1, C]; modulation [R, 6, C]; the rest as in `Attention.decode`."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
+        attended = self.attention.decode(self.attention_norm(x, scale1, shift1), rope, keys, values, position)
+        x = torch.addcmul(x, gamma1, attended)
+        return torch.addcmul(x, gamma2, self.feed_forward(self.ffn_norm(x, scale2, shift2)))
+
+
+class HeadNorm(nn.Module):
+    """The final adaptive norm; its scale and shift always come from the class embedding."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.rmsnorm = RMSNorm(width)
+        self.ada_lin = nn.Sequential(nn.SiLU(), linear(width, 2 * width, bias=True))
+
+    def modulation(self, embedding: Tensor) -> Tensor:
+        """Scale and shift [B, 2, C] of the class embedding [B, C]."""
+        return self.ada_lin(embedding).unflatten(-1, (2, -1))
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [B, T, C] -> [B, T, C]."""
+        scale, shift = modulation[:, :, None].unbind(1)
+        return self.rmsnorm(x, scale, shift)
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+    """A linear layer without the default initialisation, which would cost as much again for large models."""
+    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
+
+
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """A table without the default initialisation."""
+    return nn.utils.skip_init(nn.Embedding, rows, width, device=torch.get_default_device())

@@ -1,0 +1,131 @@
+"""Stage 1: train an image tokenizer.
+
+    python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml data.train='shards/train-*.tar'
+    torchrun --nproc-per-node 8 ibq/train_tokenizer.py --config yaml/tokenizer_262144.yaml
+"""
+
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on sys.path; there `ibq/` would hide other packages, and `ibq` itself be missing.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ibq import dist
+from ibq.config import exit_on_user_error
+from ibq.data.loader import training_batches, validation_batches
+from ibq.data.shards import ImageDataConfig, ImageDataset, split_images
+from ibq.engine.base import OptimizerConfig
+from ibq.engine.local import LocalEngine, LocalEngineConfig
+from ibq.models.discriminator import PatchDiscriminator
+from ibq.models.perceptual import build_perceptual
+from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.training.loop import TrainingConfig, train
+from ibq.training.run import check_schedule, make_order, parse_arguments, prepare_folder, seed_parameters, set_up_torch
+from ibq.training.tokenizer_task import TokenizerLossConfig, TokenizerScheduleConfig, TokenizerTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRunConfig:
+    """Everything about one tokenizer run."""
+
+    output: str = "runs/tokenizer"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"  # the quantizer always runs in fp32
+    statistics: Literal["rank", "world"] = "rank"  # of batch normalization, batch entropy and LeCAM
+    ema_decay: float = 0.999
+    usage_alarm: float = 0.1  # share of the reachable codes under which the codebook counts as collapsed
+    data: ImageDataConfig
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: TokenizerScheduleConfig = field(default_factory=TokenizerScheduleConfig)
+    training: TrainingConfig
+    engine: LocalEngineConfig = field(default_factory=LocalEngineConfig)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says."""
+    arguments = parse_arguments(
+        TokenizerRunConfig, __doc__.splitlines()[0],
+        "python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml training.micro_batch=8", argv,
+    )  # fmt: skip
+    config: TokenizerRunConfig = arguments.config
+    set_up_torch()
+    perceptual = build_perceptual(config.loss.perceptual)  # first: the likeliest thing to be missing
+    device = dist.setup(config.device)
+    train_index, validation_index = split_images(config.data)
+    size, augment, cache = config.model.resolution, config.data.augment, config.data.cache
+    train_set = ImageDataset(train_index, size, augment=augment, seed=config.seed, cache=cache)
+    validation_set = ImageDataset(validation_index, size, cache=cache)
+    order = make_order(config.training, len(train_set), config.seed, arguments.source)
+    task = build_task(config, order, device, perceptual)
+    check_schedule(task.learning_rate, arguments.source)
+    folder = prepare_folder(config.output, config, arguments.fresh)
+    train(
+        task,
+        folder=folder,
+        config=config.training,
+        total_steps=config.training.total_steps(order.steps_per_epoch),
+        seed=config.seed,
+        device=device,
+        training_batches=lambda start, stop: training_batches(
+            train_set, order, start, stop, workers=config.data.workers, device=device
+        ),
+        validation_batches=lambda: validation_batches(
+            validation_set,
+            config.training.micro_batch,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            workers=0 if cache else config.data.workers,
+            device=device,
+            limit=config.training.validation_images,
+        ),
+        title="tokenizer",
+    )
+    dist.shutdown()
+
+
+def build_task(config: TokenizerRunConfig, order, device: torch.device, perceptual) -> TokenizerTask:
+    """Networks, engines and the task that trains them."""
+    total_steps = config.training.total_steps(order.steps_per_epoch)
+    peak = config.optimizer.peak_learning_rate(config.training.batch_size)
+    # Convolutions on tensor cores want channels last; small ones on the CPU do not.
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+    def tokenizer():
+        return Tokenizer(config.model)
+
+    def discriminator():
+        return PatchDiscriminator(config.loss.gan.discriminator)
+
+    def engine(build, ema_decay):
+        module = seed_parameters(build, config.seed).to(device, memory_format=memory_format)
+        return LocalEngine(
+            module,
+            config.optimizer,
+            precision=config.precision,
+            accumulation=order.accumulation,
+            ema_decay=ema_decay,
+        )
+
+    return TokenizerTask(
+        engine(tokenizer, config.ema_decay),
+        engine(discriminator, None) if config.loss.gan.enabled else None,
+        config.loss,
+        perceptual=None if perceptual is None else perceptual.to(device),
+        learning_rate=lambda step: config.schedule.learning_rate(peak, step, order.steps_per_epoch, total_steps),
+        statistics=config.statistics,
+        usage_alarm=config.usage_alarm,
+        memory_format=memory_format,
+    )
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,132 @@
+"""Stage 2: one step of the class-conditional autoregressive transformer."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ibq import dist
+from ibq.config import dump_config
+from ibq.data.shards import to_unit_range
+from ibq.engine.base import Engine, GroupHyper
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.transformer import Transformer
+from ibq.training.checkpoint import save_pretrained
+from ibq.training.loop import Batch, StepOutcome, Validation
+from ibq.training.metrics import Stopwatch
+from ibq.training.schedule import ar_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARScheduleConfig:
+    """The reference's schedule: linear warm-up, 5% plateau, linear decay; weight decay on a cosine of its own."""
+
+    warmup_epochs: float | None = None  # give either; both None means no warm-up
+    warmup_steps: int | None = None
+    warmup_start: float = 0.005  # first learning rate as a share of the peak
+    end: float = 0.01  # last learning rate as a share of the peak
+    end_weight_decay: float = 0.0  # 0 keeps the weight decay constant
+    decay_all_parameters: bool = True  # the reference's schedule also decays norms and biases
+
+    def __post_init__(self):
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ValueError("warmup_epochs: give either `warmup_epochs` or `warmup_steps`, not both")
+
+    def warmup(self, steps_per_epoch: int) -> int:
+        """Warm-up in steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((self.warmup_epochs or 0) * steps_per_epoch)
+
+    def hyper(
+        self, step: int, *, peak: float, weight_decay: float, steps_per_epoch: int, total_steps: int
+    ) -> dict[str, GroupHyper]:
+        """Learning rate and weight decay of both parameter groups at a step, from 0."""
+        rate, decay = ar_schedule(
+            step,
+            peak_lr=peak,
+            warmup_steps=self.warmup(steps_per_epoch),
+            max_steps=total_steps,
+            warmup_start=self.warmup_start,
+            end=self.end,
+            weight_decay=weight_decay,
+            end_weight_decay=self.end_weight_decay,
+        )
+        return {
+            "decay": GroupHyper(learning_rate=rate, weight_decay=decay),
+            "no_decay": GroupHyper(learning_rate=rate, weight_decay=decay if self.decay_all_parameters else 0.0),
+        }
+
+
+class ARTask:
+    """Trains a transformer on codes, or on images through a frozen tokenizer."""
+
+    def __init__(
+        self, engine: Engine, *, hyper: Callable[[int], dict[str, GroupHyper]], tokenizer: Tokenizer | None = None
+    ):
+        self.engines = {"transformer": engine}
+        self.engine, self.hyper, self.tokenizer = engine, hyper, tokenizer
+        self.transformer: Transformer = engine.module
+
+    @torch.no_grad()
+    def _codes(self, inputs: Tensor) -> Tensor:
+        """Codes [B, T] of a batch of codes [B, T] or of uint8 images [B, 3, H, W]."""
+        if self.tokenizer is None:
+            return inputs
+        with self.engine.autocast():
+            return self.tokenizer.encode(to_unit_range(inputs)).flatten(1)
+
+    def step(self, step: int, batches: list[Batch], stopwatch: Stopwatch) -> StepOutcome:
+        """Train on the micro-batches (codes or images, labels) of one step."""
+        hyper = self.hyper(step)
+        total = torch.zeros((), device=batches[0][0].device)
+        for inputs, classes in batches:
+            with stopwatch.part("tokenizer"):
+                codes = self._codes(inputs)
+            with self.engine.micro_batch():
+                with stopwatch.part("forward"):
+                    loss = self.engine(codes, classes).mean()
+                with stopwatch.part("backward"):
+                    self.engine.backward(loss)
+            total += loss.detach() / len(batches)
+        with stopwatch.part("optimizer"):
+            result = self.engine.step(hyper)
+        metrics = {
+            "loss/total": total,
+            "gradient_norm/transformer": result.gradient_norm,
+            "learning_rate": torch.tensor(hyper["decay"].learning_rate),
+            "weight_decay": torch.tensor(hyper["decay"].weight_decay),
+        }
+        return StepOutcome(metrics=metrics, skipped=result.skipped)
+
+    def interval_metrics(self, step: int) -> dict[str, float]:
+        """Tokens per image, for the rates."""
+        return {"tokens_per_image": self.transformer.config.tokens_per_side**2}
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> Validation:
+        """Mean NLL in nats a token over the whole validation set with averaged weights; the score is its negative."""
+        self.transformer.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=next(self.transformer.parameters()).device)
+        with self.engine.averaged():
+            for inputs, classes in batches:
+                nll = self.engine(self._codes(inputs), classes)  # [B, T]
+                sums += torch.stack([nll.double().sum(), sums.new_tensor(nll.numel())])
+        self.transformer.train()
+        total, count = dist.all_reduce_sum(sums).tolist()
+        nll = total / max(count, 1)
+        return Validation(metrics={"nll": nll, "tokens": count}, score=-nll)
+
+    def rank_tensors(self) -> dict[str, Tensor]:
+        """Nothing is kept per rank."""
+        return {"none": torch.zeros(1)}
+
+    def load_rank_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing is kept per rank."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the averaged weights for `ibq.load_transformer`."""
+        with self.engine.averaged():
+            save_pretrained(folder, dump_config(self.transformer.config), self.transformer.state_dict())

@@ -1,0 +1,104 @@
+"""What the entry scripts share: the command line, the run folder, equal initial weights."""
+
+import argparse
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ibq import dist
+from ibq.config import UserError, dump_config, load_config
+from ibq.data.order import BatchOrder
+from ibq.training.checkpoint import write_text
+from ibq.training.loop import TrainingConfig
+
+# Everything that a run writes into its folder; --fresh removes these and nothing else.
+RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The parsed command line of an entry script."""
+
+    config: object
+    source: str  # the config file, for error messages
+    fresh: bool
+
+
+def parse_arguments(kind: type, description: str, example: str, argv: Sequence[str] | None = None) -> Arguments:
+    """Read `--config FILE [key=value ...] [--fresh]` into a config of class `kind`."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see yaml/")
+    parser.add_argument("--fresh", action="store_true", help="start over: remove what an earlier run left in `output`")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over the file's, such as training.batch_size=64"
+    )
+    # The deepspeed launcher adds --local_rank; the rank is read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_config(kind, arguments.config, arguments.overrides)
+    return Arguments(config=config, source=arguments.config, fresh=arguments.fresh)
+
+
+def prepare_folder(output: str, config: object, fresh: bool) -> Path:
+    """Make the run folder, empty it if `fresh`, and write the full config beside the run; every rank calls it."""
+    folder = Path(output)
+    if dist.is_main():
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"output: {output!r} is a file; give a folder")
+        if fresh:
+            for name in RUN_FILES:
+                path = folder / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", dump_config(config))
+    dist.barrier()
+    return folder
+
+
+def make_order(training: TrainingConfig, size: int, seed: int, source: str) -> BatchOrder:
+    """The batch order of a run; UserError when batch, micro-batch and world size do not fit."""
+    try:
+        return BatchOrder(
+            size=size,
+            batch_size=training.batch_size,
+            micro_batch=training.micro_batch,
+            seed=seed,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+        )
+    except ValueError as error:
+        raise UserError(f"{source}: training.{error}") from error
+
+
+def check_schedule(schedule: Callable[[int], object], source: str) -> None:
+    """Raise UserError before the run starts if its schedule cannot be computed."""
+    try:
+        schedule(0)
+    except ValueError as error:
+        raise UserError(f"{source}: schedule.{error}") from error
+
+
+@torch.no_grad()
+def seed_parameters(build, seed: int) -> nn.Module:
+    """Build a module with initial weights that depend on the seed alone, equal on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed ^ zlib.crc32(build.__name__.encode()))
+        return build()
+
+
+def set_up_torch() -> None:
+    """Process-wide settings of an entry point: denormals make softmax tails several times slower on x86."""
+    torch.set_flush_denormal(True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True

@@ -1,0 +1,286 @@
+"""Stage 1: one step of the tokenizer's GAN."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ibq import dist, losses
+from ibq.config import dump_config
+from ibq.data.shards import to_unit_range
+from ibq.engine.base import Engine, GroupHyper
+from ibq.evaluation.reconstruction import CodeUsage, evaluate_reconstruction
+from ibq.models.discriminator import DiscriminatorConfig
+from ibq.models.perceptual import PerceptualConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.training.checkpoint import save_pretrained
+from ibq.training.loop import Batch, StepOutcome, Validation
+from ibq.training.metrics import Stopwatch
+from ibq.training.schedule import linear_warmup, linear_warmup_cosine, multi_step_lr
+
+GRID_IMAGES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class GanConfig:
+    """The discriminator and its losses."""
+
+    enabled: bool = True
+    start_step: int = 0  # steps before it train without the discriminator
+    weight: float = 0.1  # of the generator loss, or of the adaptive weight
+    adaptive: bool = False  # balance the gradients of the last layer (VQGAN); then `weight` is 0.4 there
+    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    lecam_weight: float = 0.05
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The chosen loss of patch logits."""
+        match self.loss:
+            case "hinge":
+                return losses.hinge_discriminator_loss(real, fake)
+            case "vanilla":
+                return losses.vanilla_discriminator_loss(real, fake)
+            case "non_saturating":
+                return losses.non_saturating_discriminator_loss(real, fake)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerLossConfig:
+    """Weights of the losses: L1 + LPIPS + GAN + quantization + entropy."""
+
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    quantization_weight: float = 1.0
+    entropy_weight: float = 0.05
+    gan: GanConfig = field(default_factory=GanConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerScheduleConfig:
+    """Learning rate of both networks: warm-up, then constant with drops (multi_step) or a cosine."""
+
+    kind: Literal["multi_step", "cosine"] = "multi_step"
+    warmup_steps: int = 0
+    drop_epochs: tuple[int, ...] = ()  # multi_step: epochs (from 1) after which the rate is multiplied by drop_rate
+    drop_rate: float = 0.1
+    end: float = 0.0  # cosine: the last learning rate as a share of the peak
+
+    def learning_rate(self, peak: float, step: int, steps_per_epoch: int, total_steps: int) -> float:
+        """The learning rate of a step, from 0."""
+        match self.kind:
+            case "multi_step":
+                rate = multi_step_lr(step // steps_per_epoch, peak, self.drop_epochs, self.drop_rate)
+                return rate * linear_warmup(step, warmup_steps=self.warmup_steps)
+            case "cosine":
+                return peak * linear_warmup_cosine(
+                    step, warmup_steps=self.warmup_steps, max_steps=total_steps, minimum=self.end
+                )
+
+
+class TokenizerTask:
+    """Trains a tokenizer against a discriminator.
+
+    Order of the reference: one pass through the tokenizer; the discriminator's step on it; the generator's step on
+    the same reconstruction with the discriminator already updated. With accumulation the reconstructions for the
+    discriminator's step are made without a graph, so that memory stays that of one micro-batch.
+    """
+
+    def __init__(
+        self,
+        generator: Engine,
+        discriminator: Engine | None,
+        config: TokenizerLossConfig,
+        *,
+        perceptual: torch.nn.Module | None,
+        learning_rate,
+        statistics: Literal["rank", "world"] = "rank",
+        usage_alarm: float = 0.1,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ):
+        self.engines = {"tokenizer": generator}
+        if discriminator is not None:
+            self.engines["discriminator"] = discriminator
+        self.generator, self.discriminator, self.config = generator, discriminator, config
+        self.perceptual, self.learning_rate, self.usage_alarm = perceptual, learning_rate, usage_alarm
+        self.memory_format = memory_format
+        self.tokenizer: Tokenizer = generator.module
+        device = next(self.tokenizer.parameters()).device
+        self.reduce = dist.statistics_reduction(statistics)
+        self.tokenizer.quantizer.mean_over_ranks = self.reduce
+        if discriminator is not None and self.reduce is not None:
+            discriminator.module.use_world_statistics(self.reduce, dist.world_size())
+        self.lecam = {"real": torch.zeros((), device=device), "fake": torch.zeros((), device=device)}
+        self.usage = CodeUsage(self.tokenizer.quantizer.num_codes, device)
+
+    def step(self, step: int, batches: list[Batch], stopwatch: Stopwatch) -> StepOutcome:
+        """Train both networks on the micro-batches (uint8 images, labels) of one step."""
+        images = [to_unit_range(batch).contiguous(memory_format=self.memory_format) for batch, _ in batches]
+        hyper = {name: GroupHyper(learning_rate=self.learning_rate(step)) for name in ("decay", "no_decay")}
+        gan = self.discriminator is not None and step >= self.config.gan.start_step
+        shared = len(images) == 1  # one forward pass serves both steps
+        before = self._rank_state_copy()
+        metrics: dict[str, Tensor] = {"learning_rate": torch.tensor(hyper["decay"].learning_rate)}
+        skipped = False
+        if gan and not shared:
+            with torch.no_grad(), stopwatch.part("forward"):
+                fakes = [self.generator(x).reconstruction for x in images]
+            with stopwatch.part("discriminator"):
+                skipped |= self._discriminator_step(images, fakes, hyper, metrics)
+        for x in images:
+            with self.generator.micro_batch():
+                with stopwatch.part("forward"):
+                    out = self.generator(x)
+                if gan and shared:
+                    with stopwatch.part("discriminator"):
+                        skipped |= self._discriminator_step([x], [out.reconstruction.detach()], hyper, metrics)
+                with stopwatch.part("losses"):
+                    loss = self._generator_loss(x, out, gan, metrics, share=1 / len(images))
+                with stopwatch.part("backward"):
+                    self.generator.backward(loss)
+            self.usage.add(out.codes)
+        with stopwatch.part("optimizer"):
+            result = self.generator.step(hyper)
+        metrics["gradient_norm/tokenizer"] = result.gradient_norm
+        skipped |= result.skipped
+        if skipped:
+            self._restore_rank_state(before)
+        return StepOutcome(metrics=metrics, skipped=skipped)
+
+    def _discriminator_step(self, reals, fakes, hyper, metrics) -> bool:
+        """One update of the discriminator; whether it was skipped."""
+        engine, gan = self.discriminator, self.config.gan
+        share = 1 / len(reals)
+        for real, fake in zip(reals, fakes, strict=True):
+            with engine.micro_batch():
+                # Two separate passes, real first: batch normalization sees them apart.
+                real_logits = engine(real).float()
+                fake_logits = engine(fake).float()
+                self._update_lecam(real_logits, fake_logits)
+                loss = gan.discriminator_loss(real_logits, fake_logits)
+                lecam = losses.lecam_regularizer(real_logits, fake_logits, self.lecam["real"], self.lecam["fake"])
+                engine.backward(loss + gan.lecam_weight * lecam)
+            _add(metrics, "gan/discriminator", loss, share)
+            _add(metrics, "gan/lecam", lecam, share)
+            _add(metrics, "gan/logits_real", real_logits.mean(), share)
+            _add(metrics, "gan/logits_fake", fake_logits.mean(), share)
+        result = engine.step(hyper)
+        metrics["gradient_norm/discriminator"] = result.gradient_norm
+        return result.skipped
+
+    @torch.no_grad()
+    def _update_lecam(self, real: Tensor, fake: Tensor) -> None:
+        for name, logits in (("real", real), ("fake", fake)):
+            mean = logits.mean()
+            if self.reduce is not None:
+                mean = self.reduce(mean)
+            self.lecam[name] = losses.lecam_update(self.lecam[name], mean)
+
+    def _generator_loss(self, x: Tensor, out, gan: bool, metrics: dict[str, Tensor], share: float) -> Tensor:
+        config = self.config
+        reconstruction = out.reconstruction.float()
+        nll = l1 = (reconstruction - x).abs().mean()
+        _add(metrics, "loss/l1", l1, share)
+        if self.perceptual is not None:
+            with self.generator.autocast():
+                lpips = self.perceptual(x, reconstruction).float().mean()
+            _add(metrics, "loss/perceptual", lpips, share)
+            nll = nll + config.perceptual.weight * lpips
+        loss = nll + config.quantization_weight * out.losses["quantization"]
+        if "entropy" in out.losses:
+            loss = loss + config.entropy_weight * out.losses["entropy"]
+        for name, value in {**out.losses, **out.metrics}.items():
+            _add(metrics, f"quantizer/{name}", value, share)
+        if gan:
+            gan_loss, weight = self._gan_loss(reconstruction, nll)
+            _add(metrics, "gan/generator", gan_loss, share)
+            _add(metrics, "gan/weight", weight, share)
+            loss = loss + weight * gan_loss
+        _add(metrics, "loss/total", loss, share)
+        return loss
+
+    def _gan_loss(self, reconstruction: Tensor, nll: Tensor) -> tuple[Tensor, Tensor]:
+        """The generator's loss against the frozen discriminator, and its weight."""
+        discriminator = self.discriminator.module.requires_grad_(False)
+        with self.discriminator.autocast():
+            logits = discriminator(reconstruction).float()
+        discriminator.requires_grad_(True)
+        gan_loss = losses.non_saturating_generator_loss(logits)
+        weight = torch.tensor(self.config.gan.weight, device=logits.device)
+        if self.config.gan.adaptive:
+            layer = self.tokenizer.last_layer
+            gradients = [torch.autograd.grad(loss, layer, retain_graph=True)[0] for loss in (nll, gan_loss)]
+            if self.reduce is not None:
+                gradients = [self.reduce(gradient) for gradient in gradients]
+            weight = losses.adaptive_weight(*gradients, self.config.gan.weight)
+        return gan_loss, weight
+
+    def interval_metrics(self, step: int) -> dict[str, float]:
+        """Codebook figures over the codes seen since the last call, with an alarm when the codebook collapses."""
+        statistics = self.usage.reduce().statistics()
+        self.usage = CodeUsage(self.tokenizer.quantizer.num_codes, self.usage.counts.device)
+        # So many tokens can't touch all codes, however evenly they are spread.
+        reachable = 1 - math.exp(-statistics["tokens_per_code"])
+        share = statistics["usage"] / reachable if reachable else 1.0
+        if share < self.usage_alarm and dist.is_main():
+            print(
+                f"\nALARM step {step}: codebook collapse: {statistics['usage']:.2%} of the codes in use, "
+                f"{share:.2%} of what this many tokens could use",
+                flush=True,
+            )
+        return {
+            "codebook/usage": statistics["usage"],
+            "codebook/perplexity": statistics["perplexity"],
+            "codebook/usage_of_reachable": share,
+            "tokens_per_image": self._tokens_per_image,
+        }
+
+    @property
+    def _tokens_per_image(self) -> int:
+        return self.tokenizer.config.tokens_per_side**2
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> Validation:
+        """Reconstruction figures with averaged weights; the score is the PSNR."""
+        self.tokenizer.eval()
+        with self.generator.averaged(), self.generator.autocast():
+            report = evaluate_reconstruction(
+                self.tokenizer, batches, perceptual=self.perceptual, keep=GRID_IMAGES
+            )
+        self.tokenizer.train()
+        grid = torch.stack([report.originals, report.reconstructions]) if len(report.originals) else torch.empty(0)
+        return Validation(
+            metrics=report.metrics,
+            score=report.metrics["psnr"],
+            images={"original_above_reconstruction": grid},
+        )
+
+    def rank_tensors(self) -> dict[str, Tensor]:
+        """LeCAM's averages and the discriminator's batch statistics."""
+        tensors = {f"lecam/{name}": value for name, value in self.lecam.items()}
+        if self.discriminator is not None:
+            tensors |= {f"discriminator/{name}": b for name, b in self.discriminator.module.named_buffers()}
+        return tensors
+
+    def load_rank_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore them."""
+        for name, current in self.rank_tensors().items():
+            current.copy_(tensors[name])
+
+    def _rank_state_copy(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.rank_tensors().items()}
+
+    def _restore_rank_state(self, before: dict[str, Tensor]) -> None:
+        """Undo what the forward passes of a skipped step did to the statistics."""
+        self.load_rank_tensors(before)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the averaged weights for `ibq.load_tokenizer`."""
+        with self.generator.averaged():
+            save_pretrained(folder, dump_config(self.tokenizer.config), self.tokenizer.state_dict())
+
+
+def _add(metrics: dict[str, Tensor], name: str, value: Tensor, share: float) -> None:
+    metrics[name] = metrics.get(name, 0) + value.detach() * share
