@@ -1,8 +1,8 @@
 """Index Backpropagation Quantization: image tokenizers and autoregressive image models.
 
-    tokenizer = ibq.load_tokenizer("runs/quickstart/tokenizer")
-    transformer = ibq.load_transformer("runs/quickstart/transformer")
-    images = ibq.generate(tokenizer, transformer, classes=[0, 1, 2])
+tokenizer = ibq.load_tokenizer("runs/quickstart/tokenizer")
+transformer = ibq.load_transformer("runs/quickstart/transformer")
+images = ibq.generate(tokenizer, transformer, classes=[0, 1, 2])
 """
 
 __version__ = "0.1.0"

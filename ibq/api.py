@@ -1,6 +1,5 @@
 """Loading trained models and generating images: what `import ibq` offers."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -102,7 +101,7 @@ def generate(
     transformer: Transformer,
     classes: Sequence[int],
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     guidance_scale: float = 2.0,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -111,16 +110,10 @@ def generate(
 ) -> Tensor:
     """One uint8 image [3, H, W] per entry of `classes`: [N, 3, H, W], on the CPU.
 
-    Image i is drawn with seed `seed` + i and depends on (weights, class, that seed, settings) alone, on a given
+    Image i is drawn with seed `seed` + i, or with `seed`[i], and depends on (weights, class, that seed, settings) alone, on a given
     device and precision. `progress` is called with (images done, images). Raises ValueError for classes or settings out of range.
     """
     config = SamplerConfig(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-    seeds = [seed + i for i in range(len(classes))]
+    seeds = [seed + i for i in range(len(classes))] if isinstance(seed, int) else seed
     codes = sample_codes(transformer, classes, seeds, config, progress=progress)
     return decode_in_blocks(tokenizer, codes)
-
-
-def class_names(path: str | Path) -> list[str] | None:
-    """The class names stored beside a transformer, if any."""
-    file = pretrained_folder(path) / "classes.json"
-    return json.loads(file.read_text()) if file.exists() else None

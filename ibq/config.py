@@ -137,10 +137,9 @@ def _overlay(old: Node | None, new: Node, declared: Any) -> Node:
         return new
     items = old.value if old is not None and isinstance(old.value, dict) else {}
     if sections := _sections(declared):
-        kind = new.value.get("kind", items.get("kind"))
-        if "kind" in items and items["kind"].value != kind.value:
-            items = {}
-        section = _choose(sections, kind)
+        section = _choose(sections, new.value.get("kind", items.get("kind")))
+        if "kind" in items and _choose(sections, items["kind"]) is not section:
+            items = {}  # settings of another kind do not carry over
         if not items and section is not None:
             items = wrap(_defaults(section), "").value
         inner = _field_types(section) if section is not None else {}
@@ -211,9 +210,7 @@ def _convert_section(node: Node, cls: type, key: str, origin: str) -> Any:
             raise config_error(item.origin or origin, join_key(key, name), problem)
     missing = [join_key(key, name) for name in fields if name not in node.value and _required(fields[name])]
     if missing:
-        raise config_error(
-            origin, ", ".join(missing), "required and missing; add it there or as key.path=value"
-        )
+        raise config_error(origin, ", ".join(missing), "required and missing; add it there or as key.path=value")
     for name, item in node.value.items():
         values[name] = _convert(item, inner[name], join_key(key, name), origin)
     try:
@@ -357,9 +354,7 @@ def _expect(fits: bool, node: Node, what: str, remedy: str, key: str, origin: st
 
 
 def _not_among(node: Node, choices: Sequence[str], key: str, origin: str) -> ConfigError:
-    problem = (
-        f"{shown(node)} is not possible; {_meant(node.value, choices)}choose one of {', '.join(choices)}"
-    )
+    problem = f"{shown(node)} is not possible; {_meant(node.value, choices)}choose one of {', '.join(choices)}"
     return config_error(node.origin or origin, key, problem)
 
 

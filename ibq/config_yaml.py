@@ -38,9 +38,7 @@ def read_layers(path: Path, heirs: tuple[Path, ...] = ()) -> list[Node]:
     for parent in _inherited_paths(inherit, path):
         if parent.resolve() in [file.resolve() for file in chain]:
             circle = " -> ".join(str(file) for file in (*chain, parent))
-            raise config_error(
-                inherit.origin, INHERIT, f"a circle of files ({circle}); remove one of the links"
-            )
+            raise config_error(inherit.origin, INHERIT, f"a circle of files ({circle}); remove one of the links")
         if not parent.exists():
             problem = f"{parent} does not exist; give a path relative to {path.parent}/"
             raise config_error(inherit.origin, INHERIT, problem)

@@ -1,7 +1,7 @@
 """Stage 2: train a class-conditional autoregressive transformer on a tokenizer's codes.
 
-    deepspeed ibq/train_ar.py --config yaml/xxl.yaml
-    torchrun --nproc-per-node 8 ibq/train_ar.py --config yaml/b.yaml data.train=codes/train
+deepspeed ibq/train_ar.py --config yaml/xxl.yaml
+torchrun --nproc-per-node 8 ibq/train_ar.py --config yaml/b.yaml data.train=codes/train
 """
 
 import sys
@@ -27,7 +27,14 @@ from ibq.engine.local import LocalEngine, LocalEngineConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.ar_task import ARScheduleConfig, ARTask
 from ibq.training.loop import TrainingConfig, train
-from ibq.training.run import check_schedule, make_order, parse_arguments, prepare_folder, seed_parameters, set_up_torch
+from ibq.training.run import (
+    check_schedule,
+    make_order,
+    parse_arguments,
+    prepare_folder,
+    seed_parameters,
+    set_up_torch,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +114,9 @@ def open_data(config: ARRunConfig, source: str, device: torch.device):
         tokenizer, meta = None, train_set.meta
         found = meta.num_codes, meta.tokens_per_side, len(meta.classes)
         if validation_set.meta.tokenizer != meta.tokenizer:
-            raise UserError(f"{source}: data.validation: made with another tokenizer than data.train; encode both again")
+            raise UserError(
+                f"{source}: data.validation: made with another tokenizer than data.train; encode both again"
+            )
     else:
         tokenizer = load_tokenizer(data.tokenizer, device=device)
         size = tokenizer.config.resolution

@@ -1,7 +1,7 @@
 """Stage 1: train an image tokenizer.
 
-    python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml data.train='shards/train-*.tar'
-    torchrun --nproc-per-node 8 ibq/train_tokenizer.py --config yaml/tokenizer_262144.yaml
+python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml data.train='shards/train-*.tar'
+torchrun --nproc-per-node 8 ibq/train_tokenizer.py --config yaml/tokenizer_262144.yaml
 """
 
 import sys
@@ -26,8 +26,20 @@ from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.perceptual import build_perceptual
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.training.loop import TrainingConfig, train
-from ibq.training.run import check_schedule, make_order, parse_arguments, prepare_folder, seed_parameters, set_up_torch
-from ibq.training.tokenizer_task import TokenizerLossConfig, TokenizerScheduleConfig, TokenizerTask
+from ibq.training.run import (
+    check_schedule,
+    make_order,
+    parse_arguments,
+    prepare_folder,
+    seed_parameters,
+    set_up_torch,
+)
+from ibq.training.tokenizer_task import (
+    MultiStepScheduleConfig,
+    TokenizerLossConfig,
+    TokenizerScheduleConfig,
+    TokenizerTask,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +57,7 @@ class TokenizerRunConfig:
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: TokenizerScheduleConfig = field(default_factory=TokenizerScheduleConfig)
+    schedule: TokenizerScheduleConfig = field(default_factory=MultiStepScheduleConfig)
     training: TrainingConfig
     engine: LocalEngineConfig = field(default_factory=LocalEngineConfig)
 

@@ -50,18 +50,19 @@ def float32_tolerance(name: str, key: str, expected: Tensor, default_relative: f
 
 def assert_close(actual: Tensor | float, expected: Tensor | float, tolerance: float, what: str) -> None:
     """Fail unless shapes are equal and the largest absolute difference is within `tolerance`."""
-    actual, expected = (torch.as_tensor(value).detach().to("cpu", torch.float64) for value in (actual, expected))
+    # A Python float read as float32 would lose what the comparison is about.
+    actual, expected = (torch.as_tensor(v, dtype=torch.float64, device="cpu").detach() for v in (actual, expected))
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if actual.numel() == 0:
         return
     difference = float((actual - expected).abs().max())
     # `not <=` also fails on NaN.
-    assert not (not difference <= tolerance), f"{what}: differs by {difference:.3e}, tolerance {tolerance:.3e}"
+    assert difference <= tolerance, f"{what}: differs by {difference:.3e}, tolerance {tolerance:.3e}"
 
 
 def assert_float32(actual, expected, name: str, key: str, default_relative: float = 1e-5) -> None:
     """Compare a float32 result with the golden value under `float32_tolerance`."""
-    expected = torch.as_tensor(expected)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
     assert_close(actual, expected, float32_tolerance(name, key, expected, default_relative), f"{name}:{key}")
 
 

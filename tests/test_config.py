@@ -263,9 +263,7 @@ def test_unknown_keys_name_the_nearest_and_the_valid_ones(tmp_path):
 
 def test_errors_in_an_inherited_file_name_that_file(tmp_path):
     write(tmp_path, "steps: 1\nmodel:\n  chanels: 3\n", "base.yaml")
-    assert fails(tmp_path, "inherit: base.yaml\nmodel: {width: 1}\n").startswith(
-        "base.yaml:3: model.chanels: unknown"
-    )
+    assert fails(tmp_path, "inherit: base.yaml\nmodel: {width: 1}\n").startswith("base.yaml:3: model.chanels: unknown")
     write(tmp_path, "steps: many\n", "base.yaml")
     assert fails(tmp_path, "inherit: base.yaml\nname: x\n").startswith("base.yaml:1: steps: expected int")
 
@@ -274,13 +272,9 @@ def test_post_init_errors_name_the_key_and_where_it_was_written(tmp_path):
     message = fails(tmp_path, "steps: 1\nmodel:\n  quantizer:\n    kind: soft\n    temperature: 0\n")
     assert message == "run.yaml:5: model.quantizer.temperature: 0.0 is not positive; give a positive number"
     text = "steps: 1\nmodel:\n  quantizer: {kind: soft}\n"
-    assert fails(tmp_path, text, "model.quantizer.temperature=-1").startswith(
-        "command line: model.quantizer.temp"
-    )
+    assert fails(tmp_path, text, "model.quantizer.temperature=-1").startswith("command line: model.quantizer.temp")
     text = "steps: 1\nmodel:\n  quantizer: {kind: soft, codes: 3}\n"
-    assert fails(tmp_path, text).startswith(
-        "run.yaml:3: model.quantizer: an odd number of codes; make it even"
-    )
+    assert fails(tmp_path, text).startswith("run.yaml:3: model.quantizer: an odd number of codes; make it even")
 
 
 def test_missing_keys_are_named(tmp_path):

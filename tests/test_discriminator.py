@@ -8,9 +8,7 @@ from ibq.models.discriminator import BatchNorm2d, DiscriminatorConfig, PatchDisc
 
 
 def draw(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return (
-        torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).add(3.0).to(dtype)
-    )
+    return torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).add(3.0).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -32,9 +30,7 @@ def test_two_ranks_have_the_statistics_of_the_joint_batch():
     joint, ours = nn.BatchNorm2d(4).double(), BatchNorm2d(4).double()
     halves = draw(6, 4, 5, 5).chunk(2)
     mean = torch.cat(halves).mean(dim=(0, 2, 3))
-    other = iter(
-        [halves[1].mean(dim=(0, 2, 3)), (halves[1] - mean[:, None, None]).square().mean(dim=(0, 2, 3))]
-    )
+    other = iter([halves[1].mean(dim=(0, 2, 3)), (halves[1] - mean[:, None, None]).square().mean(dim=(0, 2, 3))])
     ours.mean_over_ranks, ours.world_size = lambda value: (value + next(other)) / 2, 2
     expected = joint(torch.cat(halves)).chunk(2)[0]
     assert torch.allclose(ours(halves[0]), expected, rtol=1e-10, atol=1e-12)

@@ -113,9 +113,7 @@ def run(name: str, dtype: torch.dtype, implementation: Implementation) -> Run:
         of_z, of_codebook = torch.autograd.grad(scalar, (z, codebook), retain_graph=True)
         gradients |= {f"{key}_z": of_z, f"{key}_codebook": of_codebook}
     rows = codebook.detach()[result.codes].permute(0, 3, 1, 2)
-    named = {
-        key: getattr(result, key) for key in ("quant_loss", "sample_entropy", "avg_entropy", "entropy_loss")
-    }
+    named = {key: getattr(result, key) for key in ("quant_loss", "sample_entropy", "avg_entropy", "entropy_loss")}
     named |= {"lin": lin, "S": total, "max_abs_zq_minus_codebook_row": (result.latents - rows).abs().max()}
     return Run(result=result, scalars=named, gradients=gradients)
 
@@ -143,9 +141,7 @@ def worst_error(quantity: str) -> float:
     return max(abs(case["f32"][quantity] - case["f64"][quantity]) for case in cases)
 
 
-def tolerance(
-    quantity: str, precision: str, same_codes: bool, stored: dict[str, Tensor], scale: float
-) -> float:
+def tolerance(quantity: str, precision: str, same_codes: bool, stored: dict[str, Tensor], scale: float) -> float:
     """Absolute tolerance, given what the reference stored in both precisions and the size of the terms."""
     scale = max(scale, float(stored["f64"].abs().max()))
     if precision == "f64":

@@ -83,9 +83,7 @@ def test_tokenizer_optional_multipliers():
     columns = optional["linear_warmup_multiplier"], optional["linear_warmup_cosine_multiplier"]
     for step, linear, cosine in zip(optional["steps"], *columns, strict=True):
         assert_relative(linear_warmup(step, warmup_steps=warmup), linear, f"linear warm-up at step {step}")
-        value = linear_warmup_cosine(
-            step, warmup_steps=warmup, max_steps=settings["max_steps"], minimum=minimum
-        )
+        value = linear_warmup_cosine(step, warmup_steps=warmup, max_steps=settings["max_steps"], minimum=minimum)
         assert_relative(value, cosine, f"warm-up and cosine at step {step}")
 
 

@@ -40,9 +40,7 @@ from ibq.models.tokenizer import Tokenizer
 NAME = "tokenizer_small"
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 IMAGES = sorted(key.removesuffix("/image") for key in golden_tensors(NAME) if key.endswith("/image"))
-SETS = sorted(
-    key.removesuffix("/encoder_out") for key in golden_tensors(NAME) if key.endswith("/encoder_out")
-)
+SETS = sorted(key.removesuffix("/encoder_out") for key in golden_tensors(NAME) if key.endswith("/encoder_out"))
 GRADIENTS = sorted({key.split("/grad/")[0] for key in golden_tensors(NAME) if "/grad/" in key})
 SCALARS = ("quant_loss", "sample_entropy", "avg_entropy", "entropy_loss")
 
@@ -265,9 +263,7 @@ def test_checkpoint_without_losses(edited):
     path = edited(state)
     for weights in ("raw", "ema"):
         expected = read_tokenizer(checkpoint_path(), weights)
-        assert all(
-            torch.equal(value, expected[name]) for name, value in read_tokenizer(path, weights).items()
-        )
+        assert all(torch.equal(value, expected[name]) for name, value in read_tokenizer(path, weights).items())
     with pytest.raises(ValueError, match="no discriminator"):
         read_discriminator(path)
 

@@ -159,9 +159,7 @@ def test_greedy_codes(case, kind, dtype):
         pytest.skip(f"{case} has no {kind}/tokens")
     transformer = load_transformer(case, dtype)
     settings = golden_json(case)[kind]
-    config = SamplerConfig(
-        guidance_scale=settings["cfg_scale"], temperature=0, rows_per_block=len(expected) + 1
-    )
+    config = SamplerConfig(guidance_scale=settings["cfg_scale"], temperature=0, rows_per_block=len(expected) + 1)
     _, classes = inputs(case)
     codes = sample_codes(transformer, classes.tolist(), list(range(len(classes))), config)
     assert_equal_codes(codes, expected, f"{case}:{kind}/tokens")
@@ -180,9 +178,7 @@ def test_image_to_logits_and_codes_to_image(case):
 
     codes = tokenizer.encode(images)
     assert_equal_codes(codes, tensors["wrapper/targets"], f"{case}:wrapper/targets")
-    assert_float32(
-        transformer.logits(codes.flatten(1), classes), tensors["wrapper/logits"], case, "wrapper/logits"
-    )
+    assert_float32(transformer.logits(codes.flatten(1), classes), tensors["wrapper/logits"], case, "wrapper/logits")
     nll = transformer(codes.flatten(1), classes).mean()
     assert_float32(nll, golden_json(case)["wrapper_cross_entropy"], case, "wrapper_cross_entropy")
     side = math.isqrt(tokens.shape[1])
@@ -221,9 +217,7 @@ def test_published_sizes(size):
         "per_block_attention": block.attention,
         "per_block_ffn": block.feed_forward,
         "per_block_ada_lin": block.ada_lin,
-        **{
-            name: getattr(transformer, name) for name in ("tok_emb", "class_emb", "blocks", "head_nm", "head")
-        },
+        **{name: getattr(transformer, name) for name in ("tok_emb", "class_emb", "blocks", "head_nm", "head")},
     }
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     expected_counts = {n: count for n, count in model["parameter_counts"].items() if n != "first_stage_model"}
@@ -247,9 +241,7 @@ def test_top_k_top_p(case, dtype):
 
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoints_are_read_strictly(case, tmp_path):
-    state = torch.load(golden_dir() / golden_json(case)["checkpoint"]["file"], weights_only=True)[
-        "state_dict"
-    ]
+    state = torch.load(golden_dir() / golden_json(case)["checkpoint"]["file"], weights_only=True)["state_dict"]
     cache = "transformer.blocks.0.attention.kv_cache.k_cache"
     read_transformer(saved(tmp_path, state | {cache: torch.zeros(1)}))  # left behind by sampling: dropped
     missing = "transformer.blocks.1.attention.wo.weight"

@@ -92,9 +92,7 @@ def part_of(name):
 def problem_with(path, name, deferred):
     """Why the file may not import this name, or None."""
     for module, allowed in CONFINED.items():
-        if f"{name}.".startswith(f"{module}.") and not any(
-            fnmatch(str(path), pattern) for pattern in allowed
-        ):
+        if f"{name}.".startswith(f"{module}.") and not any(fnmatch(str(path), pattern) for pattern in allowed):
             return f"only {', '.join(allowed)} may import {module}"
     importer, target = part_of(".".join(path.with_suffix("").parts)), part_of(name)
     if target is None:

@@ -79,9 +79,7 @@ def test_gradients_reach_the_input_and_every_code(quantizer: Quantizer, what: st
     for name, parameter in quantizer.named_parameters():
         assert bool(parameter.grad.isfinite().all()), name
         rows = parameter.grad.flatten(1).abs().sum(dim=1)
-        assert bool((rows > 0).all()), (
-            f"{name}: codes {rows.eq(0).nonzero().flatten().tolist()} get no gradient"
-        )
+        assert bool((rows > 0).all()), f"{name}: codes {rows.eq(0).nonzero().flatten().tolist()} get no gradient"
 
 
 def test_each_loss_reaches_the_input(quantizer: Quantizer):
@@ -216,9 +214,7 @@ def test_ibq_initialisation():
     torch.manual_seed(0)
     normal = build_quantizer(IBQConfig(num_codes=512, dim=32, init_scale=0.3)).codebook.detach()
     assert float(normal.std()) == pytest.approx(0.3, rel=0.02) and float(normal.abs().max()) > 0.9
-    uniform = build_quantizer(
-        IBQConfig(num_codes=512, dim=32, init="uniform", init_scale=0.3)
-    ).codebook.detach()
+    uniform = build_quantizer(IBQConfig(num_codes=512, dim=32, init="uniform", init_scale=0.3)).codebook.detach()
     assert float(uniform.abs().max()) <= 0.3 and float(uniform.std()) == pytest.approx(0.3 / 3**0.5, rel=0.02)
 
 

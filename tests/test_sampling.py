@@ -23,15 +23,19 @@ def images(transformer: Transformer, requests: list[tuple[int, int]], **settings
     codes = sample_codes(transformer, classes, seeds, config)
     side = transformer.config.tokens_per_side
     assert codes.shape == (len(requests), side, side) and codes.dtype == torch.int64 and codes.is_cpu
-    assert 0 <= codes.min() and codes.max() < transformer.config.vocab_size
+    assert codes.min() >= 0 and codes.max() < transformer.config.vocab_size
     return list(codes)
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"guidance_scale": 1.0}, {"top_k": 20, "top_p": 0.9, "temperature": 1.3}]
+    ("variant", "settings", "threads"),
+    [
+        ("plain", {}, 2),
+        ("plain", {"guidance_scale": 1.0}, 1),
+        ("plain", {"top_k": 20, "top_p": 0.9, "temperature": 1.3}, 2),
+        ("shared_grouped", {}, 2),
+    ],
 )
-@pytest.mark.parametrize("variant", ["plain", "shared_grouped"])
-@pytest.mark.parametrize("threads", [1, 2])
 def test_an_image_does_not_depend_on_its_company(variant, settings, threads):
     transformer = small_transformer(**SIZES, **VARIANTS[variant])
     image, others = (3, 11), [(i % 5, 100 + i) for i in range(8)]
@@ -40,12 +44,10 @@ def test_an_image_does_not_depend_on_its_company(variant, settings, threads):
     try:
         alone = images(transformer, [image], **settings)[0]
         for position in range(4):
-            company = others[:position] + [image] + others[position:3]
+            company = [*others[:position], image, *others[position:3]]
             assert torch.equal(images(transformer, company, **settings)[position], alone)
-        other_company = images(transformer, [*others[3:8], image], **settings)[
-            5
-        ]  # in the second, padded block
-        assert torch.equal(other_company, alone)
+        # In the second block, which is padded.
+        assert torch.equal(images(transformer, [*others[3:8], image], **settings)[5], alone)
         assert torch.equal(images(transformer, [image] * 3, **settings)[2], alone)
     finally:
         torch.set_num_threads(before)
@@ -84,9 +86,7 @@ def test_guided_logits(transformer):
 
 
 def test_scale_zero_ignores_the_class(transformer):
-    first, second, null = images(
-        transformer, [(1, 5), (2, 5), (transformer.null_class, 5)], guidance_scale=0.0
-    )
+    first, second, null = images(transformer, [(1, 5), (2, 5), (transformer.null_class, 5)], guidance_scale=0.0)
     assert torch.equal(first, second) and torch.equal(first, null)
 
 
@@ -100,7 +100,7 @@ def test_greedy_equals_top_k_one_and_top_p_zero(transformer):
 
 
 def test_codes_are_drawn_from_the_model():
-    """Frequencies of the first code over many seeds against its probabilities, with temperature and guidance."""
+    """Frequencies of the first code over many seeds, with temperature and guidance, against probabilities."""
     transformer = small_transformer(tokens_per_side=1, vocab_size=8)
     draws, temperature, scale = 4000, 1.5, 2.0
     config = SamplerConfig(guidance_scale=scale, temperature=temperature, rows_per_block=500)

@@ -68,14 +68,19 @@ def test_predictions_see_only_the_past(variant):
     assert ((before - after)[:, 8:].abs().amax(-1) > 1e-6).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @torch.no_grad()
-def test_rows_do_not_depend_on_their_place_in_the_batch():
-    transformer = small_transformer(tokens_per_side=8)
+def test_rows_do_not_depend_on_their_place_in_the_batch(threads):
+    transformer = small_transformer(tokens_per_side=7, depth=1)
     codes, classes = random_batch(16, transformer.config)
-    expected = decode(transformer, codes, classes)
-    for shift in (1, 5, 8):
-        rows = torch.arange(16).roll(shift)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        expected = decode(transformer, codes, classes)
+        rows = torch.arange(16).roll(5)
         assert torch.equal(decode(transformer, codes[rows], classes[rows]), expected[rows])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_loss_is_the_cross_entropy_of_the_logits():
@@ -207,7 +212,7 @@ def test_autocast_runs_in_bfloat16_with_a_float32_loss():
     assert norms[0].dtype == torch.float32 and nll.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 for p in transformer.parameters())
     difference = (nll - expected).abs()
-    assert 0 < difference.max() and difference.mean() < 0.05 * expected.mean()
+    assert difference.max() > 0 and difference.mean() < 0.05 * expected.mean()
 
 
 def test_bfloat16_weights_run():

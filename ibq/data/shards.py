@@ -135,6 +135,14 @@ def split_images(config: ImageDataConfig) -> tuple[ImageIndex, ImageIndex]:
     return train.subset(keep), train.subset(sorted(held_out))
 
 
+def open_split(place: str, split: str, validation_every: int) -> ImageIndex:
+    """The images of a place: "all", or the "train" or "validation" part that `split_images` makes of it."""
+    if split == "all":
+        return open_images(place)
+    train, validation = split_images(ImageDataConfig(train=place, validation_every=validation_every))
+    return train if split == "train" else validation
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """(image uint8 [3, S, S], label) for a sample number, or for (number, epoch) with that epoch's augmentation."""
 

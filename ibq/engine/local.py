@@ -73,6 +73,7 @@ class LocalEngine:
         return torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None)
 
     def __call__(self, *inputs):
+        """The module's forward pass in the engine's precision."""
         with self.autocast():
             if not torch.is_grad_enabled():
                 return self.module(*inputs)

@@ -71,9 +71,7 @@ def read_tokenizer(path: str | Path, weights: Weights = "ema") -> dict[str, Tens
     parts = _split_tokenizer(read_state(path), str(path))
     if weights == "raw":
         if parts.from_ar_checkpoint:
-            raise ValueError(
-                f"{path}: an AR checkpoint has its tokenizer's averaged values only; use weights='ema'"
-            )
+            raise ValueError(f"{path}: an AR checkpoint has its tokenizer's averaged values only; use weights='ema'")
         return _our_names(parts.plain)
     if parts.from_ar_checkpoint:
         return _our_names(parts.plain)
@@ -89,9 +87,7 @@ def read_discriminator(path: str | Path, weights: Weights = "raw") -> dict[str, 
     """
     parts = _split_tokenizer(read_state(path), str(path))
     if not parts.discriminator:
-        raise ValueError(
-            f"{path}: has no discriminator ({DISCRIMINATOR}*); use a tokenizer checkpoint from training"
-        )
+        raise ValueError(f"{path}: has no discriminator ({DISCRIMINATOR}*); use a tokenizer checkpoint from training")
     if weights == "raw":
         return dict(parts.discriminator)
     _require_shadows(parts, str(path))
@@ -176,9 +172,7 @@ def tokenizer_config_from_reference(arguments: Mapping[str, Any]) -> TokenizerCo
             "ddconfig.double_z: true is for variational encoders, which are not supported; set it to false"
         )
     if network.get("out_ch", config.in_channels) != config.in_channels:
-        raise ValueError(
-            "ddconfig.out_ch: must equal in_channels; the decoder returns images like the encoder's"
-        )
+        raise ValueError("ddconfig.out_ch: must equal in_channels; the decoder returns images like the encoder's")
     return config
 
 
@@ -405,11 +399,7 @@ def _argument(arguments: Mapping[str, Any], key: str, where: str = "") -> Any:
     return arguments[key]
 
 
-def _reject_unknown(
-    arguments: Mapping[str, Any], known: Iterable[str], where: str, model: str = "tokenizer"
-) -> None:
+def _reject_unknown(arguments: Mapping[str, Any], known: Iterable[str], where: str, model: str = "tokenizer") -> None:
     unknown = sorted(set(arguments) - set(known))
     if unknown:
-        raise ValueError(
-            f"{where}{unknown[0]}: is not an argument of the reference's {model} that can be converted"
-        )
+        raise ValueError(f"{where}{unknown[0]}: is not an argument of the reference's {model} that can be converted")

@@ -16,9 +16,7 @@ NORM_GROUPS = 32
 class TokenizerConfig:
     """Architecture of the tokenizer; the defaults are the paper's at 256 px."""
 
-    resolution: int = (
-        256  # nominal: chooses the attention levels; any multiple of the downsampling can be fed
-    )
+    resolution: int = 256  # nominal: chooses the attention levels; any multiple of the downsampling can be fed
     in_channels: int = 3
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (
@@ -37,9 +35,7 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if not self.channel_multipliers or min(self.channel_multipliers) < 1 or self.res_blocks < 1:
-            raise ValueError(
-                "channel_multipliers: need at least one level of at least one ResBlock; see the defaults"
-            )
+            raise ValueError("channel_multipliers: need at least one level of at least one ResBlock; see the defaults")
         for multiplier in self.channel_multipliers:
             if self.channels * multiplier % NORM_GROUPS:
                 raise ValueError(
@@ -155,14 +151,11 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution: ResBlocks, each followed by attention where the level has it."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, attention: bool, config: TokenizerConfig
-    ):
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, config: TokenizerConfig):
         super().__init__()
         channels = [in_channels] + [out_channels] * blocks
         self.block = nn.ModuleList(
-            ResBlock(channels[i], channels[i + 1], config.dropout, config.gradient_checkpointing)
-            for i in range(blocks)
+            ResBlock(channels[i], channels[i + 1], config.dropout, config.gradient_checkpointing) for i in range(blocks)
         )
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
 
@@ -226,9 +219,7 @@ class Decoder(nn.Module):
         levels = []
         previous = widths[-1]
         for level in reversed(range(len(widths))):
-            module = Level(
-                previous, widths[level], config.res_blocks + 1, config.has_attention(level), config
-            )
+            module = Level(previous, widths[level], config.res_blocks + 1, config.has_attention(level), config)
             if level > 0:
                 module.upsample = Upsample(widths[level])
             levels.insert(0, module)  # up[0] is the full resolution, as in the published checkpoints

@@ -78,9 +78,7 @@ class TransformerConfig:
                 "embedding needs a multiple of 4; change heads or width (64 channels per head are usual)"
             )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"kv_heads: {self.num_kv_heads} does not divide the {self.num_heads} heads; use a divisor"
-            )
+            raise ValueError(f"kv_heads: {self.num_kv_heads} does not divide the {self.num_heads} heads; use a divisor")
         if self.condition_dim not in (None, self.model_width):
             raise ValueError(
                 f"condition_dim: {self.condition_dim} differs from the width {self.model_width}, but the "
@@ -166,9 +164,7 @@ class Transformer(nn.Module):
         return self.config.num_classes
 
     @torch.no_grad()
-    def initialize_parameter(
-        self, name: str, parameter: Tensor, generator: torch.Generator | None = None
-    ) -> None:
+    def initialize_parameter(self, name: str, parameter: Tensor, generator: torch.Generator | None = None) -> None:
         """Fill one parameter in place with its initial value; `name` as in `named_parameters`.
 
         The gates gamma start small, so that every block starts near the identity (VAR, arXiv 2404.02905), and
@@ -221,9 +217,7 @@ class Transformer(nn.Module):
         dtype, device = dtype or weight.dtype, weight.device if device is None else device
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
-    def decode_step(
-        self, codes: Tensor | None, condition: Condition, cache: KVCache, position: int
-    ) -> Tensor:
+    def decode_step(self, codes: Tensor | None, condition: Condition, cache: KVCache, position: int) -> Tensor:
         """Logits [R, V] of the code at `position`; `codes` [R] are those at position - 1, None at position 0.
 
         Positions must come in order, as every call adds one to the cache. Call `eval()` first: dropout would
@@ -295,13 +289,9 @@ class Transformer(nn.Module):
     def _check_classes(self, classes: Tensor, rows: int | None = None) -> None:
         if classes.ndim != 1 or rows not in (None, len(classes)):
             expected = "[B]" if rows is None else f"[{rows}]"
-            raise ValueError(
-                f"classes: shape {tuple(classes.shape)}, expected {expected}: one class per image"
-            )
+            raise ValueError(f"classes: shape {tuple(classes.shape)}, expected {expected}: one class per image")
         limit = self.config.num_classes + 1
-        _check_indices(
-            "classes", classes, limit, "num_classes must cover the labels (the last index is no class)"
-        )
+        _check_indices("classes", classes, limit, "num_classes must cover the labels (the last index is no class)")
 
 
 def _block(config: TransformerConfig) -> Block:

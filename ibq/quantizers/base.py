@@ -57,9 +57,7 @@ class Quantizer(nn.Module):
         The range is read only on the CPU: on an accelerator the look-up itself asserts it, without a host sync.
         """
         if codes.dim() != 3 or codes.is_floating_point():
-            raise ValueError(
-                f"codes must be integers of shape [B, h, w], got {codes.dtype} {tuple(codes.shape)}"
-            )
+            raise ValueError(f"codes must be integers of shape [B, h, w], got {codes.dtype} {tuple(codes.shape)}")
         if codes.device.type == "cpu" and codes.numel():
             low, high = int(codes.min()), int(codes.max())
             if low < 0 or high >= self.num_codes:

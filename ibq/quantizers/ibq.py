@@ -30,15 +30,11 @@ class IBQConfig:
         for name in ("num_codes", "dim", "entropy_temperature", "init_scale"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
-                raise ValueError(
-                    f"{name}: must be positive, got {value}; the paper's settings are the defaults"
-                )
+                raise ValueError(f"{name}: must be positive, got {value}; the paper's settings are the defaults")
         for name in ("beta", "sample_entropy_weight", "batch_entropy_weight"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(
-                    f"{name}: must be at least 0 and finite, got {value}; the paper's is the default"
-                )
+                raise ValueError(f"{name}: must be at least 0 and finite, got {value}; the paper's is the default")
         if self.init not in ("normal", "uniform"):
             raise ValueError(f"init: no initialisation {self.init!r}; use normal or uniform")
 

@@ -40,7 +40,11 @@ class TrainingState:
 
 
 def save_checkpoint(
-    folder: Path, engines: Mapping[str, Engine], rank_tensors: Mapping[str, Tensor], state: TrainingState, keep: int
+    folder: Path,
+    engines: Mapping[str, Engine],
+    rank_tensors: Mapping[str, Tensor],
+    state: TrainingState,
+    keep: int,
 ) -> Path:
     """Write one checkpoint under `folder`, then remove all but the last `keep`; every rank calls it."""
     target = folder / f"step-{state.step:08d}"

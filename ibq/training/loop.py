@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +11,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ibq import dist
 from ibq.config import UserError
 from ibq.engine.base import Engine
+from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from ibq.training.metrics import Interval, MetricLogger, Stopwatch, peak_memory_gib
 
@@ -122,10 +121,7 @@ def train(
     run.resume()
     stopwatch, interval = Stopwatch(device), Interval()
     batches = training_batches(run.step, total_steps)
-    progress = tqdm(
-        total=total_steps, initial=run.step, desc=title, unit="step", disable=not dist.is_main(), dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 15,
-    )  # fmt: skip
+    progress = progress_bar(title, total_steps, "step", initial=run.step, disable=not dist.is_main())
     started, since = time.perf_counter(), run.step
     with progress, contextlib.closing(run.logger):
         while run.step < total_steps:
@@ -191,7 +187,7 @@ class _Run:
         culprits = [name for name, value in values.items() if not math.isfinite(value)]
         where = f"step {self.step - 1}: not finite: {', '.join(culprits) or 'gradients'}"
         if dist.is_main():
-            tqdm.write(f"skipped {where}", file=sys.stderr)
+            say(f"skipped {where}")
         self.logger.scalars(self.step, {"bad_steps": self.bad_steps})
         if self.bad_in_a_row >= self.config.max_bad_steps:
             raise BadStepsError(

@@ -32,12 +32,17 @@ class Arguments:
 def parse_arguments(kind: type, description: str, example: str, argv: Sequence[str] | None = None) -> Arguments:
     """Read `--config FILE [key=value ...] [--fresh]` into a config of class `kind`."""
     parser = argparse.ArgumentParser(
-        description=description, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see yaml/")
     parser.add_argument("--fresh", action="store_true", help="start over: remove what an earlier run left in `output`")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over the file's, such as training.batch_size=64"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings over the file's, such as training.batch_size=64",
     )
     # The deepspeed launcher adds --local_rank; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

@@ -17,6 +17,7 @@ from ibq.evaluation.reconstruction import CodeUsage, evaluate_reconstruction
 from ibq.models.discriminator import DiscriminatorConfig
 from ibq.models.perceptual import PerceptualConfig
 from ibq.models.tokenizer import Tokenizer
+from ibq.progress import say
 from ibq.training.checkpoint import save_pretrained
 from ibq.training.loop import Batch, StepOutcome, Validation
 from ibq.training.metrics import Stopwatch
@@ -59,25 +60,36 @@ class TokenizerLossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerScheduleConfig:
-    """Learning rate of both networks: warm-up, then constant with drops (multi_step) or a cosine."""
+class MultiStepScheduleConfig:
+    """Learning rate of both networks: constant, with drops after some epochs; the paper's."""
 
-    kind: Literal["multi_step", "cosine"] = "multi_step"
+    kind: Literal["multi_step"] = "multi_step"
     warmup_steps: int = 0
-    drop_epochs: tuple[int, ...] = ()  # multi_step: epochs (from 1) after which the rate is multiplied by drop_rate
+    drop_epochs: tuple[int, ...] = ()  # epochs (from 1) after which the rate is multiplied by drop_rate
     drop_rate: float = 0.1
-    end: float = 0.0  # cosine: the last learning rate as a share of the peak
 
-    def learning_rate(self, peak: float, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    def learning_rate(self, peak: float, step: int, steps_per_epoch: int, _total_steps: int) -> float:
         """The learning rate of a step, from 0."""
-        match self.kind:
-            case "multi_step":
-                rate = multi_step_lr(step // steps_per_epoch, peak, self.drop_epochs, self.drop_rate)
-                return rate * linear_warmup(step, warmup_steps=self.warmup_steps)
-            case "cosine":
-                return peak * linear_warmup_cosine(
-                    step, warmup_steps=self.warmup_steps, max_steps=total_steps, minimum=self.end
-                )
+        rate = multi_step_lr(step // steps_per_epoch, peak, self.drop_epochs, self.drop_rate)
+        return rate * linear_warmup(step, warmup_steps=self.warmup_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineScheduleConfig:
+    """Learning rate of both networks: warm-up, then a cosine to `end` x peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: int = 0
+    end: float = 0.0  # last learning rate as a share of the peak
+
+    def learning_rate(self, peak: float, step: int, _steps_per_epoch: int, total_steps: int) -> float:
+        """The learning rate of a step, from 0."""
+        return peak * linear_warmup_cosine(
+            step, warmup_steps=self.warmup_steps, max_steps=total_steps, minimum=self.end
+        )
+
+
+TokenizerScheduleConfig = MultiStepScheduleConfig | CosineScheduleConfig
 
 
 class TokenizerTask:
@@ -225,10 +237,9 @@ class TokenizerTask:
         reachable = 1 - math.exp(-statistics["tokens_per_code"])
         share = statistics["usage"] / reachable if reachable else 1.0
         if share < self.usage_alarm and dist.is_main():
-            print(
-                f"\nALARM step {step}: codebook collapse: {statistics['usage']:.2%} of the codes in use, "
-                f"{share:.2%} of what this many tokens could use",
-                flush=True,
+            say(
+                f"ALARM step {step}: codebook collapse: {statistics['usage']:.2%} of the codes in use, "
+                f"{share:.2%} of what this many tokens could use"
             )
         return {
             "codebook/usage": statistics["usage"],
@@ -246,9 +257,7 @@ class TokenizerTask:
         """Reconstruction figures with averaged weights; the score is the PSNR."""
         self.tokenizer.eval()
         with self.generator.averaged(), self.generator.autocast():
-            report = evaluate_reconstruction(
-                self.tokenizer, batches, perceptual=self.perceptual, keep=GRID_IMAGES
-            )
+            report = evaluate_reconstruction(self.tokenizer, batches, perceptual=self.perceptual, keep=GRID_IMAGES)
         self.tokenizer.train()
         grid = torch.stack([report.originals, report.reconstructions]) if len(report.originals) else torch.empty(0)
         return Validation(
