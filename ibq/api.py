@@ -1,5 +1,6 @@
 """Loading trained models and generating images: what `import ibq` offers."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,8 +27,10 @@ def load_tokenizer(path: str | Path, *, weights: Weights = "ema", device: torch.
     keeps the averaged ones.
     """
     if _is_reference_checkpoint(path):
-        state = seed_voken.read_tokenizer(path, weights)
-        return _ready(Tokenizer, seed_voken.infer_tokenizer_config(state), state, device)
+        with _explained():
+            state = seed_voken.read_tokenizer(path, weights)
+            config = seed_voken.infer_tokenizer_config(state)
+        return _ready(Tokenizer, config, state, device)
     return _load(Tokenizer, TokenizerConfig, path, device)
 
 
@@ -40,8 +43,10 @@ def load_transformer(
     tokens) is taken. Raises UserError if there is no model.
     """
     if _is_reference_checkpoint(path):
-        state = seed_voken.read_transformer(path)
-        return _ready(Transformer, config or seed_voken.published_transformer_config(state), state, device)
+        with _explained():
+            state = seed_voken.read_transformer(path)
+            config = config or seed_voken.published_transformer_config(state)
+        return _ready(Transformer, config, state, device)
     return _load(Transformer, TransformerConfig, path, device)
 
 
@@ -56,6 +61,15 @@ def pretrained_folder(path: str | Path) -> Path:
 
 def _is_reference_checkpoint(path: str | Path) -> bool:
     return Path(path).is_file() and Path(path).suffix in {".ckpt", ".pt", ".pth"}
+
+
+@contextlib.contextmanager
+def _explained():
+    """What is wrong with a published checkpoint is the user's to solve."""
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"not a published checkpoint of this kind: {' '.join(str(error).split())}") from error
 
 
 def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device) -> nn.Module:
@@ -110,8 +124,9 @@ def generate(
 ) -> Tensor:
     """One uint8 image [3, H, W] per entry of `classes`: [N, 3, H, W], on the CPU.
 
-    Image i is drawn with seed `seed` + i, or with `seed`[i], and depends on (weights, class, that seed, settings) alone, on a given
-    device and precision. `progress` is called with (images done, images). Raises ValueError for classes or settings out of range.
+    Image i is drawn with seed `seed` + i, or with `seed`[i], and depends on (weights, class, that seed, settings)
+    alone, on a given device and precision. `progress` is called with (images done, images). Raises ValueError for
+    classes or settings out of range.
     """
     config = SamplerConfig(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
     seeds = [seed + i for i in range(len(classes))] if isinstance(seed, int) else seed

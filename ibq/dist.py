@@ -90,6 +90,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, in the order of the ranks; every rank has equally many."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    torch_dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
 def any_rank(flag: Tensor) -> bool:
     """Whether the boolean scalar is true on any rank; every rank gets the same answer."""
     value = flag.to(torch.float32)

@@ -78,7 +78,7 @@ def sample_codes(
     was_training = transformer.training
     transformer.eval()
     try:
-        blocks = [torch.empty(0, transformer.config.tokens, dtype=torch.int64)]
+        blocks = [torch.empty(0, transformer.config.tokens, dtype=torch.int64, device="cpu")]
         for start in range(0, len(classes), config.rows_per_block):
             stop = min(start + config.rows_per_block, len(classes))
             blocks.append(_sample_block(transformer, classes[start:stop], seeds[start:stop], config))
@@ -96,12 +96,12 @@ def _sample_block(
     """Codes [n, T] of up to `rows_per_block` images, decoded in exactly that many rows."""
     rows, device = config.rows_per_block, transformer.head.weight.device
     guided = config.guidance_scale != 1.0
-    rows_of_classes = list(classes) + [transformer.null_class] * (rows - len(classes))
+    rows_of_classes = [int(label) for label in classes] + [transformer.null_class] * (rows - len(classes))
     if guided:
         rows_of_classes += [transformer.null_class] * rows
     condition = transformer.condition(torch.tensor(rows_of_classes, device=device))
     cache = transformer.new_cache(len(rows_of_classes), _compute_dtype(transformer), device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     codes = torch.empty(rows, transformer.config.tokens, dtype=torch.int64, device=device)
     previous = None
     for position in range(transformer.config.tokens):
@@ -121,7 +121,7 @@ def _draw(logits: Tensor, generators: Sequence[torch.Generator], config: Sampler
         return logits.argmax(-1)
     logits = filter_logits(logits / config.temperature, config.top_k, config.top_p)
     # argmax(p / e) with exponential e draws from p; on log scale small probabilities do not underflow.
-    noise = torch.ones(logits.shape, pin_memory=logits.is_cuda)
+    noise = torch.ones(logits.shape, device="cpu", pin_memory=logits.is_cuda)
     for row, generator in zip(noise, generators, strict=False):
         row.exponential_(generator=generator)
     noise = noise.to(logits.device, non_blocking=True).clamp_min(torch.finfo(noise.dtype).tiny)

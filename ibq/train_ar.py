@@ -29,7 +29,9 @@ from ibq.training.ar_task import ARScheduleConfig, ARTask
 from ibq.training.loop import TrainingConfig, train
 from ibq.training.run import (
     check_schedule,
+    check_seed_and_average,
     make_order,
+    naming,
     parse_arguments,
     prepare_folder,
     seed_parameters,
@@ -65,6 +67,9 @@ class ARRunConfig:
     training: TrainingConfig
     engine: LocalEngineConfig = field(default_factory=LocalEngineConfig)
 
+    def __post_init__(self):
+        check_seed_and_average(self.seed, self.ema_decay)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
@@ -75,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config: ARRunConfig = arguments.config
     set_up_torch()
     device = dist.setup(config.device)
-    train_set, validation_set, tokenizer = open_data(config, arguments.source, device)
+    with naming(arguments.source):
+        train_set, validation_set, tokenizer = open_data(config, device)
     order = make_order(config.training, len(train_set), config.seed, arguments.source)
     task = build_task(config, order, device, tokenizer)
     check_schedule(task.hyper, arguments.source)
@@ -105,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist.shutdown()
 
 
-def open_data(config: ARRunConfig, source: str, device: torch.device):
+def open_data(config: ARRunConfig, device: torch.device):
     """(training set, validation set, frozen tokenizer or None), checked against the model."""
     data, model = config.data, config.model
     if isinstance(data, CodeDataConfig):
@@ -114,9 +120,8 @@ def open_data(config: ARRunConfig, source: str, device: torch.device):
         tokenizer, meta = None, train_set.meta
         found = meta.num_codes, meta.tokens_per_side, len(meta.classes)
         if validation_set.meta.tokenizer != meta.tokenizer:
-            raise UserError(
-                f"{source}: data.validation: made with another tokenizer than data.train; encode both again"
-            )
+            raise UserError("data.validation: made with another tokenizer than data.train; encode both again")
+        classes = meta.classes, validation_set.meta.classes
     else:
         tokenizer = load_tokenizer(data.tokenizer, device=device)
         size = tokenizer.config.resolution
@@ -124,10 +129,13 @@ def open_data(config: ARRunConfig, source: str, device: torch.device):
         train_set = ImageDataset(train_index, size, augment=data.augment, seed=config.seed, cache=data.cache)
         validation_set = ImageDataset(validation_index, size, cache=data.cache)
         found = tokenizer.quantizer.num_codes, tokenizer.config.tokens_per_side, len(train_index.classes)
+        classes = train_index.classes, validation_index.classes
+    if classes[1] != classes[0][: len(classes[1])]:
+        raise UserError("data.validation: its classes are not those of data.train; give every class a folder in both")
     names = "vocab_size", "tokens_per_side", "num_classes"
     for name, value in zip(names, found, strict=True):
         if getattr(model, name) != value:
-            raise UserError(f"{source}: model.{name}: is {getattr(model, name)} but the data has {value}; set it so")
+            raise UserError(f"model.{name}: is {getattr(model, name)} but the data has {value}; set it so")
     return train_set, validation_set, tokenizer
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 # A script's own folder comes first on sys.path; there `ibq/` would hide other packages, and `ibq` itself be missing.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,13 +29,16 @@ from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.training.loop import TrainingConfig, train
 from ibq.training.run import (
     check_schedule,
+    check_seed_and_average,
     make_order,
+    naming,
     parse_arguments,
     prepare_folder,
     seed_parameters,
     set_up_torch,
 )
 from ibq.training.tokenizer_task import (
+    CodebookStartConfig,
     MultiStepScheduleConfig,
     TokenizerLossConfig,
     TokenizerScheduleConfig,
@@ -55,11 +59,23 @@ class TokenizerRunConfig:
     usage_alarm: float = 0.1  # share of the reachable codes under which the codebook counts as collapsed
     data: ImageDataConfig
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    codebook_start: CodebookStartConfig = field(default_factory=CodebookStartConfig)
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: TokenizerScheduleConfig = field(default_factory=MultiStepScheduleConfig)
     training: TrainingConfig
     engine: LocalEngineConfig = field(default_factory=LocalEngineConfig)
+
+    def __post_init__(self):
+        check_seed_and_average(self.seed, self.ema_decay)
+        if self.model.in_channels != 3:
+            raise ValueError(f"model.in_channels: images have 3 channels, not {self.model.in_channels}")
+        gan = self.loss.gan
+        if gan.enabled and self.model.resolution < gan.discriminator.smallest_side:
+            raise ValueError(
+                f"loss.gan.discriminator.layers: {gan.discriminator.layers} layers need images of at least "
+                f"{gan.discriminator.smallest_side} pixels, not {self.model.resolution}; take fewer layers"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,12 +88,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_torch()
     perceptual = build_perceptual(config.loss.perceptual)  # first: the likeliest thing to be missing
     device = dist.setup(config.device)
-    train_index, validation_index = split_images(config.data)
+    with naming(arguments.source):
+        train_index, validation_index = split_images(config.data)
     size, augment, cache = config.model.resolution, config.data.augment, config.data.cache
     train_set = ImageDataset(train_index, size, augment=augment, seed=config.seed, cache=cache)
     validation_set = ImageDataset(validation_index, size, cache=cache)
     order = make_order(config.training, len(train_set), config.seed, arguments.source)
-    task = build_task(config, order, device, perceptual)
+
+    def training_steps(start: int, stop: int):
+        return training_batches(train_set, order, start, stop, workers=config.data.workers, device=device)
+
+    first = functools.partial(training_steps, 0, order.steps_per_epoch)
+    task = build_task(config, order, device, perceptual, first)
     check_schedule(task.learning_rate, arguments.source)
     folder = prepare_folder(config.output, config, arguments.fresh)
     train(
@@ -87,9 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         total_steps=config.training.total_steps(order.steps_per_epoch),
         seed=config.seed,
         device=device,
-        training_batches=lambda start, stop: training_batches(
-            train_set, order, start, stop, workers=config.data.workers, device=device
-        ),
+        training_batches=training_steps,
         validation_batches=lambda: validation_batches(
             validation_set,
             config.training.micro_batch,
@@ -104,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist.shutdown()
 
 
-def build_task(config: TokenizerRunConfig, order, device: torch.device, perceptual) -> TokenizerTask:
+def build_task(config: TokenizerRunConfig, order, device: torch.device, perceptual, first_batches) -> TokenizerTask:
     """Networks, engines and the task that trains them."""
     total_steps = config.training.total_steps(order.steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
@@ -136,6 +156,8 @@ def build_task(config: TokenizerRunConfig, order, device: torch.device, perceptu
         statistics=config.statistics,
         usage_alarm=config.usage_alarm,
         memory_format=memory_format,
+        codebook_start=config.codebook_start,
+        first_batches=first_batches,
     )
 
 

@@ -23,6 +23,10 @@ class CodeDataConfig:
     validation: str | None = None
     workers: int = 0
 
+    def __post_init__(self):
+        if self.workers < 0:
+            raise ValueError(f"workers: must not be negative, got {self.workers}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodesMeta:
@@ -54,9 +58,12 @@ class CodeDataset(torch.utils.data.Dataset):
         folder = Path(folder)
         if not (folder / META_FILE).exists():
             raise UserError(f"no codes in {str(folder)!r}: write them with tools/encode_shards.py")
-        self.meta = CodesMeta(**json.loads((folder / META_FILE).read_text()))
-        self.codes = np.load(folder / CODES_FILE, mmap_mode="r", allow_pickle=False)
-        self.labels = np.load(folder / LABELS_FILE, allow_pickle=False)
+        try:
+            self.meta = CodesMeta(**json.loads((folder / META_FILE).read_text()))
+            self.codes = np.load(folder / CODES_FILE, mmap_mode="r", allow_pickle=False)
+            self.labels = np.load(folder / LABELS_FILE, allow_pickle=False)
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            raise UserError(f"codes in {str(folder)!r} cannot be read ({error}); write them again") from error
         if len(self.codes) != len(self.labels) or self.codes.shape[1] != self.meta.tokens_per_side**2:
             raise UserError(f"codes in {str(folder)!r} do not fit their meta data; write them again")
 

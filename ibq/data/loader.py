@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ibq.config import UserError
 from ibq.data.order import BatchOrder
 
 
@@ -33,7 +34,7 @@ def training_batches(
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
-    micro_batches = iter(loader)
+    micro_batches = _read(loader)
     for _ in range(start, stop):
         yield [_to_device(next(micro_batches), device) for _ in range(order.accumulation)]
 
@@ -52,8 +53,16 @@ def validation_batches(
     numbers = list(range(len(dataset)))[:limit][rank::world_size]
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda")
-    for batch in loader:
+    for batch in _read(loader):
         yield _to_device(batch, device)
+
+
+def _read(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches; a user's error in a worker comes without the worker's traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rsplit(f"{UserError.__name__}: ", 1)[-1].strip()) from error
 
 
 def _to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

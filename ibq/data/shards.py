@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,12 @@ class ImageDataConfig:
     workers: int = 4
     cache: bool = False  # keep decoded images in memory: for sets that fit
 
+    def __post_init__(self):
+        if self.validation_every < 2:
+            raise ValueError(f"validation_every: must be at least 2, got {self.validation_every}")
+        if self.workers < 0:
+            raise ValueError(f"workers: must not be negative, got {self.workers}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEntry:
@@ -55,9 +62,8 @@ class ImageIndex:
     def read(self, number: int) -> bytes:
         """The bytes of one image file."""
         entry = self.entries[number]
-        file = _open_shard(entry.path)
-        file.seek(entry.offset)
-        return file.read(entry.size)
+        # Not seek and read: forked workers share the position in a file that was open before.
+        return os.pread(_open_shard(entry.path).fileno(), entry.size, entry.offset)
 
     def subset(self, numbers: Sequence[int]) -> "ImageIndex":
         """The same place with only some of its images."""
@@ -80,6 +86,8 @@ def open_images(place: str) -> ImageIndex:
             f"no images at {place!r}: give a glob of tar shards (data/train-*.tar) or a folder of class folders"
         )
     entries = [entry for path in paths for entry in _index_shard(path)]
+    if not entries:
+        raise UserError(f"no images in the shards {place!r}: expected JPEG, PNG or WebP files with a .cls file each")
     return ImageIndex(entries, _class_names(Path(paths[0]).parent, entries))
 
 
@@ -102,7 +110,9 @@ def _index_shard(path: str) -> list[ImageEntry]:
     try:
         with tarfile.open(path) as tar:
             for member in tar:
-                key, dot, suffix = member.name.partition(".")
+                folder, slash, name = member.name.rpartition("/")  # folders may have dots, as in ./0001.png
+                name, dot, suffix = name.partition(".")
+                key = folder + slash + name
                 if f".{suffix.lower()}" in IMAGE_SUFFIXES:
                     images[key] = (member.offset_data, member.size)
                 elif dot and suffix == "cls":
@@ -118,18 +128,28 @@ def _index_shard(path: str) -> list[ImageEntry]:
 def _class_names(folder: Path, entries: Sequence[ImageEntry]) -> list[str]:
     count = 1 + max((entry.label for entry in entries), default=-1)
     if (folder / CLASSES_FILE).exists():
-        names = json.loads((folder / CLASSES_FILE).read_text())
+        try:
+            names = [str(name) for name in json.loads((folder / CLASSES_FILE).read_text())]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder / CLASSES_FILE}: not a JSON list of class names ({error})") from error
         if len(names) < count:
             raise UserError(f"{folder / CLASSES_FILE} names {len(names)} classes but labels go up to {count - 1}")
         return names
     return [str(i) for i in range(count)]
 
 
+def _open_named(name: str, place: str) -> ImageIndex:
+    try:
+        return open_images(place)
+    except UserError as error:
+        raise UserError(f"data.{name}: {error}") from error
+
+
 def split_images(config: ImageDataConfig) -> tuple[ImageIndex, ImageIndex]:
     """(training, validation) images as the config says."""
-    train = open_images(config.train)
+    train = _open_named("train", config.train)
     if config.validation is not None:
-        return train, open_images(config.validation)
+        return train, _open_named("validation", config.validation)
     held_out = set(range(0, len(train), config.validation_every))
     keep = [i for i in range(len(train)) if i not in held_out]
     return train.subset(keep), train.subset(sorted(held_out))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 import torch
@@ -26,6 +26,8 @@ class OptimizerConfig:
             raise ValueError(f"learning_rate: must not be negative, got {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: must lie in [0, 1), got {self.betas}")
+        if self.eps < 0:
+            raise ValueError(f"eps: must not be negative, got {self.eps}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm: must be positive, got {self.clip_norm}; null switches clipping off")
 
@@ -60,6 +62,9 @@ class ParameterState:
     ema: Tensor | None  # None where the engine keeps no average
 
 
+PARTS = tuple(part.name for part in fields(ParameterState))
+
+
 class Engine(Protocol):
     """Trains one module.
 
@@ -86,6 +91,9 @@ class Engine(Protocol):
     def discard(self) -> None:
         """Forget the accumulated gradients."""
 
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Set a parameter, and its average, to a value that was found otherwise than by training."""
+
     def averaged(self) -> AbstractContextManager[None]:
         """Within this context the module carries the averaged (EMA) weights."""
 
@@ -94,6 +102,17 @@ class Engine(Protocol):
 
     def load_named_state(self, reader: Callable[[str], ParameterState], steps: int) -> None:
         """Restore every parameter from `reader`."""
+
+
+@torch.no_grad()
+def snapshot(engine: Engine) -> Callable[[], None]:
+    """A function that takes the engine back to this moment; it copies everything, so it is for small modules."""
+    steps = engine.steps
+    copies = {
+        name: ParameterState(**{part: None if (t := getattr(state, part)) is None else t.clone() for part in PARTS})
+        for name, state in engine.named_state()
+    }
+    return lambda: engine.load_named_state(copies.__getitem__, steps)
 
 
 @torch.no_grad()

@@ -119,6 +119,13 @@ class LocalEngine:
         self._micro_batches = 0
         self._loss_is_bad.zero_()
 
+    @torch.no_grad()
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Set a parameter, and its average, to a value that was found otherwise than by training."""
+        for target in (self._parameters.get(name), self._shadows.get(name)):
+            if target is not None:
+                target.copy_(value)
+
     @contextlib.contextmanager
     def averaged(self):
         """Within this context the module carries the averaged weights, if this engine keeps an average."""
@@ -155,6 +162,7 @@ class LocalEngine:
             parameter.data.copy_(state.weight)
             if name in self._shadows:
                 self._shadows[name].copy_(state.weight if state.ema is None else state.ema)
+            self._optimizer.state.pop(parameter, None)
             if state.moment1 is not None:
                 self._optimizer.state[parameter] = {
                     "step": torch.tensor(float(steps), device=parameter.device),

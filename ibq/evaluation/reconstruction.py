@@ -49,7 +49,7 @@ def thumbnail(images: Tensor, side: int) -> Tensor:
     small = F.interpolate(images.double(), size=(side, side), mode="bicubic", antialias=True, align_corners=False)
     small = small.round().clamp(0, 255)
     large = F.interpolate(small, size=images.shape[-2:], mode="bicubic", align_corners=False)
-    return large.clamp(0, 255).to(torch.uint8)
+    return large.round().clamp(0, 255).to(torch.uint8)
 
 
 class CodeUsage:
@@ -115,7 +115,9 @@ def evaluate_reconstruction(
     """
     device = next(tokenizer.parameters()).device
     usage = CodeUsage(tokenizer.quantizer.num_codes, device)
-    sums: dict[str, Tensor] = {}
+    names = ["psnr", "ssim", "l1", "thumbnail_psnr", *(["lpips"] if perceptual is not None else [])]
+    # Every rank needs them all for the reduction, also one that no image falls to.
+    sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in names}
     originals, reconstructions = [], []
     for images, _ in batches:
         inputs = to_unit_range(images)
@@ -133,7 +135,7 @@ def evaluate_reconstruction(
             values["lpips"] = perceptual(inputs, decoded.clamp(-1, 1)).flatten()
         for name, value in values.items():
             finite = torch.where(torch.isinf(value), 100.0, value.double())  # an exact copy counts as 100 dB
-            sums[name] = sums.get(name, 0) + torch.stack([finite.sum(), finite.new_tensor(len(finite))])
+            sums[name] += torch.stack([finite.sum(), finite.new_tensor(len(finite))])
         if sum(map(len, originals)) < keep:
             originals.append(images[:keep].cpu())
             reconstructions.append(outputs[:keep].cpu())
@@ -141,7 +143,7 @@ def evaluate_reconstruction(
     usage.reduce()
     used = usage.used()
     metrics |= usage.statistics()
-    metrics["effective_rank"] = effective_rank(tokenizer.quantizer.codebook[used])
+    metrics["effective_rank"] = effective_rank(tokenizer.quantizer.code_vectors()[used])
     return ReconstructionReport(
         metrics=metrics,
         histogram=usage.counts.cpu(),
@@ -154,6 +156,6 @@ def _means_over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
     means = {}
     for name, pair in sums.items():
         total, count = dist.all_reduce_sum(pair).tolist()
-        means[name] = total / count
+        means[name] = total / count if count else math.nan
         means["images"] = count
     return means

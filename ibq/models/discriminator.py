@@ -19,6 +19,11 @@ class DiscriminatorConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def smallest_side(self) -> int:
+        """Pixels along a side that leave one patch logit: every layer halves, the last two convolutions take 2."""
+        return 3 * 2**self.layers
+
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalization whose statistics can be taken over all ranks, on any device.

@@ -1,9 +1,12 @@
 """LPIPS (arXiv 1801.03924) through the `lpips` package, with the VGG-16 weights from wherever they are."""
 
+import contextlib
 import hashlib
-import urllib.error
+import http.client
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -41,10 +44,11 @@ def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
 def _read_vgg(config: PerceptualConfig) -> dict:
     if config.weights == "download":
         try:
-            return torch.hub.load_state_dict_from_url(
-                VGG_URL, map_location="cpu", check_hash=True, weights_only=True, progress=False
-            )
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            with contextlib.redirect_stderr(io.StringIO()):  # where torch announces the download
+                return torch.hub.load_state_dict_from_url(
+                    VGG_URL, map_location="cpu", check_hash=True, weights_only=True, progress=False
+                )
+        except (OSError, http.client.HTTPException, RuntimeError, EOFError, UnpicklingError) as error:
             raise UserError(
                 f"LPIPS needs VGG-16 weights, and they could not be downloaded ({error}); give a copy of "
                 "vgg16-397923af.pth by loss.perceptual.weights=FILE, or set loss.perceptual.weight=0"

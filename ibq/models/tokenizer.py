@@ -9,8 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ibq.quantizers import IBQConfig, QuantizerConfig, build_quantizer
 
-NORM_GROUPS = 32
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -29,6 +27,7 @@ class TokenizerConfig:
     res_blocks: int = 4  # ResBlocks per level of the encoder; the decoder has one more
     attention_resolutions: tuple[int, ...] = (16,)
     latent_channels: int = 256
+    norm_groups: int = 32
     dropout: float = 0.0
     gradient_checkpointing: bool = False  # recompute every ResBlock in the backward pass
     quantizer: QuantizerConfig = field(default_factory=IBQConfig)
@@ -37,10 +36,10 @@ class TokenizerConfig:
         if not self.channel_multipliers or min(self.channel_multipliers) < 1 or self.res_blocks < 1:
             raise ValueError("channel_multipliers: need at least one level of at least one ResBlock; see the defaults")
         for multiplier in self.channel_multipliers:
-            if self.channels * multiplier % NORM_GROUPS:
+            if self.channels * multiplier % self.norm_groups:
                 raise ValueError(
-                    f"channels: {self.channels} x {multiplier} channels do not divide into {NORM_GROUPS} "
-                    f"normalization groups; use a multiple of {NORM_GROUPS}"
+                    f"channels: {self.channels} x {multiplier} channels do not divide into {self.norm_groups} "
+                    f"normalization groups; use a multiple of {self.norm_groups}, or fewer `norm_groups`"
                 )
         if self.resolution % self.downsampling:
             raise ValueError(
@@ -75,20 +74,20 @@ class TokenizerOutput:
     metrics: dict[str, Tensor]  # detached scalars of the quantizer
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+def _norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut, recomputed in the backward pass if `recompute`."""
+    """Two 3x3 convolutions with a shortcut, recomputed in the backward pass with gradient checkpointing."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float, recompute: bool):
+    def __init__(self, in_channels: int, out_channels: int, config: TokenizerConfig):
         super().__init__()
-        self.recompute = recompute
-        self.norm1 = _norm(in_channels)
+        self.recompute = config.gradient_checkpointing
+        self.norm1 = _norm(in_channels, config)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = _norm(out_channels, config)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -109,9 +108,9 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions of a level."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, config: TokenizerConfig):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, config)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -154,10 +153,8 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, config: TokenizerConfig):
         super().__init__()
         channels = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(
-            ResBlock(channels[i], channels[i + 1], config.dropout, config.gradient_checkpointing) for i in range(blocks)
-        )
-        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(ResBlock(channels[i], channels[i + 1], config) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(out_channels, config) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -172,9 +169,9 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int, config: TokenizerConfig):
         super().__init__()
-        self.block_1 = ResBlock(channels, channels, config.dropout, config.gradient_checkpointing)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResBlock(channels, channels, config.dropout, config.gradient_checkpointing)
+        self.block_1 = ResBlock(channels, channels, config)
+        self.attn_1 = AttnBlock(channels, config)
+        self.block_2 = ResBlock(channels, channels, config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -196,7 +193,7 @@ class Encoder(nn.Module):
             self.down.append(module)
             previous = width
         self.mid = Middle(previous, config)
-        self.norm_out = _norm(previous)
+        self.norm_out = _norm(previous, config)
         self.conv_out = nn.Conv2d(previous, config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -225,7 +222,7 @@ class Decoder(nn.Module):
             levels.insert(0, module)  # up[0] is the full resolution, as in the published checkpoints
             previous = widths[level]
         self.up = nn.ModuleList(levels)
-        self.norm_out = _norm(previous)
+        self.norm_out = _norm(previous, config)
         self.conv_out = nn.Conv2d(previous, config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -25,16 +25,19 @@ def index_backprop(
     *,
     beta: float,
     temperature: float,
+    selection_temperature: float = 1.0,
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> IndexBackpropResult:
     """Quantize tokens [N, D] with a codebook [K, D] so that every code receives a gradient.
 
     Index Backpropagation Quantization (arXiv 2412.02692, section 3.2): the hard one-hot of the best code plus the
     straight-through softmax selects the latent, and the quantization loss pulls twice ("double quantization").
+    `temperature` is that of the entropies; `selection_temperature`, 1 in the paper, that of the softmax whose
+    gradient reaches the tokens and every code.
     `mean_over_ranks`, an autograd-aware mean, makes the batch entropy one over all ranks.
     """
     logits = torch.einsum("nd,kd->nk", tokens, codebook)
-    probabilities = logits.softmax(dim=1)
+    probabilities = (logits / selection_temperature).softmax(dim=1)
     codes = probabilities.argmax(dim=1)  # the lowest index wins a tie
     hard = F.one_hot(codes, codebook.shape[0]).to(probabilities.dtype)
     one_hot = hard - probabilities.detach() + probabilities

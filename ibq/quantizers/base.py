@@ -27,6 +27,7 @@ class Quantizer(nn.Module):
     num_codes: int
     dim: int
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None
+    passthrough: bool = False  # hand on the latents unquantized: before the codebook is initialised from them
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize z [B, D, h, w]."""
@@ -39,6 +40,14 @@ class Quantizer(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Latents [B, D, h, w] of codes [B, h, w]."""
+        raise NotImplementedError
+
+    def code_vectors(self) -> Tensor:
+        """The latents [K, D] that the codes stand for."""
+        raise NotImplementedError
+
+    def tokens(self, z: Tensor) -> Tensor:
+        """The vectors [N, D] that are compared with the codes, of z [B, D, h, w]."""
         raise NotImplementedError
 
     def check_latents(self, z: Tensor) -> None:

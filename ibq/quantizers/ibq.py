@@ -23,11 +23,13 @@ class IBQConfig:
     entropy_temperature: float = 0.01
     sample_entropy_weight: float = 1.0  # each token should be certain of its code
     batch_entropy_weight: float = 1.0  # all codes should be in use
+    selection_temperature: float = 1.0  # of the softmax whose gradient reaches the encoder and every code
+    l2_normalize: bool = False  # compare and hand on unit vectors; then the selection wants a low temperature
     init: Literal["normal", "uniform"] = "normal"
     init_scale: float = 1.0  # standard deviation (normal) or half-width (uniform) of the codebook's entries
 
     def __post_init__(self):
-        for name in ("num_codes", "dim", "entropy_temperature", "init_scale"):
+        for name in ("num_codes", "dim", "entropy_temperature", "selection_temperature", "init_scale"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: must be positive, got {value}; the paper's settings are the defaults")
@@ -63,19 +65,32 @@ class IndexBackpropQuantizer(Quantizer):
             case "uniform":
                 nn.init.uniform_(self.codebook, -scale, scale)
 
+    def code_vectors(self) -> Tensor:
+        """The rows [K, D] that codes stand for, in float32 or float64."""
+        codebook = self.codebook if self.codebook.dtype == torch.float64 else self.codebook.float()
+        return F.normalize(codebook, dim=1) if self.config.l2_normalize else codebook
+
+    def tokens(self, z: Tensor) -> Tensor:
+        """The vectors [N, D] that are compared with the codes, of z [B, D, h, w]."""
+        dtype = torch.float64 if self.codebook.dtype == torch.float64 else torch.float32
+        tokens = z.permute(0, 2, 3, 1).reshape(-1, self.dim).to(dtype)
+        return F.normalize(tokens, dim=1) if self.config.l2_normalize else tokens
+
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize z [B, D, h, w]."""
         self.check_latents(z)
         config = self.config
         batch, _, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):
-            codebook = self.codebook if self.codebook.dtype == torch.float64 else self.codebook.float()
-            tokens = z.permute(0, 2, 3, 1).reshape(-1, self.dim).to(codebook.dtype)  # [N, D]
+            codebook, tokens = self.code_vectors(), self.tokens(z)
+            if self.passthrough:
+                return self._pass(z, tokens, codebook)
             result = index_backprop(
                 tokens,
                 codebook,
                 beta=config.beta,
                 temperature=config.entropy_temperature,
+                selection_temperature=config.selection_temperature,
                 mean_over_ranks=self.mean_over_ranks,
             )
             entropy = (
@@ -92,16 +107,28 @@ class IndexBackpropQuantizer(Quantizer):
             },
         )
 
+    def _pass(self, z: Tensor, tokens: Tensor, codebook: Tensor) -> QuantizerOutput:
+        batch, _, height, width = z.shape
+        nothing = 0.0 * codebook.sum()  # data parallelism wants a gradient for every parameter
+        return QuantizerOutput(
+            latents=tokens.view(batch, height, width, self.dim).permute(0, 3, 1, 2),
+            codes=self._best(tokens.detach(), codebook.detach()).view(batch, height, width),
+            losses={"quantization": nothing, "entropy": nothing},
+        )
+
+    def _best(self, tokens: Tensor, codebook: Tensor) -> Tensor:
+        logits = tokens @ codebook.t()  # [N, K]
+        return (logits / self.config.selection_temperature).softmax(dim=1).argmax(dim=1)
+
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         """Codes [B, h, w] of z [B, D, h, w], without the losses."""
         self.check_latents(z)
+        batch, _, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):
-            codebook = self.codebook if self.codebook.dtype == torch.float64 else self.codebook.float()
-            logits = z.permute(0, 2, 3, 1).to(codebook.dtype) @ codebook.t()  # [B, h, w, K]
-            return logits.softmax(dim=-1).argmax(dim=-1)
+            return self._best(self.tokens(z), self.code_vectors()).view(batch, height, width)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Latents [B, D, h, w] of codes [B, h, w]."""
         self.check_codes(codes)
-        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
+        return F.embedding(codes, self.code_vectors()).permute(0, 3, 1, 2)

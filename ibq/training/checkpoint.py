@@ -88,6 +88,8 @@ def load_checkpoint(path: Path, engines: Mapping[str, Engine]) -> tuple[Training
     """Restore the engines from a checkpoint; returns the state and this rank's own tensors."""
     try:
         info = json.loads((path / "state.json").read_text())
+        if info["format"] != FORMAT:
+            raise UserError(f"{path}: checkpoint format {info['format']}, not {FORMAT}; use --fresh to start over")
         for name, engine in engines.items():
             with safe_open(path / f"{name}.safetensors", "pt") as file:
                 names = set(file.keys())
@@ -105,9 +107,10 @@ def load_checkpoint(path: Path, engines: Mapping[str, Engine]) -> tuple[Training
                 engine.load_named_state(read, info["updates"][name])
         own = path / f"rank-{dist.rank()}.safetensors"
         rank_tensors = load_file(own if own.exists() else path / "rank-0.safetensors")
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path}: not a checkpoint of this run ({error}); use --fresh to start over") from error
-    state = TrainingState(step=info["step"], best_score=info["best_score"], bad_steps=info["bad_steps"])
+        state = TrainingState(step=info["step"], best_score=info["best_score"], bad_steps=info["bad_steps"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: not a checkpoint of this run ({reason}); use --fresh to start over") from error
     return state, rank_tensors
 
 

@@ -41,7 +41,7 @@ class TrainingConfig:
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("epochs: give exactly one of `epochs` and `max_steps`")
         for name in ("epochs", "max_steps", "batch_size", "micro_batch", "log_every", "validate_every", "save_every",
-                     "keep_checkpoints", "max_bad_steps"):  # fmt: skip
+                     "validation_images", "keep_checkpoints", "max_bad_steps"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
@@ -119,7 +119,7 @@ def train(
     """
     run = _Run(task, folder, config, device)
     run.resume()
-    stopwatch, interval = Stopwatch(device), Interval()
+    stopwatch, interval = Stopwatch(device), Interval(device)
     batches = training_batches(run.step, total_steps)
     progress = progress_bar(title, total_steps, "step", initial=run.step, disable=not dist.is_main())
     started, since = time.perf_counter(), run.step

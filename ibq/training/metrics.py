@@ -69,7 +69,8 @@ def _step_of(line: str) -> float:
 class Interval:
     """Running means of a step's metrics, kept on the device and reduced over ranks once per interval."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self._device = device
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
 
@@ -85,7 +86,8 @@ class Interval:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        values = torch.stack([self._sums[name] / self._counts[name] for name in names])
+        # Settings of the step, such as the learning rate, are on the CPU.
+        values = torch.stack([(self._sums[name] / self._counts[name]).to(self._device) for name in names])
         result = dict(zip(names, dist.all_reduce_mean(values).tolist(), strict=True))
         self._sums.clear()
         self._counts.clear()

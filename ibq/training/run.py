@@ -1,9 +1,10 @@
 """What the entry scripts share: the command line, the run folder, equal initial weights."""
 
 import argparse
+import contextlib
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,23 @@ def make_order(training: TrainingConfig, size: int, seed: int, source: str) -> B
         )
     except ValueError as error:
         raise UserError(f"{source}: training.{error}") from error
+
+
+def check_seed_and_average(seed: int, ema_decay: float | None) -> None:
+    """Raise ValueError for a negative seed or a decay of the averaged weights outside [0, 1)."""
+    if seed < 0:
+        raise ValueError(f"seed: must not be negative, got {seed}")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay: must lie in [0, 1), got {ema_decay}")
+
+
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Errors of the user in this context name the config file too."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def check_schedule(schedule: Callable[[int], object], source: str) -> None:

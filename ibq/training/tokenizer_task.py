@@ -1,7 +1,7 @@
 """Stage 1: one step of the tokenizer's GAN."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,11 +12,12 @@ from torch import Tensor
 from ibq import dist, losses
 from ibq.config import dump_config
 from ibq.data.shards import to_unit_range
-from ibq.engine.base import Engine, GroupHyper
+from ibq.engine.base import Engine, GroupHyper, snapshot
 from ibq.evaluation.reconstruction import CodeUsage, evaluate_reconstruction
 from ibq.models.discriminator import DiscriminatorConfig
 from ibq.models.perceptual import PerceptualConfig
 from ibq.models.tokenizer import Tokenizer
+from ibq.ops.kmeans import kmeans
 from ibq.progress import say
 from ibq.training.checkpoint import save_pretrained
 from ibq.training.loop import Batch, StepOutcome, Validation
@@ -37,6 +38,11 @@ class GanConfig:
     loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
     lecam_weight: float = 0.05
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+    def __post_init__(self):
+        for name in ("start_step", "weight", "lecam_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         """The chosen loss of patch logits."""
@@ -92,6 +98,24 @@ class CosineScheduleConfig:
 TokenizerScheduleConfig = MultiStepScheduleConfig | CosineScheduleConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodebookStartConfig:
+    """Initialise the codebook from latents instead of at random.
+
+    For the first `warmup_steps` the decoder sees the latents unquantized; then the codebook becomes the k-means centres
+    of the latents of `images` training images.
+    """
+
+    kmeans: bool = False
+    warmup_steps: int = 0
+    images: int = 1_024
+    iterations: int = 8
+
+    def __post_init__(self):
+        if self.warmup_steps and not self.kmeans:
+            raise ValueError("warmup_steps: makes sense only with kmeans: true")
+
+
 class TokenizerTask:
     """Trains a tokenizer against a discriminator.
 
@@ -111,6 +135,8 @@ class TokenizerTask:
         statistics: Literal["rank", "world"] = "rank",
         usage_alarm: float = 0.1,
         memory_format: torch.memory_format = torch.contiguous_format,
+        codebook_start: CodebookStartConfig | None = None,
+        first_batches: Callable[[], Iterable[list[Batch]]] | None = None,
     ):
         self.engines = {"tokenizer": generator}
         if discriminator is not None:
@@ -118,6 +144,8 @@ class TokenizerTask:
         self.generator, self.discriminator, self.config = generator, discriminator, config
         self.perceptual, self.learning_rate, self.usage_alarm = perceptual, learning_rate, usage_alarm
         self.memory_format = memory_format
+        self.codebook_start = codebook_start or CodebookStartConfig()
+        self.first_batches = first_batches
         self.tokenizer: Tokenizer = generator.module
         device = next(self.tokenizer.parameters()).device
         self.reduce = dist.statistics_reduction(statistics)
@@ -130,12 +158,13 @@ class TokenizerTask:
     def step(self, step: int, batches: list[Batch], stopwatch: Stopwatch) -> StepOutcome:
         """Train both networks on the micro-batches (uint8 images, labels) of one step."""
         images = [to_unit_range(batch).contiguous(memory_format=self.memory_format) for batch, _ in batches]
+        self._start_codebook(step)
         hyper = {name: GroupHyper(learning_rate=self.learning_rate(step)) for name in ("decay", "no_decay")}
         gan = self.discriminator is not None and step >= self.config.gan.start_step
         shared = len(images) == 1  # one forward pass serves both steps
-        before = self._rank_state_copy()
+        undo = self._snapshot(gan)
         metrics: dict[str, Tensor] = {"learning_rate": torch.tensor(hyper["decay"].learning_rate)}
-        skipped = False
+        skipped, codes = False, []
         if gan and not shared:
             with torch.no_grad(), stopwatch.part("forward"):
                 fakes = [self.generator(x).reconstruction for x in images]
@@ -152,14 +181,57 @@ class TokenizerTask:
                     loss = self._generator_loss(x, out, gan, metrics, share=1 / len(images))
                 with stopwatch.part("backward"):
                     self.generator.backward(loss)
-            self.usage.add(out.codes)
-        with stopwatch.part("optimizer"):
-            result = self.generator.step(hyper)
-        metrics["gradient_norm/tokenizer"] = result.gradient_norm
-        skipped |= result.skipped
-        if skipped:
-            self._restore_rank_state(before)
+            codes.append(out.codes)
+        if not skipped:
+            with stopwatch.part("optimizer"):
+                result = self.generator.step(hyper)
+            metrics["gradient_norm/tokenizer"] = result.gradient_norm
+            skipped = result.skipped
+        if skipped:  # both networks skip it: neither may run ahead of the other
+            self.generator.discard()
+            undo()
+        else:
+            self.usage.add(torch.cat(codes))
         return StepOutcome(metrics=metrics, skipped=skipped)
+
+    def _snapshot(self, gan: bool) -> Callable[[], None]:
+        """A function that undoes what a step does before it is known to be good: the discriminator's update."""
+        tensors = {name: tensor.clone() for name, tensor in self.rank_tensors().items()}
+        restore = snapshot(self.discriminator) if gan else None
+
+        def undo() -> None:
+            self.load_rank_tensors(tensors)
+            if restore is not None:
+                restore()
+
+        return undo
+
+    def _start_codebook(self, step: int) -> None:
+        """Leave the quantizer out during its warm-up, and initialise its codebook at the end of it."""
+        start = self.codebook_start
+        self.tokenizer.quantizer.passthrough = step < start.warmup_steps
+        if start.kmeans and step == start.warmup_steps:
+            self.generator.overwrite("quantizer.codebook", self._latent_centres())
+
+    @torch.no_grad()
+    def _latent_centres(self) -> Tensor:
+        """k-means centres [K, D] of the latents of the first training images, the same on every rank."""
+        quantizer, start = self.tokenizer.quantizer, self.codebook_start
+        latents, images = [], 0
+        for micro_batches in self.first_batches():
+            for batch, _ in micro_batches:
+                with self.generator.autocast():
+                    latents.append(quantizer.tokens(self.tokenizer.encode_latents(to_unit_range(batch))))
+                images += len(batch) * dist.world_size()
+            if images >= start.images:
+                break
+        return kmeans(
+            dist.all_gather_rows(torch.cat(latents)),
+            quantizer.num_codes,
+            iterations=start.iterations,
+            spherical=getattr(quantizer.config, "l2_normalize", False),
+            generator=torch.Generator().manual_seed(0),
+        )
 
     def _discriminator_step(self, reals, fakes, hyper, metrics) -> bool:
         """One update of the discriminator; whether it was skipped."""
@@ -236,7 +308,8 @@ class TokenizerTask:
         # So many tokens can't touch all codes, however evenly they are spread.
         reachable = 1 - math.exp(-statistics["tokens_per_code"])
         share = statistics["usage"] / reachable if reachable else 1.0
-        if share < self.usage_alarm and dist.is_main():
+        started = step > self.codebook_start.warmup_steps  # before, the codebook is not in use
+        if share < self.usage_alarm and started and dist.is_main():
             say(
                 f"ALARM step {step}: codebook collapse: {statistics['usage']:.2%} of the codes in use, "
                 f"{share:.2%} of what this many tokens could use"
@@ -277,13 +350,6 @@ class TokenizerTask:
         """Restore them."""
         for name, current in self.rank_tensors().items():
             current.copy_(tensors[name])
-
-    def _rank_state_copy(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self.rank_tensors().items()}
-
-    def _restore_rank_state(self, before: dict[str, Tensor]) -> None:
-        """Undo what the forward passes of a skipped step did to the statistics."""
-        self.load_rank_tensors(before)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the averaged weights for `ibq.load_tokenizer`."""

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# From a folder of images to generated images: installs the project, then runs tools/quickstart.py.
+#
+#   bash tools/quickstart.sh                       the bundled emoji
+#   bash tools/quickstart.sh --data my_images      your own: one sub-folder per class
+#   bash tools/quickstart.sh --fresh               start over
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tools/environment.sh
+exec python tools/quickstart.py "$@"
