@@ -55,7 +55,7 @@ class ARRunConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
-    ema_decay: float | None = None  # None: no average is kept, as in the paper's second stage
+    ema_decay: float | None = 0.9999  # null keeps no average: saves memory, and validates the raw weights
     data: CodeDataConfig | TokenizedImagesConfig
     model: TransformerConfig = field(default_factory=TransformerConfig)
     optimizer: OptimizerConfig = field(
@@ -115,15 +115,18 @@ def open_data(config: ARRunConfig, device: torch.device):
     """(training set, validation set, frozen tokenizer or None), checked against the model."""
     data, model = config.data, config.model
     if isinstance(data, CodeDataConfig):
-        train_set = CodeDataset(data.train)
-        validation_set = CodeDataset(data.validation or data.train)
+        with naming("data.train"):
+            train_set = CodeDataset(data.train)
+        with naming("data.validation"):
+            validation_set = CodeDataset(data.validation or data.train)
         tokenizer, meta = None, train_set.meta
         found = meta.num_codes, meta.tokens_per_side, len(meta.classes)
         if validation_set.meta.tokenizer != meta.tokenizer:
             raise UserError("data.validation: made with another tokenizer than data.train; encode both again")
         classes = meta.classes, validation_set.meta.classes
     else:
-        tokenizer = load_tokenizer(data.tokenizer, device=device)
+        with naming("data.tokenizer"):
+            tokenizer = load_tokenizer(data.tokenizer, device=device)
         size = tokenizer.config.resolution
         train_index, validation_index = split_images(data)
         train_set = ImageDataset(train_index, size, augment=data.augment, seed=config.seed, cache=data.cache)

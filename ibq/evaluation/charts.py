@@ -11,6 +11,7 @@ from torch import Tensor
 HEIGHT = 210  # user units, about pixels: the page scales a drawing a little to fit its column
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 38
 MAX_POINTS = 100  # longer series are averaged over neighbouring steps
+MAX_STEPS = 400  # of a histogram
 MARKED_POINTS = 16  # shorter series show every point
 NUM_COLORS = 6
 
@@ -30,7 +31,8 @@ class Axis:
         """Where a value lies on the axis: 0 at `low`, 1 at `high`; values outside are moved to the ends."""
         value = min(max(value, self.low), self.high)
         if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            start = math.log(self.low)
+            return (math.log(value) - start) / (math.log(self.high) - start)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, count: int = 5) -> list[float]:
@@ -247,7 +249,8 @@ def rank_chart(counts: Tensor, *, title: str) -> str:
     if not used:
         return ""
     mean = float(ordered.sum() / num_codes)
-    positions = sorted({round(index * (used - 1) / min(used, 400)) for index in range(401)} | {used - 1})
+    drawn = min(used, MAX_STEPS)
+    positions = [round(index * (used - 1) / max(drawn - 1, 1)) for index in range(drawn)]
     heights = [float(ordered[position]) for position in positions]
     frame = Frame(x=Axis(low=0, high=num_codes), y=_count_axis(heights), width=620, height=250)
     steps = [f"M{frame.point(0, frame.y.low)}"]

@@ -140,8 +140,10 @@ def _reconstructions(data: ReportData) -> str:
 
 
 def _grid(data: ReportData) -> str:
-    side = math.sqrt(max(data.metric("tokens_per_image"), 0))
-    return f"{side:.0f}×{side:.0f}" if side and side == round(side) else "Small"
+    """The size of the baseline's thumbnail: one pixel per token."""
+    tokens = data.metric("tokens_per_image")
+    side = math.isqrt(int(tokens)) if math.isfinite(tokens) and tokens > 0 else 0
+    return f"{side}×{side}" if side and side**2 == tokens else "Small"
 
 
 def _compression(data: ReportData) -> str:
@@ -267,8 +269,9 @@ def _cards(data: ReportData) -> str:
     used = data.metric("codebook.usage") * data.metric("codebook.num_codes")
     images = data.metric("reconstruction.images")
     scope = f"{images:,.0f} validation images" if images > 0 else "validation images"
+    baseline = f"the {_grid(data).lower()} thumbnail"
     cards = [
-        _card("Reconstruction", number(psnr, "dB"), _verdict(psnr - thumbnail, "dB", f"a {_grid(data)} thumbnail"),
+        _card("Reconstruction", number(psnr, "dB"), _verdict(psnr - thumbnail, "dB", baseline),
               f"thumbnail {number(thumbnail, 'dB')} · {scope}"),
         _card("Codebook in use", number(data.metric("codebook.usage"), "%"), "",
               f"{number(used, 'int')} of {number(data.metric('codebook.num_codes'), 'int')} codes"

@@ -44,7 +44,7 @@ img.smooth { image-rendering: auto; }
   grid-template-columns: repeat(auto-fill, minmax(218px, 1fr)); }
 .pair { display: flex; gap: 4px; padding: 5px; border: 1px solid var(--line); border-radius: 8px; break-inside: avoid;
   justify-self: start; }
-.pair img { border: 2px solid var(--s1); box-sizing: content-box; max-width: calc(50% - 6px); }
+.pair img { border: 2px solid var(--s5); box-sizing: content-box; max-width: calc(50% - 6px); }
 .pair img:first-child { border-color: var(--s0); }
 .classes h3 { break-after: avoid; }
 .charts { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 22px 30px; }
@@ -73,7 +73,7 @@ svg .area { fill: var(--c); opacity: .75; }
 .key { display: inline-block; width: 16px; height: 3px; border-radius: 2px; background: var(--c); margin-right: 6px;
   vertical-align: middle; }
 .key.area, .key.unused, .key.sampled, .key.found { width: 11px; height: 11px; }
-.key.sampled, .key.found { border: 2px solid var(--s0); margin-left: 8px; } .key.found { border-color: var(--s1); }
+.key.sampled, .key.found { border: 2px solid var(--s0); margin-left: 8px; } .key.found { border-color: var(--s5); }
 .key.unused { background: var(--soft); }
 .key.reference { background: none; height: 0; width: 21px; border-radius: 0; border-top: 1.5px dashed var(--soft); }
 .key.r1 { border-top-style: dotted; }

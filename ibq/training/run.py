@@ -96,7 +96,7 @@ def check_seed_and_average(seed: int, ema_decay: float | None) -> None:
 
 @contextlib.contextmanager
 def naming(source: str) -> Iterator[None]:
-    """Errors of the user in this context name the config file too."""
+    """Errors of the user in this context also name the file or key that they come from."""
     try:
         yield
     except UserError as error:

@@ -1,0 +1,60 @@
+"""Runs several training jobs in one process of a launcher (or alone), some with a planted fault.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/workers/train_worker.py jobs.json
+
+jobs.json: a list of {"stage", "argv", "fault"}; exit codes go to jobs.json.RANK. Faults, by the engine of the stage:
+    {"kind": "nan", "steps": [1, 2], "rank": 1, "engine": "tokenizer"}   its loss is NaN at these steps on this rank
+    {"kind": "scale", "factor": 1.01}                                     all gradients are too large by a factor
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent.parent), str(Path(__file__).parent.parent)]
+
+import torch
+from training_support import train_here
+
+from ibq import dist
+from ibq.engine.local import LocalEngine
+from ibq.training import loop
+
+backward, seed_step = LocalEngine.backward, loop.seed_step
+
+
+def plant(fault: dict | None) -> None:
+    """Make the engines misbehave, or not."""
+    state = {"step": -1}
+
+    def note_step(seed: int, step: int) -> None:
+        state["step"] = step
+        seed_step(seed, step)
+
+    def faulty(engine: LocalEngine, loss: torch.Tensor) -> None:
+        of_engine = fault.get("engine", "").lower() in type(engine.module).__name__.lower()
+        if fault["kind"] == "scale":
+            loss = loss * fault["factor"]
+        elif of_engine and state["step"] in fault["steps"] and dist.rank() == fault.get("rank", dist.rank()):
+            loss = loss * float(fault.get("value", "nan"))
+        backward(engine, loss)
+
+    loop.seed_step = note_step
+    LocalEngine.backward = faulty if fault else backward
+
+
+def main() -> None:
+    jobs = Path(sys.argv[1])
+    dist.setup("cpu")
+    shutdown, dist.shutdown = dist.shutdown, lambda: None
+    codes = []
+    for job in json.loads(jobs.read_text()):
+        plant(job.get("fault"))
+        codes.append(train_here(job["stage"], job["argv"]))
+        dist.barrier()
+    Path(f"{jobs}.{dist.rank()}").write_text(json.dumps(codes))
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
