@@ -1,6 +1,7 @@
 """Loading trained models and generating images: what `import ibq` offers."""
 
 import contextlib
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,7 @@ def load_tokenizer(path: str | Path, *, weights: Weights = "ema", device: torch.
         with _explained():
             state = seed_voken.read_tokenizer(path, weights)
             config = seed_voken.infer_tokenizer_config(state)
-        return _ready(Tokenizer, config, state, device)
+        return _ready(Tokenizer, config, state, device, path)
     return _load(Tokenizer, TokenizerConfig, path, device)
 
 
@@ -46,7 +47,7 @@ def load_transformer(
         with _explained():
             state = seed_voken.read_transformer(path)
             config = config or seed_voken.published_transformer_config(state)
-        return _ready(Transformer, config, state, device)
+        return _ready(Transformer, config, state, device, path)
     return _load(Transformer, TransformerConfig, path, device)
 
 
@@ -79,10 +80,10 @@ def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device) ->
         state = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'}: cannot be read ({error}); copy or train it again") from error
-    return _ready(kind, config, state, device)
+    return _ready(kind, config, state, device, folder)
 
 
-def _ready(kind: type[nn.Module], config, state: dict[str, Tensor], device) -> nn.Module:
+def _ready(kind: type[nn.Module], config, state: dict[str, Tensor], device, source: str | Path) -> nn.Module:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
@@ -90,7 +91,8 @@ def _ready(kind: type[nn.Module], config, state: dict[str, Tensor], device) -> n
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise UserError(f"the weights do not fit the config: {' '.join(str(error).split())}") from error
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise UserError(f"{source}: the weights do not fit config.yaml: {reason}") from error
     return model.to(device).eval().requires_grad_(False)
 
 

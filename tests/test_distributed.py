@@ -13,7 +13,8 @@ from training_support import (
     train_here,
 )
 
-LOSS, NORM, WEIGHTS = 1e-5, 1e-4, 1e-5  # relative tolerances; of weights, of the largest value of each tensor
+# Relative tolerances; that of weights is of the largest value of each tensor.
+LOSS, NORM, WEIGHTS = 1e-5, 1e-4, 1e-5
 STEPS = 4
 # At the paper's entropy temperature of 0.01 the gradient amplifies rounding a hundredfold at every step.
 TOKENIZER = ("model.quantizer.entropy_temperature=0.5",)
@@ -93,7 +94,7 @@ def deviations(runs, name, reference=None) -> dict[str, float]:
             whole = [flat(tensors, f"{network}/{moment}/") for tensors in (theirs, ours)]
             result["moments"] = max(result["moments"], largest_difference(*whole))
     weights = [{n: t for n, t in tensors.items() if "/moment" not in n} for tensors in (theirs, ours)]
-    result["weights"] = largest_difference(*weights)
+    result["weights"] = largest_difference(*weights, floor=1e-2)
     return result
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ENTRY_SCRIPTS = {"train_tokenizer", "train_ar"}
 LAYERS = [
-    {"config", "config_yaml", "dist", "ops"},
+    {"config", "config_yaml", "progress", "dist", "ops"},
     {"quantizers"},
     {"models", "losses"},
     {"data", "engine", "sampling", "evaluation", "interop", "scaling"},
@@ -26,6 +26,7 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 NARROW = {
     "config_yaml": set(),
     "config": {"config_yaml"},
+    "progress": set(),
     "dist": {"config"},
     "ops": {"config"},
     "data": {"config", "dist", "ops"},

@@ -140,7 +140,7 @@ def train_here(stage: str, argv: list[str]) -> int:
 
 def run_script(*command: str, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess:
     """Run a Python script of the repository as a process of its own, on one thread."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | environment
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
     )
@@ -166,11 +166,11 @@ def checkpoint_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference over all tensors, each relative to the largest value of its tensor."""
+def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], floor=1e-12) -> float:
+    """The largest difference over all tensors, each relative to the largest value of its tensor (at least `floor`)."""
     assert actual.keys() == expected.keys()
     differences = [
-        float((actual[name].double() - tensor.double()).abs().max()) / max(float(tensor.double().abs().max()), 1e-12)
+        float((actual[name].double() - tensor.double()).abs().max()) / max(float(tensor.double().abs().max()), floor)
         for name, tensor in expected.items()
     ]
     return max(differences, default=0.0)

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
+import torch
 
 from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
@@ -44,6 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--flip", action="store_true", help="mirror some of the augmented views")
     add("--max-zoom", type=float, default=1.1, help="how far the augmented views zoom in")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder; the quantizer stays in fp32")
     add("--batch-size", type=int, default=32)
     add("--workers", type=int, default=2)
     add("--seed", type=int, default=0)
@@ -82,7 +84,9 @@ def encode_images(
                 seed=arguments.seed + number,
             )
             for images, classes in validation_batches(dataset, batch_size, workers=arguments.workers, device=device):
-                codes.append(tokenizer.encode(to_unit_range(images)).flatten(1).cpu().numpy())
+                with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
+                    batch = tokenizer.encode(to_unit_range(images))
+                codes.append(batch.flatten(1).cpu().numpy())
                 labels.append(classes.cpu().numpy())
                 progress.update()
     meta = CodesMeta(

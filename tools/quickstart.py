@@ -119,10 +119,10 @@ class Quickstart:
             raise UserError(f"{what}: the command above ended with exit code {code}")
 
     def precision(self) -> str:
-        """A setting: bf16 where this machine multiplies matrices much faster in it, else fp32."""
+        """bf16 where this machine multiplies matrices much faster in it, else fp32."""
         if "precision" not in self.plan:
             self.plan["precision"] = "bf16" if bf16_speedup() > 1.5 else "fp32"
-        return f"precision={self.plan['precision']}"
+        return self.plan["precision"]
 
     def steps(self, stage: str, calibrate: Callable[[], tuple[float, float]], until: float) -> int:
         """Training steps of a stage, such that it ends when the share `until` of the budget is spent."""
@@ -186,7 +186,7 @@ def measure(
 def train_tokenizer(quickstart: Quickstart) -> None:
     """Stage 1."""
     script, config = "ibq/train_tokenizer.py", "yaml/quickstart_tokenizer.yaml"
-    overrides = [*quickstart.place.overrides(), quickstart.precision()]
+    overrides = [*quickstart.place.overrides(), f"precision={quickstart.precision()}"]
     steps = quickstart.steps(
         "tokenizer", lambda: measure(quickstart, script, config, overrides, gan=True), TOKENIZER_SHARE
     )
@@ -249,6 +249,8 @@ def encode(quickstart: Quickstart) -> None:
             str(views),
             "--workers",
             "0",
+            "--precision",
+            quickstart.precision(),
         )
 
 
@@ -258,7 +260,7 @@ def train_transformer(quickstart: Quickstart) -> None:
     codes = quickstart.output / "codes"
     meta = CodeDataset(codes / "train").meta
     overrides = [
-        quickstart.precision(),
+        f"precision={quickstart.precision()}",
         f"data.train={codes / 'train'}",
         f"data.validation={codes / 'validation'}",
         f"model.vocab_size={meta.num_codes}",
@@ -309,7 +311,7 @@ def collect_metrics(quickstart: Quickstart) -> dict:
     best = json.loads((output / "transformer" / "best" / "info.json").read_text())
     figures = reconstruction["metrics"]
     return {
-        "reconstruction": {name: figures[name] for name in ("psnr", "thumbnail_psnr", "ssim", "l1")},
+        "reconstruction": {name: figures[name] for name in ("psnr", "thumbnail_psnr", "ssim", "l1", "images")},
         "codebook": {
             "num_codes": reconstruction["num_codes"],
             "dim": reconstruction["dim"],

@@ -33,6 +33,7 @@ def training_batches(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # a loader draws a number: not from the generator of the step's dropout
     )
     micro_batches = _read(loader)
     for _ in range(start, stop):

@@ -46,7 +46,7 @@ class Axis:
 
     def _log_ticks(self, count: int) -> list[float]:
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        mantissas = (1, 2, 5) if last - first <= 2 else (1,)
+        mantissas = (1, 2, 5) if self.high / self.low < 500 else (1,)
         stride = max(1, (last - first) // count)
         candidates = [m * 10.0**e for e in range(first, last + 1, stride) for m in mantissas]
         return [tick for tick in candidates if self.low * (1 - 1e-9) <= tick <= self.high * (1 + 1e-9)]
@@ -55,7 +55,7 @@ class Axis:
         """A tick's text, with as many decimals as its neighbours need."""
         if self.percent:
             return f"{value * 100:.4g}%"
-        if self.log or abs(value) >= 10_000:
+        if self.log or max(abs(self.low), abs(self.high)) >= 10_000:
             return short_number(value)
         decimals = max(0, -math.floor(math.log10(nice_step(self.high - self.low, 5)) + 1e-9))
         return f"{value + 0.0:,.{decimals}f}" if round(value, decimals) else "0"
@@ -164,7 +164,7 @@ class Frame:
             top = self.top(tick)
             parts.append(f'<path class="grid" d="M{LEFT} {top:.1f}H{self.right}"/>')
             parts.append(f'<text x="{LEFT - 7}" y="{top + 3.8:.1f}" class="end">{self.y.label(tick)}</text>')
-        for tick in self.x.ticks():
+        for tick in self.x.ticks(6):
             left = self.left(tick)
             parts.append(f'<path class="tick" d="M{left:.1f} {self.bottom}v4"/>')
             parts.append(f'<text x="{left:.1f}" y="{self.bottom + 16}" class="middle">{self.x.label(tick)}</text>')

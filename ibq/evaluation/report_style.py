@@ -95,7 +95,7 @@ pre { background: var(--code); border-radius: 8px; padding: 10px 14px; margin: 5
   overflow-wrap: anywhere; user-select: all;
   font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 code { font: inherit; }
-@media (max-width: 760px) {
+@media screen and (max-width: 760px) {
   section { padding: 16px; } header { padding-top: 24px; } h1 { font-size: 25px; }
   .rows { grid-template-columns: 1fr; gap: 3px; } .rows dd { gap: 4px; margin-bottom: 6px; }
   .beside, .charts, .charts.columns2 { grid-template-columns: minmax(0, 1fr); }
@@ -105,5 +105,7 @@ code { font: inherit; }
   body { background: #fff; font-size: 11pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   nav { display: none; } section { border: 0; padding: 0; margin: 22px 0; }
   header, main { max-width: none; padding: 0; }
-  h2, h3 { break-after: avoid; } tr, .card, pre { break-inside: avoid; } }
+  .cards, .pairs { grid-template-columns: repeat(4, minmax(0, 1fr)); } .card { padding: 10px 12px; }
+  .card .value { font-size: 22px; } .value small { font-size: 11px; } .rows { grid-template-columns: 112px 1fr; }
+  h2, h3, section > p { break-after: avoid; } .pairs { break-inside: avoid; } tr, .card, pre { break-inside: avoid; } }
 """

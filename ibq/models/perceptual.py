@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.client
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,11 +34,14 @@ def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
     """Frozen LPIPS (images in [-1, 1] -> [B, 1, 1, 1]), None at weight 0; UserError if the weights can't be had."""
     if config.weight == 0:
         return None
+    state = None if config.weights == "random" else _read_vgg(config)
     import lpips  # slow to import, and not needed at weight 0
 
-    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    if config.weights != "random":
-        _load_vgg(network.net, _read_vgg(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips calls torchvision in a way that it warns about
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    if state is not None:
+        _load_vgg(network.net, state, config.weights)
     return network.requires_grad_(False).eval()
 
 
@@ -68,10 +72,12 @@ def _read_vgg(config: PerceptualConfig) -> dict:
         raise UserError(f"{path}: not a file of VGG-16 weights ({reason}); use vgg16-397923af.pth") from error
 
 
-def _load_vgg(slices: nn.Module, state: dict) -> None:
+def _load_vgg(slices: nn.Module, state: object, origin: str) -> None:
     """Copy torchvision's `features.N.*` into lpips's slices, which keep the layer numbers N."""
     for name, parameter in slices.named_parameters():
         source = f"features.{name.split('.', 1)[1]}"
-        if source not in state or state[source].shape != parameter.shape:
-            raise UserError(f"VGG-16 weights: {source} is missing or has another shape; use vgg16-397923af.pth")
+        if not isinstance(state, dict) or getattr(state.get(source), "shape", None) != parameter.shape:
+            raise UserError(
+                f"{origin}: as VGG-16 weights, {source} is missing or has another shape; use vgg16-397923af.pth"
+            )
         parameter.data.copy_(state[source])
