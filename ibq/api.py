@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ibq.config import UserError, load_config
+from ibq.config import ConfigError, UserError, load_config
 from ibq.data.shards import to_uint8
 from ibq.interop import seed_voken
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
@@ -75,7 +75,10 @@ def _explained():
 
 def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device) -> nn.Module:
     folder = pretrained_folder(path)
-    config = load_config(config_kind, folder / "config.yaml")
+    try:
+        config = load_config(config_kind, folder / "config.yaml")
+    except ConfigError as error:
+        raise UserError(f"not a model of this kind: {error}") from error
     try:
         state = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -104,7 +107,8 @@ def decode_in_blocks(tokenizer: Tokenizer, codes: Tensor, block: int = 16) -> Te
     company.
     """
     device = next(tokenizer.parameters()).device
-    images = []
+    height, width = (side * tokenizer.downsampling for side in codes.shape[1:])
+    images = [torch.empty(0, tokenizer.config.in_channels, height, width, dtype=torch.uint8)]
     for start in range(0, len(codes), block):
         part = codes[start : start + block]
         padded = torch.cat([part, part[:1].expand(block - len(part), -1, -1)])

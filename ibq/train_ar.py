@@ -56,6 +56,7 @@ class ARRunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
     ema_decay: float | None = 0.9999  # null keeps no average: saves memory, and validates the raw weights
+    ema_warmup: bool = False  # average over fewer steps at first: for short runs
     data: CodeDataConfig | TokenizedImagesConfig
     model: TransformerConfig = field(default_factory=TransformerConfig)
     optimizer: OptimizerConfig = field(
@@ -156,6 +157,7 @@ def build_task(config: ARRunConfig, order, device: torch.device, tokenizer) -> A
         precision=config.precision,
         accumulation=order.accumulation,
         ema_decay=config.ema_decay,
+        ema_warmup=config.ema_warmup,
     )
     return ARTask(
         engine,

@@ -56,6 +56,7 @@ class TokenizerRunConfig:
     precision: Literal["fp32", "bf16"] = "bf16"  # the quantizer always runs in fp32
     statistics: Literal["rank", "world"] = "rank"  # of batch normalization, batch entropy and LeCAM
     ema_decay: float = 0.999
+    ema_warmup: bool = False  # average over fewer steps at first: for short runs
     usage_alarm: float = 0.1  # share of the reachable codes under which the codebook counts as collapsed
     data: ImageDataConfig
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -145,6 +146,7 @@ def build_task(config: TokenizerRunConfig, order, device: torch.device, perceptu
             precision=config.precision,
             accumulation=order.accumulation,
             ema_decay=ema_decay,
+            ema_warmup=config.ema_warmup,
         )
 
     return TokenizerTask(

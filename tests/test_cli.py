@@ -31,11 +31,11 @@ def place(tmp_path_factory):
 def error_of(place, tmp_path, monkeypatch, capsys):
     """The one line that a run with these settings ends with."""
 
-    def run(stage, *overrides, config=None, output="run"):
+    def run(stage, *overrides, config=None, output="run", bar=False):
         argv = ["--config", str(config or place / f"{stage}.yaml"), f"output={tmp_path / output}", *overrides]
         with pytest.raises(SystemExit) as end:
             exit_on_user_error(lambda: main_of(stage)(argv))
-        return check(end.value.code, capsys.readouterr().err)
+        return check(end.value.code, capsys.readouterr().err, bar)
 
     return run
 
@@ -97,6 +97,11 @@ CASES = {
         ["tokenizer.yaml", "loss.gan.discriminator.layers", "24", "16"],
     ),
     "negative GAN weight": ("tokenizer", ["loss.gan.weight=-1"], ["loss.gan.weight", "negative"]),
+    "few images to start from": (
+        "tokenizer",
+        ["codebook_start={kmeans: true, images: 1}", "model.quantizer.num_codes=1024", "training.batch_size=8"],
+        ["codebook_start.images", "more images"],
+    ),
     "negative start": ("tokenizer", ["loss.gan.start_step=-1"], ["loss.gan.start_step", "negative"]),
     "validation images": ("tokenizer", ["training.validation_images=0"], ["training.validation_images", "at least 1"]),
     "held out": ("tokenizer", ["data.validation=null", "data.validation_every=1"], ["data.validation_every", "2"]),
@@ -125,7 +130,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_bad_settings(error_of, name):
     stage, overrides, words = CASES[name]
-    line = error_of(stage, *overrides)
+    line = error_of(stage, *overrides, bar=name == "few images to start from")
     missing = [word for word in words if word not in line]
     assert not missing, line
 

@@ -19,12 +19,14 @@ STEPS = 4
 # At the paper's entropy temperature of 0.01 the gradient amplifies rounding a hundredfold at every step.
 TOKENIZER = ("model.quantizer.entropy_temperature=0.5",)
 ADAPTIVE = ("loss.gan.adaptive=true", "loss.gan.weight=0.4")
+KMEANS = ("codebook_start={kmeans: true, warmup_steps: 2, images: 20}",)
 # Job: (stage, overrides, fault). Two processes of micro-batch 4 make the global batch of 8.
 ALONE = {
     "transformer": ("transformer", [], None),
     "transformer accumulated": ("transformer", ["training.micro_batch=2"], None),
     "tokenizer": ("tokenizer", TOKENIZER, None),
     "tokenizer adaptive": ("tokenizer", [*TOKENIZER, *ADAPTIVE], None),
+    "tokenizer from k-means": ("tokenizer", [*TOKENIZER, *KMEANS], None),
 }
 HALF = ["training.micro_batch=4"]
 WORLD = [*HALF, *TOKENIZER, "statistics=world"]
@@ -35,6 +37,7 @@ TOGETHER = {
     "transformer scaled": ("transformer", HALF, SCALED),
     "tokenizer": ("tokenizer", WORLD, None),
     "tokenizer adaptive": ("tokenizer", [*WORLD, *ADAPTIVE], None),
+    "tokenizer from k-means": ("tokenizer", [*WORLD, *KMEANS], None),
     "tokenizer per rank": ("tokenizer", [*HALF, *TOKENIZER, "statistics=rank"], None),
     "tokenizer scaled": ("tokenizer", WORLD, SCALED),
 }
@@ -113,7 +116,7 @@ def equal(deviation: dict[str, float]) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", ["transformer", "transformer accumulated", "tokenizer", "tokenizer adaptive"])
+@pytest.mark.parametrize("name", ALONE)
 def test_two_processes_equal_one(runs, name):
     deviation = deviations(runs, name)
     assert equal(deviation), deviation

@@ -150,6 +150,7 @@ def test_too_many_bad_steps_stop_the_run(place, tmp_path, stage):
     ("stage", "overrides"),
     [
         ("tokenizer", ["loss.gan.start_step=2", "data.cache=false", "data.augment.max_zoom=1.3"]),
+        ("tokenizer", ["codebook_start={kmeans: true, warmup_steps: 2}", "ema_warmup=true"]),
         ("transformer", ["model.residual_dropout=0.1", "model.class_dropout=0.1", "training.micro_batch=4"]),
     ],
 )

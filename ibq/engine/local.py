@@ -33,11 +33,13 @@ class LocalEngine:
         precision: Literal["fp32", "bf16"] = "fp32",
         accumulation: int = 1,
         ema_decay: float | None = None,
+        ema_warmup: bool = False,
     ):
         self.module = module
         self.config = optimizer
         self.accumulation = accumulation
         self.ema_decay = ema_decay
+        self.ema_warmup = ema_warmup
         self.steps = 0
         self._dtype = PRECISIONS[precision]
         self._device = next(module.parameters()).device
@@ -109,9 +111,15 @@ class LocalEngine:
             self._optimizer.step()
             self.steps += 1
             for name, shadow in self._shadows.items():
-                ema_update(shadow, self._parameters[name].detach(), self.ema_decay)
+                ema_update(shadow, self._parameters[name].detach(), self._decay())
         self.discard()
         return StepResult(gradient_norm=norm, skipped=skipped)
+
+    def _decay(self) -> float:
+        if not self.ema_warmup:
+            return self.ema_decay
+        # A short run should not remember its initial weights (the ramp of TensorFlow's moving average).
+        return min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
 
     def discard(self) -> None:
         """Forget the accumulated gradients."""

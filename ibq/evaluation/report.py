@@ -236,7 +236,7 @@ def _unit(quantity: str) -> tuple[str, bool, bool]:
 
 
 def _codebook(data: ReportData) -> str:
-    chart = rank_chart(data.histogram, title="How often each code occurs in the validation images")
+    chart = rank_chart(data.histogram, title="How often each code occurs")
     if not chart:
         return ""
     perplexity, rank = data.metric("codebook.perplexity"), data.metric("codebook.effective_rank")

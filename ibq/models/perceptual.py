@@ -37,8 +37,9 @@ def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
     state = None if config.weights == "random" else _read_vgg(config)
     import lpips  # slow to import, and not needed at weight 0
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # lpips calls torchvision in a way that it warns about
+        torch.manual_seed(0)  # random weights must be the same on every rank and after a restart
         network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     if state is not None:
         _load_vgg(network.net, state, config.weights)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ibq import dist, losses
-from ibq.config import dump_config
+from ibq.config import UserError, dump_config
 from ibq.data.shards import to_unit_range
 from ibq.engine.base import Engine, GroupHyper, snapshot
 from ibq.evaluation.reconstruction import CodeUsage, evaluate_reconstruction
@@ -112,6 +112,9 @@ class CodebookStartConfig:
     iterations: int = 8
 
     def __post_init__(self):
+        for name, least in (("warmup_steps", 0), ("images", 1), ("iterations", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
         if self.warmup_steps and not self.kmeans:
             raise ValueError("warmup_steps: makes sense only with kmeans: true")
 
@@ -190,7 +193,7 @@ class TokenizerTask:
         if skipped:  # both networks skip it: neither may run ahead of the other
             self.generator.discard()
             undo()
-        else:
+        elif not self.tokenizer.quantizer.passthrough:  # its codes mean nothing yet
             self.usage.add(torch.cat(codes))
         return StepOutcome(metrics=metrics, skipped=skipped)
 
@@ -219,19 +222,25 @@ class TokenizerTask:
         quantizer, start = self.tokenizer.quantizer, self.codebook_start
         latents, images = [], 0
         for micro_batches in self.first_batches():
-            for batch, _ in micro_batches:
-                with self.generator.autocast():
-                    latents.append(quantizer.tokens(self.tokenizer.encode_latents(to_unit_range(batch))))
-                images += len(batch) * dist.world_size()
+            with self.generator.autocast():
+                own = [
+                    quantizer.tokens(self.tokenizer.encode_latents(to_unit_range(batch))) for batch, _ in micro_batches
+                ]
+            # Gathered step by step they are in the order of the global batch, whatever the number of ranks.
+            latents.append(dist.all_gather_rows(torch.cat(own)))
+            images += sum(len(batch) for batch, _ in micro_batches) * dist.world_size()
             if images >= start.images:
                 break
-        return kmeans(
-            dist.all_gather_rows(torch.cat(latents)),
-            quantizer.num_codes,
-            iterations=start.iterations,
-            spherical=getattr(quantizer.config, "l2_normalize", False),
-            generator=torch.Generator().manual_seed(0),
-        )
+        try:
+            return kmeans(
+                torch.cat(latents),
+                quantizer.num_codes,
+                iterations=start.iterations,
+                spherical=getattr(quantizer.config, "l2_normalize", False),
+                generator=torch.Generator().manual_seed(0),
+            )
+        except ValueError as error:
+            raise UserError(f"codebook_start.images: {error}") from error
 
     def _discriminator_step(self, reals, fakes, hyper, metrics) -> bool:
         """One update of the discriminator; whether it was skipped."""

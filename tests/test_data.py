@@ -1,0 +1,373 @@
+"""Data: which images make up which batch, from files to pixels, splits, and code shards."""
+
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_support import (
+    CLASSES,
+    CONFIGS,
+    picture,
+    png,
+    run_script,
+    train_here,
+    write_images,
+    write_shard,
+)
+
+import ibq
+from ibq.config import UserError
+from ibq.data.codes import CodeDataset, CodesMeta, write_codes
+from ibq.data.loader import training_batches, validation_batches
+from ibq.data.order import BatchOrder
+from ibq.data.shards import (
+    ImageDataConfig,
+    ImageDataset,
+    open_images,
+    split_images,
+    to_uint8,
+    to_unit_range,
+)
+from ibq.data.transforms import AugmentConfig, decode_rgb, random_square, square
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_images(folder)
+    return folder
+
+
+# --- Order ---
+
+
+def order(size=40, batch_size=8, micro_batch=8, rank=0, world_size=1, seed=3):
+    return BatchOrder(
+        size=size, batch_size=batch_size, micro_batch=micro_batch, seed=seed, rank=rank, world_size=world_size
+    )
+
+
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def numbers(order, start, stop):
+    """Sample numbers of every step, micro-batches joined."""
+    lists = list(order.micro_batches(start, stop))
+    size = order.accumulation
+    return [joined(lists[i : i + size]) for i in range(0, len(lists), size)]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
+def test_global_batches_depend_on_seed_and_step_alone(world_size, micro_batch):
+    ranks = [numbers(order(micro_batch=micro_batch, rank=r, world_size=world_size), 0, 12) for r in range(world_size)]
+    whole = [joined(parts) for parts in zip(*ranks, strict=True)]
+    assert whole == numbers(order(), 0, 12)
+    assert numbers(order(seed=4), 0, 12) != whole
+
+
+def test_every_epoch_is_a_fresh_shuffle_of_everything():
+    epochs = [joined(numbers(order(), 5 * e, 5 * e + 5)) for e in range(3)]
+    for number, epoch in enumerate(epochs):
+        assert sorted(i for i, _ in epoch) == list(range(40))
+        assert {e for _, e in epoch} == {number}
+    assert [i for i, _ in epochs[0]] != [i for i, _ in epochs[1]] != list(range(40))
+
+
+def test_an_incomplete_batch_is_left_out_in_turn():
+    uneven = order(size=43)
+    assert uneven.steps_per_epoch == 5
+    epochs = [{i for i, _ in joined(numbers(uneven, 5 * e, 5 * e + 5))} for e in range(4)]
+    assert all(len(epoch) == 40 for epoch in epochs)
+    assert set.union(*epochs) == set(range(43))
+
+
+def test_impossible_orders():
+    for settings in ({"micro_batch": 3}, {"micro_batch": 8, "world_size": 2}, {"size": 7}):
+        with pytest.raises(ValueError, match="batch"):
+            order(**settings)
+
+
+# --- Loader ---
+
+
+def batches(dataset, order, start, stop, workers=0):
+    return [
+        [(images.clone(), labels.clone()) for images, labels in step]
+        for step in training_batches(dataset, order, start, stop, workers=workers, device=CPU)
+    ]
+
+
+def assert_same_batches(actual, expected):
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        for part in (0, 1):
+            assert torch.equal(torch.cat([m[part] for m in a]), torch.cat([m[part] for m in b]))
+
+
+def test_batches_do_not_depend_on_workers_cache_or_micro_batch(shards):
+    index = open_images(str(shards / "train-*.tar"))
+    augment = AugmentConfig(max_zoom=1.5)
+    plain = ImageDataset(index, 16, augment=augment, seed=5)
+    expected = batches(plain, order(), 0, 7)
+    assert_same_batches(batches(plain, order(), 0, 7, workers=2), expected)
+    assert_same_batches(batches(plain, order(micro_batch=2), 0, 7, workers=1), expected)
+    assert_same_batches(batches(ImageDataset(index, 16, augment=augment, seed=5, cache=True), order(), 0, 7), expected)
+    assert not torch.equal(expected[0][0][0], batches(ImageDataset(index, 16), order(), 0, 1)[0][0][0])
+
+
+def test_two_ranks_share_the_global_batch(shards):
+    dataset = ImageDataset(open_images(str(shards / "train-*.tar")), 16, augment=AugmentConfig(), seed=5)
+    ranks = [batches(dataset, order(micro_batch=2, rank=r, world_size=2), 0, 3) for r in range(2)]
+    assert_same_batches([a + b for a, b in zip(*ranks, strict=True)], batches(dataset, order(), 0, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_at_a_step_gives_the_same_batches(shards, workers):
+    dataset = ImageDataset(open_images(str(shards / "train-*.tar")), 16, augment=AugmentConfig(max_zoom=1.5), seed=5)
+    whole = batches(dataset, order(), 0, 8)
+    assert_same_batches(batches(dataset, order(), 3, 8, workers=workers), whole[3:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_random_numbers_alone(shards, workers):
+    """Dropout after a restart depends on it."""
+    dataset = ImageDataset(open_images(str(shards / "train-*.tar")), 16)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    batches(dataset, order(), 0, 1, workers=workers)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_validation_takes_every_sample_once(shards, world_size):
+    dataset = ImageDataset(open_images(str(shards / "val-*.tar")), 16)
+
+    def images(**settings):
+        parts = [
+            images
+            for rank in range(world_size)
+            for images, _ in validation_batches(dataset, 3, rank=rank, world_size=world_size, device=CPU, **settings)
+        ]
+        return sorted(image.flatten().tolist() for image in torch.cat(parts))
+
+    assert images() == sorted(dataset[i][0].flatten().tolist() for i in range(8))
+    assert len(images(limit=4)) == 4
+
+
+# --- Pictures ---
+
+
+def encoded(image, kind="PNG", **settings):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def test_every_kind_of_picture_becomes_rgb():
+    rgb = picture(1)
+    exact = np.asarray(rgb)
+    assert np.array_equal(np.asarray(decode_rgb(encoded(rgb))), exact)
+    assert np.array_equal(np.asarray(decode_rgb(encoded(rgb, "WEBP", lossless=True))), exact)
+    for kind, tolerance in (("JPEG", 30), ("WEBP", 40)):
+        near = np.asarray(decode_rgb(encoded(rgb, kind, quality=95))).astype(int)
+        assert np.abs(near - exact).mean() < tolerance / 4
+    palette = rgb.convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.array_equal(np.asarray(decode_rgb(encoded(palette))), np.asarray(palette.convert("RGB")))
+    grey = rgb.convert("L")
+    assert np.array_equal(np.asarray(decode_rgb(encoded(grey))), np.asarray(grey)[..., None].repeat(3, 2))
+    one_bit = np.asarray(decode_rgb(encoded(rgb.convert("1"))))
+    assert set(one_bit.flatten()) == {0, 255}
+    cmyk = decode_rgb(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95))
+    assert np.abs(np.asarray(cmyk).astype(int) - (255, 0, 0)).max() < 12  # no cyan, all magenta and yellow: red
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    decoded = np.asarray(decode_rgb(encoded(Image.fromarray(ramp)))).astype(int)
+    assert np.abs(decoded - np.arange(256).reshape(16, 16, 1)).max() <= 1
+
+
+def test_transparency_lies_over_white():
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:8] = (255, 0, 0, 255)
+    pixels[8:] = (0, 0, 255, 0)
+    half = np.zeros((16, 16, 2), np.uint8)
+    half[..., 1] = 128
+    assert np.array_equal(
+        np.asarray(decode_rgb(encoded(Image.fromarray(pixels))))[[0, 15], 0], [[255, 0, 0], [255] * 3]
+    )
+    assert np.abs(np.asarray(decode_rgb(encoded(Image.fromarray(half)))).astype(int) - 127).max() <= 1
+    indexed = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) % 2, "P")
+    indexed.putpalette([10, 20, 30, 200, 100, 50])
+    found = np.asarray(decode_rgb(encoded(indexed, transparency=1)))
+    assert found[0, 0].tolist() == [10, 20, 30] and found[0, 1].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", png(picture(0))[:80]])
+def test_what_is_no_picture(data):
+    with pytest.raises(ValueError, match="not a readable picture"):
+        decode_rgb(data)
+
+
+def test_a_picture_that_is_too_large(monkeypatch):
+    monkeypatch.setattr("ibq.data.transforms.MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match="16 x 16"):
+        decode_rgb(png(picture(0)))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 16), (16, 40), (7, 9), (1, 1)])
+def test_square_views(size):
+    image = picture(2).resize(size)
+    pixels = square(image, 16)
+    assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
+    if size == (40, 16):
+        assert np.array_equal(pixels, np.asarray(image)[:, 12:28])  # the centre, untouched
+
+
+def test_random_views_follow_their_settings():
+    image = picture(3, 32).resize((48, 32))
+    still = AugmentConfig(flip=False, crop=False)
+    rng = np.random.default_rng
+    assert np.array_equal(random_square(image, 32, still, rng(0)), square(image, 32))
+    mirrored = [
+        np.array_equal(random_square(image, 32, AugmentConfig(crop=False), rng(i)), square(image, 32)[:, ::-1])
+        for i in range(60)
+    ]
+    assert 15 < sum(mirrored) < 45
+    views = [random_square(image, 32, AugmentConfig(max_zoom=2.0), rng(i)) for i in range(4)]
+    assert not any(np.array_equal(views[0], other) for other in views[1:])
+    assert np.array_equal(views[0], random_square(image, 32, AugmentConfig(max_zoom=2.0), rng(0)))
+
+
+def test_augmentation_changes_with_the_epoch_alone(shards):
+    dataset = ImageDataset(open_images(str(shards / "train-*.tar")), 16, augment=AugmentConfig(max_zoom=2.0))
+    assert torch.equal(dataset[3, 1][0], dataset[3, 1][0])
+    assert not torch.equal(dataset[3, 1][0], dataset[3, 2][0])
+
+
+def test_ranges_of_values():
+    levels = torch.arange(256, dtype=torch.uint8)
+    unit = to_unit_range(levels)
+    assert unit.dtype == torch.float32 and unit[0] == -1 and unit[255] == 1
+    assert torch.allclose(unit, levels.double().div(127.5).sub(1).float(), atol=1e-7)
+    # The reference clamps and truncates: every level but for rounding comes back at most one lower.
+    assert (levels.int() - to_uint8(unit).int()).abs().max() <= 1
+    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])).tolist() == [0, 0, 127, 254, 255, 255]
+    assert to_uint8(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.uint8
+
+
+# --- Places ---
+
+
+def test_shards_and_class_folders_give_the_same(shards, tmp_path):
+    index = open_images(str(shards / "train-*.tar"))
+    assert len(index) == 40 and index.classes == ["0", "1", "2"]
+    for i in range(40):
+        folder = tmp_path / f"class {i % CLASSES}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i:04d}.PNG").write_bytes(png(picture(i)))
+    (tmp_path / "README.txt").write_text("no class")
+    folders = open_images(str(tmp_path))
+    assert folders.classes == ["class 0", "class 1", "class 2"]
+
+    def content(index):
+        dataset = ImageDataset(index, 16)
+        return sorted((label, image.flatten().tolist()) for image, label in (dataset[i] for i in range(len(dataset))))
+
+    assert content(folders) == content(index)
+    assert content(index)[0][0] == 0 and torch.equal(
+        ImageDataset(index, 16)[7][0], torch.from_numpy(np.array(picture(7))).permute(2, 0, 1)
+    )
+
+
+def test_names_inside_shards(tmp_path):
+    """Labels and pictures match by the path up to the first dot of the file's name."""
+    for folder in ("", "./", "set.v1/train/"):
+        members = {f"{folder}b.png": png(picture(1)), f"{folder}b.cls": b"2", f"{folder}b.json": b"{}"}
+        write_shard(tmp_path / "shard.tar", members | {f"{folder}a.x.cls": b"no label", f"{folder}README": b""})
+        (entry,) = open_images(str(tmp_path / "shard.tar")).entries
+        assert entry.label == 2
+
+
+def test_classes_file_names_the_classes(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "classes.json").write_text(json.dumps(["red", "green", "blue", "none"]))
+    assert open_images(str(tmp_path / "train-*.tar")).classes == ["red", "green", "blue", "none"]
+    (tmp_path / "classes.json").write_text(json.dumps(["red"]))
+    with pytest.raises(UserError, match=r"classes\.json"):
+        open_images(str(tmp_path / "train-*.tar"))
+
+
+def test_a_shard_without_labels(tmp_path):
+    write_shard(tmp_path / "shard.tar", {"a.png": png(picture(0)), "a.cls": b"0", "b.png": png(picture(1))})
+    with pytest.raises(UserError, match=r"shard\.tar.*'b'.*b\.cls"):
+        open_images(str(tmp_path / "shard.tar"))
+
+
+def test_validation_is_held_out(shards):
+    place = str(shards / "train-*.tar")
+    train, validation = split_images(ImageDataConfig(train=place, validation_every=5))
+    assert (len(train), len(validation)) == (32, 8)
+    keys = [{(e.path, e.offset) for e in index.entries} for index in (train, validation, open_images(place))]
+    assert keys[0] | keys[1] == keys[2] and not keys[0] & keys[1]
+    train, validation = split_images(ImageDataConfig(train=place, validation=str(shards / "val-*.tar")))
+    assert (len(train), len(validation)) == (40, 8)
+
+
+# --- Codes ---
+
+
+@pytest.mark.parametrize(("num_codes", "dtype"), [(1024, np.uint16), (2**16, np.uint16), (2**18, np.uint32)])
+def test_codes_come_back(tmp_path, num_codes, dtype):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, num_codes, (6, 9))
+    codes[0, 0] = num_codes - 1
+    labels = rng.integers(0, 1000, 6)
+    meta = CodesMeta(num_codes=num_codes, tokens_per_side=3, classes=["a"] * 1000, tokenizer="hash", views=2)
+    write_codes(tmp_path / "codes", codes, labels, meta)
+    dataset = CodeDataset(tmp_path / "codes")
+    assert dataset.meta == meta and len(dataset) == 6
+    assert np.load(tmp_path / "codes" / "codes.npy").dtype == dtype
+    for i in range(6):
+        row, label = dataset[i, 4]
+        assert row.dtype == torch.int64 and row.tolist() == codes[i].tolist() and label == labels[i]
+    assert torch.equal(dataset[2][0], dataset[2, 0][0])
+
+
+def test_codes_that_are_missing_or_do_not_fit(tmp_path):
+    with pytest.raises(UserError, match="encode_shards"):
+        CodeDataset(tmp_path)
+    meta = CodesMeta(num_codes=8, tokens_per_side=3, classes=["a"], tokenizer="hash")
+    write_codes(tmp_path, np.zeros((4, 4), int), np.zeros(4, int), meta)
+    with pytest.raises(UserError, match="do not fit"):
+        CodeDataset(tmp_path)
+
+
+@pytest.mark.slow
+def test_encoded_shards_are_the_tokenizers_codes(shards, tmp_path):
+    (tmp_path / "tokenizer.yaml").write_text(CONFIGS["tokenizer"].replace("DATA", str(shards)))
+    argv = ["--config", str(tmp_path / "tokenizer.yaml"), f"output={tmp_path / 'run'}", "training.max_steps=1"]
+    assert train_here("tokenizer", argv) == 0
+    place = str(shards / "train-*.tar")
+    result = run_script(
+        *("tools/encode_shards.py", "--tokenizer", str(tmp_path / "run"), "--images", place),
+        *("--output", str(tmp_path / "codes"), "--views", "2", "--flip", "--workers", "0", "--batch-size", "7"),
+    )
+    assert result.returncode == 0, result.stderr
+    codes, index = CodeDataset(tmp_path / "codes"), open_images(place)
+    assert len(codes) == 80 and codes.meta.views == 2 and codes.meta.num_codes == 32
+    tokenizer, images = ibq.load_tokenizer(tmp_path / "run", device="cpu"), ImageDataset(index, 16)
+    for i in (0, 13, 39):
+        image, label = images[i]
+        expected = tokenizer.encode(to_unit_range(image)[None]).flatten()
+        assert (codes[i][0] == expected).float().mean() >= 0.9  # near ties may round otherwise in another batch
+        assert codes[i][1] == codes[i + 40][1] == label
+    assert not np.array_equal(codes.codes[:40], codes.codes[40:])
