@@ -1,6 +1,7 @@
 """Loading trained models and generating images: what `import ibq` offers."""
 
 import contextlib
+import numbers
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ def load_tokenizer(path: str | Path, *, weights: Weights = "ema", device: torch.
             state = seed_voken.read_tokenizer(path, weights)
             config = seed_voken.infer_tokenizer_config(state)
         return _ready(Tokenizer, config, state, device, path)
+    if weights != "ema":
+        raise UserError(f"{path}: a run keeps the averaged weights for use; raw ones are in its checkpoints")
     return _load(Tokenizer, TokenizerConfig, path, device)
 
 
@@ -48,6 +51,8 @@ def load_transformer(
             state = seed_voken.read_transformer(path)
             config = config or seed_voken.published_transformer_config(state)
         return _ready(Transformer, config, state, device, path)
+    if config is not None:
+        raise UserError(f"{path}: has a config of its own; give `config` only with a published .ckpt file")
     return _load(Transformer, TransformerConfig, path, device)
 
 
@@ -135,6 +140,6 @@ def generate(
     classes or settings out of range.
     """
     config = SamplerConfig(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-    seeds = [seed + i for i in range(len(classes))] if isinstance(seed, int) else seed
+    seeds = [seed + i for i in range(len(classes))] if isinstance(seed, numbers.Integral) else seed
     codes = sample_codes(transformer, classes, seeds, config, progress=progress)
     return decode_in_blocks(tokenizer, codes)

@@ -3,12 +3,16 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from ibq.config import UserError
+
 TIMEOUT = timedelta(minutes=30)
+T = TypeVar("T")
 
 
 def setup(device: str = "auto") -> torch.device:
@@ -20,10 +24,17 @@ def setup(device: str = "auto") -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"device: process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices; "
+                "start fewer processes, or set device=cpu"
+            )
         torch.cuda.set_device(local_rank)
+    chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
-        torch_dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
-    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+        backend, own = ("nccl", chosen) if device == "cuda" else ("gloo", None)
+        torch_dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
+    return chosen
 
 
 def shutdown() -> None:
@@ -107,8 +118,22 @@ def any_rank(flag: Tensor) -> bool:
     return bool(value.item())
 
 
-def broadcast_module(module: torch.nn.Module) -> None:
-    """Give every rank rank 0's parameters and buffers."""
+def from_main(tensor: Tensor) -> Tensor:
+    """Rank 0's values of a tensor that every rank has in the same shape."""
     if world_size() > 1:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            torch_dist.broadcast(tensor.data, src=0)
+        torch_dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def main_first(action: Callable[[], T]) -> T:
+    """The action's result on every rank; rank 0 acts first, so that a download happens once.
+
+    An error on rank 0 is raised there after the others have been let go on.
+    """
+    if not is_main():
+        barrier()
+    try:
+        return action()
+    finally:
+        if is_main():
+            barrier()

@@ -22,19 +22,18 @@ from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataConfig, CodeDataset
 from ibq.data.loader import training_batches, validation_batches
 from ibq.data.shards import ImageDataConfig, ImageDataset, split_images
-from ibq.engine.base import OptimizerConfig
-from ibq.engine.local import LocalEngine, LocalEngineConfig
+from ibq.engine import EngineConfig, LocalEngineConfig, OptimizerConfig, build_engine
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.ar_task import ARScheduleConfig, ARTask
 from ibq.training.loop import TrainingConfig, train
 from ibq.training.run import (
+    build_seeded,
     check_schedule,
     check_seed_and_average,
     make_order,
     naming,
     parse_arguments,
     prepare_folder,
-    seed_parameters,
     set_up_torch,
 )
 
@@ -66,7 +65,7 @@ class ARRunConfig:
     )
     schedule: ARScheduleConfig = field(default_factory=ARScheduleConfig)
     training: TrainingConfig
-    engine: LocalEngineConfig = field(default_factory=LocalEngineConfig)
+    engine: EngineConfig = field(default_factory=LocalEngineConfig)
 
     def __post_init__(self):
         check_seed_and_average(self.seed, self.ema_decay)
@@ -76,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     arguments = parse_arguments(
         ARRunConfig, __doc__.splitlines()[0],
-        "deepspeed ibq/train_ar.py --config yaml/xxl.yaml data.train=codes/train", argv,
+        "torchrun --nproc-per-node 8 ibq/train_ar.py --config yaml/b.yaml data.train=codes/train", argv,
     )  # fmt: skip
     config: ARRunConfig = arguments.config
-    set_up_torch()
+    set_up_torch(training=True)
     device = dist.setup(config.device)
     with naming(arguments.source):
         train_set, validation_set, tokenizer = open_data(config, device)
@@ -119,7 +118,7 @@ def open_data(config: ARRunConfig, device: torch.device):
         with naming("data.train"):
             train_set = CodeDataset(data.train)
         with naming("data.validation"):
-            validation_set = CodeDataset(data.validation or data.train)
+            validation_set = CodeDataset(data.validation)
         tokenizer, meta = None, train_set.meta
         found = meta.num_codes, meta.tokens_per_side, len(meta.classes)
         if validation_set.meta.tokenizer != meta.tokenizer:
@@ -148,11 +147,9 @@ def build_task(config: ARRunConfig, order, device: torch.device, tokenizer) -> A
     total_steps = config.training.total_steps(order.steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
 
-    def transformer():
-        return Transformer(config.model)
-
-    engine = LocalEngine(
-        seed_parameters(transformer, config.seed).to(device),
+    engine = build_engine(
+        config.engine,
+        build_seeded("transformer", lambda: Transformer(config.model), config.seed).to(device),
         config.optimizer,
         precision=config.precision,
         accumulation=order.accumulation,

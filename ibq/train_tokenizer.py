@@ -18,23 +18,22 @@ from typing import Literal
 import torch
 
 from ibq import dist
-from ibq.config import exit_on_user_error
+from ibq.config import UserError, exit_on_user_error
 from ibq.data.loader import training_batches, validation_batches
 from ibq.data.shards import ImageDataConfig, ImageDataset, split_images
-from ibq.engine.base import OptimizerConfig
-from ibq.engine.local import LocalEngine, LocalEngineConfig
+from ibq.engine import EngineConfig, LocalEngineConfig, OptimizerConfig, build_engine
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.perceptual import build_perceptual
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.training.loop import TrainingConfig, train
 from ibq.training.run import (
+    build_seeded,
     check_schedule,
     check_seed_and_average,
     make_order,
     naming,
     parse_arguments,
     prepare_folder,
-    seed_parameters,
     set_up_torch,
 )
 from ibq.training.tokenizer_task import (
@@ -54,7 +53,10 @@ class TokenizerRunConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"  # the quantizer always runs in fp32
-    statistics: Literal["rank", "world"] = "rank"  # of batch normalization, batch entropy and LeCAM
+    statistics: Literal["rank", "world"] = (
+        "rank"  # of batch normalization, batch entropy and LeCAM; "world" gives the same
+    )
+    # training for every world size with the same world size x micro-batch
     ema_decay: float = 0.999
     ema_warmup: bool = False  # average over fewer steps at first: for short runs
     usage_alarm: float = 0.1  # share of the reachable codes under which the codebook counts as collapsed
@@ -65,7 +67,7 @@ class TokenizerRunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: TokenizerScheduleConfig = field(default_factory=MultiStepScheduleConfig)
     training: TrainingConfig
-    engine: LocalEngineConfig = field(default_factory=LocalEngineConfig)
+    engine: EngineConfig = field(default_factory=LocalEngineConfig)
 
     def __post_init__(self):
         check_seed_and_average(self.seed, self.ema_decay)
@@ -86,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml training.micro_batch=8", argv,
     )  # fmt: skip
     config: TokenizerRunConfig = arguments.config
-    set_up_torch()
-    perceptual = build_perceptual(config.loss.perceptual)  # first: the likeliest thing to be missing
+    set_up_torch(training=True)
     device = dist.setup(config.device)
+    perceptual = dist.main_first(lambda: build_perceptual(config.loss.perceptual))  # one rank downloads the weights
     with naming(arguments.source):
         train_index, validation_index = split_images(config.data)
     size, augment, cache = config.model.resolution, config.data.augment, config.data.cache
@@ -102,12 +104,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = functools.partial(training_steps, 0, order.steps_per_epoch)
     task = build_task(config, order, device, perceptual, first)
     check_schedule(task.learning_rate, arguments.source)
+    warmup, total = config.codebook_start.warmup_steps, config.training.total_steps(order.steps_per_epoch)
+    if warmup >= total:
+        raise UserError(
+            f"{arguments.source}: codebook_start.warmup_steps: {warmup} must be below the run's {total} steps"
+        )
     folder = prepare_folder(config.output, config, arguments.fresh)
     train(
         task,
         folder=folder,
         config=config.training,
-        total_steps=config.training.total_steps(order.steps_per_epoch),
+        total_steps=total,
         seed=config.seed,
         device=device,
         training_batches=training_steps,
@@ -129,18 +136,14 @@ def build_task(config: TokenizerRunConfig, order, device: torch.device, perceptu
     """Networks, engines and the task that trains them."""
     total_steps = config.training.total_steps(order.steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
+    gan = config.loss.gan
     # Convolutions on tensor cores want channels last; small ones on the CPU do not.
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
-    def tokenizer():
-        return Tokenizer(config.model)
-
-    def discriminator():
-        return PatchDiscriminator(config.loss.gan.discriminator)
-
-    def engine(build, ema_decay):
-        module = seed_parameters(build, config.seed).to(device, memory_format=memory_format)
-        return LocalEngine(
+    def engine(name, build, ema_decay):
+        module = build_seeded(name, build, config.seed).to(device, memory_format=memory_format)
+        return build_engine(
+            config.engine,
             module,
             config.optimizer,
             precision=config.precision,
@@ -150,8 +153,8 @@ def build_task(config: TokenizerRunConfig, order, device: torch.device, perceptu
         )
 
     return TokenizerTask(
-        engine(tokenizer, config.ema_decay),
-        engine(discriminator, None) if config.loss.gan.enabled else None,
+        engine("tokenizer", lambda: Tokenizer(config.model), config.ema_decay),
+        engine("discriminator", lambda: PatchDiscriminator(gan.discriminator), None) if gan.enabled else None,
         config.loss,
         perceptual=None if perceptual is None else perceptual.to(device),
         learning_rate=lambda step: config.schedule.learning_rate(peak, step, order.steps_per_epoch, total_steps),

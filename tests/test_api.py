@@ -90,6 +90,26 @@ def test_transformer_from_a_published_checkpoint():
         assert torch.equal(transformer.state_dict()[name], value), name
 
 
+def test_published_transformer_without_a_config(tmp_path):
+    """Depth and width are read from the shapes, heads of 64 channels and 16 x 16 tokens are the paper's."""
+    config = TransformerConfig(depth=2, vocab_size=32, num_classes=3)
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    names = {"class_emb.weight": "class_emb.embedding_table.weight"}
+    state = {f"transformer.{names.get(name, name)}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "ar.ckpt")
+    loaded = ibq.load_transformer(tmp_path / "ar.ckpt", device="cpu")
+    assert (loaded.config.num_heads, loaded.config.model_width, loaded.config.tokens_per_side) == (2, 128, 16)
+    codes, classes = torch.randint(0, 32, (1, 256)), torch.tensor([1])
+    with torch.no_grad():
+        assert torch.equal(loaded.logits(codes, classes), model.logits(codes, classes))
+    narrow = Transformer(dataclasses.replace(config, width=48, heads=2)).state_dict()
+    state = {f"transformer.{names.get(name, name)}": value for name, value in narrow.items()}
+    torch.save({"state_dict": state}, tmp_path / "ar.ckpt")
+    with pytest.raises(UserError, match="heads of 64 channels"):
+        ibq.load_transformer(tmp_path / "ar.ckpt")
+
+
 def test_what_cannot_be_loaded(models, tmp_path):
     with pytest.raises(UserError, match="no model at"):
         ibq.load_tokenizer(tmp_path)

@@ -86,7 +86,7 @@ CASES = {
     "negative warm-up": (
         "transformer",
         ["schedule.warmup_steps=-3"],
-        ["transformer.yaml", "schedule.", "warmup_steps"],
+        ["schedule.warmup_steps", "negative"],
     ),
     "resolution": ("tokenizer", ["model.resolution=18"], ["model.resolution", "multiple", "4"]),
     "channels": ("tokenizer", ["model.channels=20"], ["model.channels", "32"]),
@@ -96,6 +96,11 @@ CASES = {
         ["loss.gan.discriminator.layers=3"],
         ["tokenizer.yaml", "loss.gan.discriminator.layers", "24", "16"],
     ),
+    "small images": ("tokenizer", ["model.resolution=4", "model.channel_multipliers=[1]"], ["model.resolution", "7"]),
+    "no groups": ("tokenizer", ["model.norm_groups=0"], ["model.norm_groups", "at least 1"]),
+    "negative entropy weight": ("tokenizer", ["loss.entropy_weight=-1"], ["loss.entropy_weight", "negative"]),
+    "cosine's end": ("tokenizer", ["schedule.kind=cosine", "schedule.end=2"], ["schedule.end", "[0, 1]"]),
+    "no validation codes": ("transformer", ["data={kind: codes, train: somewhere}"], ["data.validation", "required"]),
     "negative GAN weight": ("tokenizer", ["loss.gan.weight=-1"], ["loss.gan.weight", "negative"]),
     "few images to start from": (
         "tokenizer",

@@ -211,6 +211,23 @@ def test_transparency_lies_over_white():
     assert found[0, 0].tolist() == [10, 20, 30] and found[0, 1].tolist() == [255] * 3
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_cameras_orientation_is_applied(kind):
+    upright = picture(4, 32).resize((32, 16))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a camera held upright: to be turned by 90 degrees clockwise
+    settings = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
+    found = decode_rgb(encoded(upright.transpose(Image.Transpose.ROTATE_90), kind, exif=turned, **settings))
+    assert found.size == (32, 16)
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(upright)).mean() < 8
+
+
+def test_a_damaged_orientation_is_no_damaged_picture():
+    image = picture(4)
+    found = decode_rgb(encoded(image, exif=b"Exif\x00\x00MM\x00*\x00\x00"))
+    assert np.array_equal(np.asarray(found), np.asarray(image))
+
+
 @pytest.mark.parametrize("data", [b"", b"no picture", png(picture(0))[:80]])
 def test_what_is_no_picture(data):
     with pytest.raises(ValueError, match="not a readable picture"):
@@ -288,6 +305,28 @@ def test_shards_and_class_folders_give_the_same(shards, tmp_path):
     )
 
 
+def test_what_is_no_class_and_no_image_in_a_folder(tmp_path):
+    """Left behind by notebooks and Macs, or empty."""
+    elsewhere = tmp_path / "elsewhere"
+    place = tmp_path / "place"
+    for path in (
+        *(elsewhere / "1.png", place / "cats" / "1.png", place / "cats" / "more" / "2.png"),
+        *(place / ".ipynb_checkpoints" / "1.png", place / "cats" / ".hidden" / "3.png", place / "cats" / "._1.png"),
+        *(place / "empty" / "notes.txt", place / "cats" / "folder.png" / "notes.txt"),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(picture(1)))
+    (place / "dogs").symlink_to(elsewhere)
+    (place / "cats" / "4.png").symlink_to(elsewhere / "1.png")
+    (place / "cats" / "5.png").symlink_to(elsewhere / "absent.png")
+    index = open_images(str(place))
+    assert index.classes == ["cats", "dogs"]
+    names = ["cats/1.png", "cats/4.png", "cats/more/2.png", "dogs/1.png"]
+    assert [entry.path.removeprefix(f"{place}/") for entry in index.entries] == names
+    assert [entry.label for entry in index.entries] == [0, 0, 0, 1]
+    assert len(ImageDataset(index, 16)[1][0]) == 3
+
+
 def test_names_inside_shards(tmp_path):
     """Labels and pictures match by the path up to the first dot of the file's name."""
     for folder in ("", "./", "set.v1/train/"):
@@ -348,6 +387,24 @@ def test_codes_that_are_missing_or_do_not_fit(tmp_path):
     meta = CodesMeta(num_codes=8, tokens_per_side=3, classes=["a"], tokenizer="hash")
     write_codes(tmp_path, np.zeros((4, 4), int), np.zeros(4, int), meta)
     with pytest.raises(UserError, match="do not fit"):
+        CodeDataset(tmp_path)
+
+
+@pytest.mark.parametrize(("code", "label"), [(70_000, 0), (8, 0), (-1, 0), (0, 1), (0, -1)])
+def test_codes_out_of_range(tmp_path, monkeypatch, code, label):
+    """The cast to 16 bits would make code 4,464 of code 70,000."""
+    monkeypatch.setattr("ibq.data.codes.CHECKED_AT_ONCE", 5)
+    meta = CodesMeta(num_codes=8, tokens_per_side=2, classes=["a"], tokenizer="hash")
+    codes, labels = np.zeros((6, 4), int), np.zeros(6, int)
+    write_codes(tmp_path, codes, labels, meta)
+    codes[3, 2], labels[5] = code, label
+    wrong = "code" if code else "label"
+    with pytest.raises(ValueError, match=f"{wrong} {code or label} is not one of the {8 if code else 1} "):
+        write_codes(tmp_path, codes, labels, meta)
+    assert len(CodeDataset(tmp_path)) == 6  # the whole ones are still there
+    np.save(tmp_path / "codes.npy", codes)
+    np.save(tmp_path / "labels.npy", labels)
+    with pytest.raises(UserError, match=f"{wrong} {code or label} is not one .*write them again"):
         CodeDataset(tmp_path)
 
 

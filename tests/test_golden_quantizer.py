@@ -231,8 +231,9 @@ def test_the_lower_of_equal_rows_wins(name: str, precision: str, implementation:
     for low, high in case["pairs"]:
         if torch.equal(codebook[low], codebook[high]):
             wins = [int((codes == code).sum()) for code in (low, high)]
-            assert wins == case["pair_win_counts"][f"{low},{high}"][precision]
             assert wins[1] == 0
+            if case["indices_same_f32_f64"]:
+                assert wins == case["pair_win_counts"][f"{low},{high}"][precision]
 
 
 @pytest.mark.parametrize("name", golden_json(NAME)["cases"])

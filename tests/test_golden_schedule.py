@@ -73,7 +73,7 @@ def test_tokenizer_rule(model):
         assert_relative(multi_step_lr(epoch, base_lr, drops, drop_rate), lr, f"{model}: epoch {epoch}")
         if epoch + 1 in drops:
             lr *= drop_rate
-    assert lr < base_lr
+    assert lr < base_lr or not drops
 
 
 def test_tokenizer_optional_multipliers():
@@ -93,12 +93,12 @@ def test_a_perturbed_value_fails():
         row = case["series"][-1]
         values = ar_values(row["it"], case["settings"])
         for actual, expected in ((values.lr, row["lr"]), (values.weight_decay, row["weight_decay"])):
-            for wrong in (actual * (1 + 10 * RELATIVE), actual * (1 - 10 * RELATIVE), float("nan")):
+            perturbed = [actual * (1 + 10 * RELATIVE), actual * (1 - 10 * RELATIVE)] if expected else [1e-300]
+            for wrong in (*perturbed, float("nan")):
                 with pytest.raises(AssertionError, match="differs by"):
                     assert_relative(wrong, expected, "perturbed")
 
 
-@pytest.mark.xfail(reason="golden_support.assert_close reads a Python float as float32")
 def test_a_perturbed_python_float_fails():
     with pytest.raises(AssertionError, match="differs by"):
         assert_close(0.1 * (1 + 1e-11), 0.1, 1e-13, "perturbed")

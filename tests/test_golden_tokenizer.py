@@ -4,6 +4,7 @@ Tensors are stored in float32 with the reference's float32-against-float64 diffe
 differ from them by 20 times that; a float64 result must show just that difference, since the reference's did.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from ibq.engine.base import ema_update
 from ibq.interop import seed_voken
+from ibq.interop.reference_tensors import FIRST_STAGE
 from ibq.interop.seed_voken import (
     infer_discriminator_config,
     infer_tokenizer_config,
@@ -35,7 +37,8 @@ from ibq.interop.seed_voken import (
     tokenizer_config_from_reference,
 )
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.quantizers import IBQConfig
 
 NAME = "tokenizer_small"
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
@@ -100,13 +103,15 @@ def test_forward(key: str, precision: str):
         prequant = tokenizer.encode_latents(images)
         assert_stored(prequant, f"{key}/prequant", dtype)
         out, quantized = tokenizer(images), tokenizer.quantizer(prequant)
+        same_codes = result["indices_same_f32_f64"]
         for quantity, value in quantizer_scalars(out.losses, out.metrics).items():
-            assert_stored_scalar(value, result, quantity, precision)
+            if same_codes or precision == "f64" or quantity != "quant_loss":
+                assert_stored_scalar(value, result, quantity, precision)
         # The decoder alone, whatever the codes of the image.
         indices = tensors[f"{key}/indices"].view(out.codes.shape)
         assert_stored(tokenizer.quantizer.lookup(indices), f"{key}/z_q", dtype)
         assert_stored(tokenizer.decode(indices), f"{key}/reconstruction", dtype)
-        if result["indices_same_f32_f64"]:
+        if same_codes:
             assert_equal_codes(out.codes, indices, key)
             assert_equal_codes(tokenizer.encode(images), indices, key)
             assert_stored(quantized.latents, f"{key}/z_q", dtype)
@@ -135,10 +140,18 @@ def test_logits_and_shapes(key: str):
 @pytest.mark.parametrize("image", IMAGES)
 def test_averaged_and_raw_weights_differ_as_in_the_reference(image: str):
     key = f"{image}/raw_vs_ema_max_abs_reconstruction_difference"
+    results, errors = golden_json(NAME)["results"], golden_json(NAME)["float32_vs_float64"]
+    sets = [f"{image}/{weights}" for weights in ("raw", "ema")]
+    if key not in results or not all(name in results and results[name]["indices_same_f32_f64"] for name in sets):
+        pytest.skip(f"no {key}, or of codes that depend on the precision")
     images = golden_tensors(NAME)[f"{image}/image"]
     with torch.no_grad():
         raw, ema = (load_tokenizer(weights)(images).reconstruction for weights in ("raw", "ema"))
-    assert_close((raw - ema).abs().max(), golden_json(NAME)["results"][key], 1e-4, key)
+    entries = [errors[f"{name}/reconstruction"] for name in sets]
+    allowed = sum(
+        max(FLOAT32_FACTOR * entry["max_abs_diff"], FLOAT32_FLOOR * entry["max_abs_value"]) for entry in entries
+    )
+    assert_close((raw - ema).abs().max(), results[key], allowed, key)
 
 
 def quantizer_scalars(losses: dict[str, Tensor], metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,6 +166,8 @@ def quantizer_scalars(losses: dict[str, Tensor], metrics: dict[str, Tensor]) -> 
 @pytest.mark.parametrize("key", GRADIENTS)
 def test_gradients(key: str, precision: str):
     image, weights = key.split("/")
+    if precision == "f32" and not golden_json(NAME)["results"][key]["indices_same_f32_f64"]:
+        pytest.skip(f"{key}: codes that depend on the precision")
     dtype, expected = DTYPES[precision], golden_json(NAME)["grad"]
     weight = golden_json(NAME)["config"]["lossconfig"]["params"]
     tokenizer = load_tokenizer(weights, dtype)
@@ -164,7 +179,7 @@ def test_gradients(key: str, precision: str):
     if precision == "f64":
         assert_float64(loss, expected["L_f64"], "L")
     else:
-        allowed = FLOAT32_FACTOR * max(abs(expected["L_f32"] - expected["L_f64"]), 1e-7 * expected["L_f64"])
+        allowed = FLOAT32_FACTOR * max(abs(expected["L_f32"] - expected["L_f64"]), 1e-7 * abs(expected["L_f64"]))
         assert_close(loss, expected["L_f32"], allowed, "L")
     parameters = dict(tokenizer.named_parameters())
     names = expected["parameters"]
@@ -183,7 +198,7 @@ def test_ema_update():
     for name in names:
         shadow = shadows[our_name(name)].clone()
         before = shadow.data_ptr()
-        ema_update(shadow, tensors[prefix + name], decay)
+        ema_update([shadow], [tensors[prefix + name]], decay)
         assert shadow.data_ptr() == before
         assert_float32(shadow, tensors[f"ema_update/new_ema/{name}"], NAME, f"ema_update/{name}", 1e-6)
 
@@ -229,12 +244,24 @@ def test_discriminator_weights():
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_config_from_shapes_equals_the_references(weights: str):
     config = tokenizer_config_from_reference(golden_json(NAME)["config"])
-    assert infer_tokenizer_config(read_tokenizer(checkpoint_path(), weights), config.resolution) == config
+    inferred = infer_tokenizer_config(read_tokenizer(checkpoint_path(), weights), config.resolution)
+    assert shown_by_shapes(inferred) == shown_by_shapes(config)
+
+
+def shown_by_shapes(config: TokenizerConfig) -> TokenizerConfig:
+    """The configuration with the default of whatever shapes do not show, and attention only where there is a level."""
+    levels = [i for i in range(len(config.channel_multipliers)) if config.has_attention(i)]
+    return dataclasses.replace(
+        config,
+        attention_resolutions=tuple(config.resolution // 2**i for i in levels),
+        dropout=0.0,
+        quantizer=IBQConfig(num_codes=config.quantizer.num_codes, dim=config.quantizer.dim),
+    )
 
 
 def test_tokenizer_of_an_ar_checkpoint_is_the_averaged_one():
     """The reference's loader for the AR stage takes the averaged values."""
-    paths = [p for p in sorted(golden_dir().glob("ar_*.ckpt")) if has_first_stage(p)]
+    paths = [p for p in sorted(golden_dir().glob("*.ckpt")) if has_first_stage(p)]
     assert paths
     averaged = read_tokenizer(checkpoint_path(), "ema")
     for path in paths:
@@ -249,7 +276,7 @@ def test_tokenizer_of_an_ar_checkpoint_is_the_averaged_one():
 
 def has_first_stage(path: Path) -> bool:
     state = torch.load(path, weights_only=True)["state_dict"]
-    return any(name.startswith(seed_voken.FIRST_STAGE) for name in state)
+    return any(name.startswith(FIRST_STAGE) for name in state)
 
 
 def test_checkpoint_without_losses(edited):

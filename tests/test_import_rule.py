@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ENTRY_SCRIPTS = {"train_tokenizer", "train_ar"}
 LAYERS = [
-    {"config", "config_yaml", "progress", "dist", "ops"},
+    {"config", "config_yaml", "files", "progress", "dist", "ops"},
     {"quantizers"},
     {"models", "losses"},
     {"data", "engine", "sampling", "evaluation", "interop", "scaling"},
@@ -26,10 +26,11 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 NARROW = {
     "config_yaml": set(),
     "config": {"config_yaml"},
+    "files": set(),
     "progress": set(),
     "dist": {"config"},
     "ops": {"config"},
-    "data": {"config", "dist", "ops"},
+    "data": {"config", "dist", "files", "ops"},
     "engine": {"config", "dist", "ops"},
 }
 # Models and what they are made of are told about other ranks through callables.
@@ -192,7 +193,7 @@ def test_allowed_imports_pass(path, source):
         (
             "ibq/data/x.py",
             "from ibq.models.tokenizer import Tokenizer",
-            "data may import only config, dist, ops",
+            "data may import only config, dist, files, ops",
         ),
         ("ibq/engine/x.py", "from ibq.quantizers import base", "engine may import only config, dist, ops"),
         ("ibq/config.py", "from ibq.dist import rank", "config may import only config_yaml"),

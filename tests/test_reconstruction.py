@@ -74,6 +74,14 @@ def test_psnr_by_hand():
     assert torch.isinf(psnr(black, black)).all()
 
 
+def test_ssim_of_images_below_its_window():
+    images = torch.zeros(1, 3, 7, 6, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="at least 7 x 7 pixels, got 7 x 6"):
+        ssim(images, images)
+    smallest = torch.zeros(1, 3, 7, 7, dtype=torch.uint8)
+    assert ssim(smallest, smallest) == 1
+
+
 def test_thumbnail():
     flat = torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)
     assert torch.equal(thumbnail(flat, 8), flat)

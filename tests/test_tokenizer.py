@@ -176,6 +176,13 @@ def test_autocast_gradients_reach_every_parameter():
     [
         ({"channels": 48}, "^channels: .*32"),
         ({"resolution": 17}, "^resolution: .*multiple"),
+        ({"resolution": 4, "channel_multipliers": (1,)}, "^resolution: .*at least 7"),
+        ({"resolution": 0}, "^resolution: .*at least"),
+        ({"in_channels": 0}, "^in_channels: .*at least 1"),
+        ({"channels": 0}, "^channels: .*at least 1"),
+        ({"channels": -32}, "^channels: .*at least 1"),
+        ({"latent_channels": 0}, "^latent_channels: .*at least 1"),
+        ({"norm_groups": 0}, "^norm_groups: .*at least 1"),
         ({"channel_multipliers": ()}, "^channel_multipliers: "),
         ({"channel_multipliers": (1, 0)}, "^channel_multipliers: "),
         ({"dropout": 1.0}, "^dropout: "),

@@ -93,7 +93,7 @@ TRANSFORMER_CONFIG = f"""
 precision: fp32
 device: cpu
 ema_decay: 0.9
-data: {{kind: codes, train: DATA/codes}}
+data: {{kind: codes, train: DATA/codes, validation: DATA/codes}}
 model:
   vocab_size: {CODES}
   num_classes: {CLASSES}

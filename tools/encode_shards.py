@@ -12,18 +12,18 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-import torch
 
 from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodesMeta, write_codes
 from ibq.data.loader import validation_batches
-from ibq.data.shards import ImageDataset, ImageIndex, open_split, to_unit_range
+from ibq.data.shards import ImageDataset, ImageIndex, to_unit_range
 from ibq.data.transforms import AugmentConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.progress import progress_bar
 from ibq.training.checkpoint import weights_hash
 from ibq.training.run import set_up_torch
+from tools.options import add_device_options, add_image_options, autocast_of, device_of, open_images_of
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -33,9 +33,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tokenizer", required=True, help="run folder, its `best` folder, or a published .ckpt file")
-    add("--images", required=True, help="glob of tar shards, or a folder of class folders")
-    add("--split", choices=["all", "train", "validation"], default="all", help="part of the images")
-    add("--validation-every", type=int, default=10, help="--split: every so many-th image is held out")
+    add_image_options(parser)
+    add_device_options(parser)
     add("--output", required=True, type=Path, help="folder for the codes")
     add(
         "--views",
@@ -45,9 +44,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--flip", action="store_true", help="mirror some of the augmented views")
     add("--max-zoom", type=float, default=1.1, help="how far the augmented views zoom in")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder; the quantizer stays in fp32")
-    add("--batch-size", type=int, default=32)
-    add("--workers", type=int, default=2)
     add("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -55,16 +51,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode as the command line says."""
     arguments = parse(argv)
-    if arguments.views < 1 or arguments.batch_size < 1:
-        raise UserError("--views and --batch-size must be at least 1")
-    set_up_torch()
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    if arguments.views < 1:
+        raise UserError(f"--views must be at least 1, got {arguments.views}")
+    set_up_torch(training=False)
+    tokenizer = load_tokenizer(arguments.tokenizer, device=device_of(arguments))
     try:
         augment = AugmentConfig(flip=arguments.flip, max_zoom=arguments.max_zoom)
     except ValueError as error:
         raise UserError(f"--max-zoom: {error}") from error
-    index = open_split(arguments.images, arguments.split, arguments.validation_every)
-    encode_images(tokenizer, index, augment, arguments)
+    encode_images(tokenizer, open_images_of(arguments), augment, arguments)
 
 
 def encode_images(
@@ -84,7 +79,7 @@ def encode_images(
                 seed=arguments.seed + number,
             )
             for images, classes in validation_batches(dataset, batch_size, workers=arguments.workers, device=device):
-                with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
+                with autocast_of(arguments):
                     batch = tokenizer.encode(to_unit_range(images))
                 codes.append(batch.flatten(1).cpu().numpy())
                 labels.append(classes.cpu().numpy())

@@ -6,22 +6,27 @@ python tools/evaluate.py reconstruction --tokenizer runs/tokenizer --images 'sha
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ibq.api import load_tokenizer
-from ibq.config import UserError, exit_on_user_error
+from ibq.config import exit_on_user_error
 from ibq.data.loader import validation_batches
-from ibq.data.shards import ImageDataset, open_split
-from ibq.evaluation.reconstruction import MIN_TOKENS_PER_CODE, evaluate_reconstruction
-from ibq.models.perceptual import PerceptualConfig, build_perceptual
-from ibq.progress import say
-from ibq.training.checkpoint import weights_hash, write_text
+from ibq.data.shards import ImageDataset
+from ibq.evaluation.reconstruction import MIN_TOKENS_PER_CODE, ReconstructionReport, evaluate_reconstruction
+from ibq.files import write_text
+from ibq.models.perceptual import PerceptualConfig, build_perceptual, vgg_was_downloaded
+from ibq.models.tokenizer import Tokenizer
+from ibq.progress import progress_bar, say
+from ibq.training.checkpoint import weights_hash
 from ibq.training.run import set_up_torch
+from tools.options import add_device_options, add_image_options, autocast_of, device_of, open_images_of
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -34,12 +39,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = command.add_argument
     add("--tokenizer", required=True, help="run folder, its `best` folder, or a published .ckpt file")
-    add("--images", required=True, help="glob of tar shards, or a folder of class folders")
-    add("--split", choices=["all", "train", "validation"], default="all", help="part of the images")
-    add("--validation-every", type=int, default=10, help="--split: every so many-th image is held out")
-    add("--lpips", default="none", metavar="WEIGHTS", help="none, download, or a file of VGG-16 weights")
-    add("--batch-size", type=int, default=32)
-    add("--workers", type=int, default=2)
+    add_image_options(command)
+    add_device_options(command)
+    add(
+        "--lpips",
+        default="auto",
+        metavar="WEIGHTS",
+        help="VGG-16 weights: download, a file, none, or auto: if they were downloaded before (default)",
+    )
     add("--json", type=Path, help="write the figures here")
     add("--npz", type=Path, help="write the first originals and reconstructions and the code histogram here")
     return parser.parse_args(argv)
@@ -48,27 +55,49 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     arguments = parse(argv)
-    if arguments.batch_size < 1:
-        raise UserError("--batch-size must be at least 1")
-    set_up_torch()
-    perceptual = None
-    if arguments.lpips != "none":
-        perceptual = build_perceptual(PerceptualConfig(weights=arguments.lpips))
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    device = next(tokenizer.parameters()).device
-    index = open_split(arguments.images, arguments.split, arguments.validation_every)
-    dataset = ImageDataset(index, tokenizer.config.resolution)
-    report = evaluate_reconstruction(
-        tokenizer,
-        validation_batches(dataset, arguments.batch_size, workers=arguments.workers, device=device),
-        perceptual=None if perceptual is None else perceptual.to(device),
-        keep=24,
-    )
+    set_up_torch(training=False)
+    perceptual = perceptual_of(arguments)
+    tokenizer = load_tokenizer(arguments.tokenizer, device=device_of(arguments))
+    report = reconstruct(tokenizer, perceptual, arguments)
     if report.metrics["tokens_per_code"] < MIN_TOKENS_PER_CODE:
         say(
             f"note: {report.metrics['tokens_per_code']:.1f} tokens per code are few: with under "
             f"{MIN_TOKENS_PER_CODE} the usage says as much about the set's size as about the codebook"
         )
+    for name, value in report.metrics.items():
+        print(f"{name:20s} {value:12.4f}")
+    write_results(tokenizer, report, arguments)
+
+
+def perceptual_of(arguments: argparse.Namespace) -> torch.nn.Module | None:
+    """LPIPS on the chosen device, or None."""
+    wanted = arguments.lpips
+    if wanted == "auto":
+        wanted = "download" if vgg_was_downloaded() else "none"
+        if wanted == "none":
+            say("note: no LPIPS, as its VGG-16 weights are not here; --lpips download fetches them")
+    if wanted == "none":
+        return None
+    return build_perceptual(PerceptualConfig(weights=wanted)).to(device_of(arguments))
+
+
+def reconstruct(tokenizer: Tokenizer, perceptual, arguments: argparse.Namespace) -> ReconstructionReport:
+    """Encode and decode all images, with a progress bar."""
+    dataset = ImageDataset(open_images_of(arguments), tokenizer.config.resolution)
+    batches = validation_batches(dataset, arguments.batch_size, workers=arguments.workers, device=device_of(arguments))
+    with progress_bar("reconstruct", len(dataset), "image") as progress, autocast_of(arguments):
+        return evaluate_reconstruction(tokenizer, advancing(batches, progress), perceptual=perceptual, keep=24)
+
+
+def advancing(batches: Iterable[tuple[Tensor, Tensor]], progress) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; the bar moves on by the images of each when the next is asked for."""
+    for images, labels in batches:
+        yield images, labels
+        progress.update(len(images))
+
+
+def write_results(tokenizer: Tokenizer, report: ReconstructionReport, arguments: argparse.Namespace) -> None:
+    """Write the files that were asked for."""
     figures = {
         "metrics": report.metrics,
         "num_codes": tokenizer.quantizer.num_codes,
@@ -78,13 +107,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tokenizer_sha256": weights_hash(tokenizer.state_dict()),
         "images": arguments.images,
         "split": arguments.split,
+        "precision": arguments.precision,
     }
-    for name, value in report.metrics.items():
-        print(f"{name:20s} {value:12.4f}")
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.json, json.dumps(figures, indent=1))
     if arguments.npz:
+        arguments.npz.parent.mkdir(parents=True, exist_ok=True)
         np.savez(
             arguments.npz,
             originals=report.originals.numpy(),

@@ -21,17 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataset
-from ibq.data.shards import ImageDataset, ImageIndex, open_images, open_split
-from ibq.evaluation.code_models import bigram_nll, unigram_nll
-from ibq.evaluation.reconstruction import CodeUsage, thumbnail
-from ibq.evaluation.report import ReportData, write_report
-from ibq.training.checkpoint import write_text
+from ibq.data.shards import ImageIndex, open_images, open_split
+from ibq.files import write_text
+from tools.quickstart_report import collect_metrics, write_page
 
 EMOJI = ("tests/data/emoji64/train-*.tar", "tests/data/emoji64/val-*.tar")
 OWN_FILES = (
@@ -177,7 +173,8 @@ def measure(
     )
     total = time.perf_counter() - start
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = [line["seconds/step"] for line in lines if "seconds/step" in line]
+    lines = [line for line in lines if "seconds/step" in line]
+    timed = [line["seconds/step"] - line["seconds/data"] for line in lines]  # images are decoded only once
     shutil.rmtree(folder)
     per_step = GAN_START * timed[1] + (1 - GAN_START) * timed[3] if gan else (timed[1] + timed[3]) / 2
     # Besides its steps a run starts, validates and saves: some of it again and again.
@@ -298,118 +295,15 @@ def sample(quickstart: Quickstart) -> None:
     )
 
 
-def collect_metrics(quickstart: Quickstart) -> dict:
-    """The figures of the run, from the files that its parts wrote."""
-    output = quickstart.output
-    reconstruction = json.loads((output / "reconstruction.json").read_text())
-    train, validation = (CodeDataset(output / "codes" / split) for split in ("train", "validation"))
-    meta = train.meta
-    images = len(train) // meta.views
-    plain = np.asarray(train.codes[:images])  # the first view is the image itself
-    both = np.concatenate([plain, np.asarray(validation.codes)])
-    usage = CodeUsage(meta.num_codes)
-    usage.add(torch.from_numpy(both.astype(np.int64)))
-    statistics = usage.statistics()
-    best = json.loads((output / "transformer" / "best" / "info.json").read_text())
-    figures = reconstruction["metrics"]
-    return {
-        "reconstruction": {name: figures[name] for name in ("psnr", "thumbnail_psnr", "ssim", "l1", "images")},
-        "codebook": {
-            "num_codes": reconstruction["num_codes"],
-            "dim": reconstruction["dim"],
-            "usage": statistics["usage"],
-            "perplexity": statistics["perplexity"],
-            "effective_rank": figures["effective_rank"],
-        },
-        "tokens_per_image": reconstruction["tokens_per_image"],
-        "ar": {
-            "val_nll": best["metrics"]["nll"],
-            "unigram_nll": unigram_nll(both, meta.num_codes),
-            "bigram_nll": bigram_nll(train.codes, np.asarray(validation.codes), meta.num_codes, meta.tokens_per_side),
-        },
-        "steps": {stage: quickstart.plan[stage] for stage in ("tokenizer", "transformer")},
-        "parts": dict(quickstart.seconds),
-        "seconds": quickstart.elapsed(),
-        "histogram": usage.counts.tolist(),
-    }
-
-
 def report(quickstart: Quickstart) -> None:
-    """metrics.json and report.html."""
+    """The page and, last, the figures: they say that the run is whole."""
     output = quickstart.output
-    metrics = collect_metrics(quickstart)
-    histogram = torch.tensor(metrics.pop("histogram"))
-    pictures = np.load(output / "reconstruction.npz")
-    originals = torch.from_numpy(pictures["originals"])
-    samples = np.load(output / "samples" / "samples.npz")
-    images, labels = torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2), samples["arr_1"]
-    index = quickstart.place.index("train")
-    neighbours = nearest_images(images, index)
-    per_class = {int(c): torch.from_numpy(np.flatnonzero(labels == c)) for c in np.unique(labels)}
-    side = CodeDataset(output / "codes" / "train").meta.tokens_per_side
-    data = ReportData(
-        title="From a folder of images to generated images",
-        subtitle=f"IBQ tokenizer and autoregressive transformer, {len(index):,} training images",
-        metrics=metrics,
-        originals=originals,
-        reconstructions=torch.from_numpy(pictures["reconstructions"]),
-        thumbnails=thumbnail(originals, side),
-        classes=index.classes,
-        samples={label: images[numbers] for label, numbers in per_class.items()},
-        nearest={label: neighbours[numbers] for label, numbers in per_class.items()},
-        tokenizer_curves=curves(
-            output / "tokenizer",
-            {
-                "training L1": "loss/l1",
-                "quantization loss": "quantizer/quantization",
-                "discriminator loss": "gan/discriminator",
-                "validation PSNR (dB)": "validation/psnr",
-                "codebook usage": "codebook/usage",
-            },
-        ),
-        transformer_curves=curves(
-            output / "transformer",
-            {
-                "training NLL": "loss/total",
-                "validation NLL": "validation/nll",
-            },
-        ),
-        reference_lines={"unigram": metrics["ar"]["unigram_nll"], "bigram": metrics["ar"]["bigram_nll"]},
-        histogram=histogram,
-        commands=next_commands(output),
-    )
-    write_report(output / "report.html", data)
+    metrics = collect_metrics(output)
+    metrics["steps"] = {stage: quickstart.plan[stage] for stage in STEP_LIMITS}
+    metrics["parts"] = {name.replace("_", " "): seconds for name, seconds in quickstart.seconds.items()}
+    metrics["seconds"] = quickstart.elapsed()
+    write_page(output, metrics, quickstart.place.index("train"))
     write_text(output / "metrics.json", json.dumps(metrics, indent=1))
-
-
-def curves(run: Path, names: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
-    """Series of a run's metrics.jsonl, by the names for the chart."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = {shown: [(line["step"], line[key]) for line in lines if key in line] for shown, key in names.items()}
-    return {shown: series for shown, series in found.items() if series}
-
-
-def nearest_images(images: Tensor, index: ImageIndex) -> Tensor:
-    """The training image with the smallest pixel distance to each of the images: uint8, of the same shape."""
-    dataset = ImageDataset(index, images.shape[-1])
-    training = torch.stack([dataset[i][0] for i in range(len(dataset))])
-    distances = torch.cdist(images.flatten(1).float(), training.flatten(1).float())
-    return training[distances.argmin(dim=1)]
-
-
-def next_commands(output: Path) -> list[tuple[str, str]]:
-    """What to try next."""
-    models = f"--tokenizer {output / 'tokenizer'} --transformer {output / 'transformer'}"
-    return [
-        ("More images of one class", f"python tools/sample.py {models} --classes 3 --count 32 --output samples"),
-        ("Your own images, one folder a class", "bash tools/quickstart.sh --data my_images --output runs/mine"),
-        ("Curves in TensorBoard", f"tensorboard --logdir {output}"),
-        (
-            "The paper's tokenizer, on a cluster",
-            "torchrun --nproc-per-node 8 ibq/train_tokenizer.py "
-            "--config yaml/tokenizer_16384.yaml data.train='shards/train-*.tar'",
-        ),
-    ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -421,7 +315,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="your images: a folder with one sub-folder per class, or a glob of tar shards "
         "(default: the bundled emoji); every tenth image is held out for validation",
     )
-    add("--output", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)")
+    add("--output", type=Path, help="folder of the run (default: runs/quickstart of this project)")
     add("--minutes", type=float, default=8.5, help="time to fill, after the installation (default: %(default)s)")
     add("--fresh", action="store_true", help="start over instead of going on with an interrupted run")
     add("--smoke", action="store_true", help="a dozen steps each, to see that everything works")
@@ -444,17 +338,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.minutes <= 0:
         raise UserError(f"--minutes must be positive, got {arguments.minutes}")
     place = Place(train=EMOJI[0], validation=EMOJI[1])
+    caller = Path(os.environ.get("IBQ_CALLED_FROM", "."))
     if arguments.data is not None:
-        data = os.path.abspath(arguments.data)
-        place = Place(train=data, validation=None)
-    output = arguments.output
+        place = Place(train=os.path.abspath(caller / arguments.data), validation=None)
+    # By default inside this project, whose paths the printed commands then show.
+    output = Path("runs/quickstart") if arguments.output is None else Path(os.path.abspath(caller / arguments.output))
+    if output.is_relative_to(ROOT):
+        output = output.relative_to(ROOT)
+    os.chdir(ROOT)
     if arguments.fresh:
         remove_own_files(output)
+    place.index("train")  # complains at once if there is nothing
+    quickstart = Quickstart(output, place, arguments.minutes, arguments.smoke)
     if (output / "metrics.json").exists():
         print(f"{output} is finished: see {output / 'report.html'}; --fresh starts over")
         return
-    place.index("train")  # complains at once if there is nothing
-    quickstart = Quickstart(output, place, arguments.minutes, arguments.smoke)
     parts = (train_tokenizer, evaluate_tokenizer, encode, train_transformer, sample)
     for part in parts:
         with quickstart.part(part.__name__):

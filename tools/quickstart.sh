@@ -5,6 +5,7 @@
 #   bash tools/quickstart.sh --data my_images      your own: one sub-folder per class
 #   bash tools/quickstart.sh --fresh               start over
 set -euo pipefail
+export IBQ_CALLED_FROM="$PWD" # relative --data and --output are the caller's
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
 exec python tools/quickstart.py "$@"

@@ -18,6 +18,7 @@ from ibq.api import generate, load_tokenizer, load_transformer
 from ibq.config import UserError, exit_on_user_error
 from ibq.progress import progress_bar
 from ibq.training.run import set_up_torch
+from tools.options import add_device_options, autocast_of, device_of
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,26 +39,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top-k", type=int, default=0, help="only the k likeliest codes; 0 allows all")
     add("--top-p", type=float, default=1.0, help="only the likeliest codes up to this probability")
     add("--seed", type=int, default=0)
+    add_device_options(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate as the command line says."""
     arguments = parse(argv)
-    set_up_torch()
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    transformer = load_transformer(arguments.transformer)
+    if arguments.count < 1:
+        raise UserError(f"--count must be at least 1, got {arguments.count}")
+    set_up_torch(training=False)
+    tokenizer = load_tokenizer(arguments.tokenizer, device=device_of(arguments))
+    transformer = load_transformer(arguments.transformer, device=device_of(arguments))
     if tokenizer.quantizer.num_codes != transformer.config.vocab_size:
         raise UserError(
             f"{arguments.transformer}: knows {transformer.config.vocab_size} codes, the tokenizer "
             f"{tokenizer.quantizer.num_codes}; give the tokenizer that the transformer was trained on"
         )
-    if arguments.count < 1:
-        raise UserError(f"--count must be at least 1, got {arguments.count}")
     classes = arguments.classes if arguments.classes is not None else range(transformer.config.num_classes)
     labels = [label for label in classes for _ in range(arguments.count)]
     seeds = [arguments.seed + i for _ in classes for i in range(arguments.count)]
-    with progress_bar("sample", len(labels), "image") as progress:
+    with progress_bar("sample", len(labels), "image") as progress, autocast_of(arguments):
         try:
             images = generate(
                 tokenizer,

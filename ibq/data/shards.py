@@ -77,7 +77,10 @@ def _open_shard(path: str) -> BinaryIO:
 
 
 def open_images(place: str) -> ImageIndex:
-    """Index a glob of tar shards or a folder of class folders; UserError if nothing is there."""
+    """Index a glob of tar shards or a folder of class folders; UserError if nothing is there.
+
+    In a folder, hidden files and folders (`.name`) are left out, and a sub-folder without images is no class.
+    """
     if Path(place).is_dir():
         return _index_folder(Path(place))
     paths = sorted(glob.glob(place))
@@ -92,16 +95,28 @@ def open_images(place: str) -> ImageIndex:
 
 
 def _index_folder(folder: Path) -> ImageIndex:
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    images = {name: _images_below(folder / name) for name in names}
+    classes = [name for name in names if images[name]]
+    if not classes:
+        raise UserError(f"no images in {str(folder)!r}: expected one sub-folder a class with JPEG, PNG or WebP files")
     entries = [
         ImageEntry(path=str(path), offset=0, size=path.stat().st_size, label=label)
         for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        for path in images[name]
     ]
-    if not entries:
-        raise UserError(f"no images in {str(folder)!r}: expected one sub-folder a class with JPEG, PNG or WebP files")
     return ImageIndex(entries, classes)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """All image files in a folder and its sub-folders, without hidden ones: a Mac's `._1.jpg` is no picture."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
 
 
 def _index_shard(path: str) -> list[ImageEntry]:

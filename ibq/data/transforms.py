@@ -4,7 +4,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 MAX_PIXELS = 100_000_000
 
@@ -25,12 +25,13 @@ class AugmentConfig:
 def decode_rgb(data: bytes) -> Image.Image:
     """An RGB picture from the bytes of a JPEG, PNG or WebP file; transparency is laid over white.
 
-    ValueError if the bytes are no picture or one of more than 100 megapixels.
+    Cameras' EXIF orientation is applied. ValueError if the bytes are no picture or one of more than 100 megapixels.
     """
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+        image = _upright(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -39,6 +40,14 @@ def decode_rgb(data: bytes) -> Image.Image:
         return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable picture: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF block says."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises many kinds for a damaged EXIF block; damaged pixels fail later again
+        return image
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The engine seam: how a module is trained on one process or many, hidden from the tasks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol
@@ -79,6 +79,9 @@ class Engine(Protocol):
     def __call__(self, *inputs):
         """The module's forward pass in the engine's precision."""
 
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of the forward pass, for modules that are called besides this one."""
+
     def micro_batch(self) -> AbstractContextManager[None]:
         """Around the forward and backward passes of one micro-batch."""
 
@@ -116,6 +119,6 @@ def snapshot(engine: Engine) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def ema_update(shadow: Tensor, raw: Tensor, decay: float) -> None:
-    """shadow <- shadow - (1 - decay) * (shadow - raw), in place."""
-    shadow.lerp_(raw, 1.0 - decay)
+def ema_update(shadows: Sequence[Tensor], raw: Sequence[Tensor], decay: float) -> None:
+    """shadow <- shadow - (1 - decay) * (shadow - raw) for every pair, in place."""
+    torch._foreach_lerp_(list(shadows), list(raw), 1.0 - decay)

@@ -44,7 +44,6 @@ class LocalEngine:
         self._dtype = PRECISIONS[precision]
         self._device = next(module.parameters()).device
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        dist.broadcast_module(module)
         self._callable = self._parallel() if dist.world_size() > 1 else module
         self._optimizer = self._build_optimizer()
         self._shadows: dict[str, Tensor] = {}
@@ -110,8 +109,9 @@ class LocalEngine:
                 group["weight_decay"] = hyper[group["name"]].weight_decay
             self._optimizer.step()
             self.steps += 1
-            for name, shadow in self._shadows.items():
-                ema_update(shadow, self._parameters[name].detach(), self._decay())
+            if self._shadows:
+                raw = [self._parameters[name].detach() for name in self._shadows]
+                ema_update(list(self._shadows.values()), raw, self._decay())
         self.discard()
         return StepResult(gradient_norm=norm, skipped=skipped)
 

@@ -43,6 +43,8 @@ FIELDS = {
     ),
     "ar.bigram_nll": ("Bigram NLL", "nats/token", "", "The same when only the token before is known: a baseline."),
     "ar.unigram_nll": ("Unigram NLL", "nats/token", "", "The same when only token frequencies are known."),
+    "steps.tokenizer": ("Tokenizer steps", "int", "", "Training steps of the first stage."),
+    "steps.transformer": ("Transformer steps", "int", "", "Training steps of the second stage."),
     "seconds": ("Total time", "s", "lower", "Wall-clock time from the data to this page."),
 }
 

@@ -25,8 +25,11 @@ def ssim(reference: Tensor, other: Tensor) -> Tensor:
     """Structural similarity of uint8 images [B, C, H, W], per image [B].
 
     7x7 uniform window, sample covariance, mean over channels and over pixels with a border of 3 cropped: the
-    defaults of scikit-image (Wang et al., 2004).
+    defaults of scikit-image (Wang et al., 2004). ValueError for images smaller than the window.
     """
+    if min(reference.shape[-2:]) < SSIM_WINDOW:
+        height, width = reference.shape[-2:]
+        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {height} x {width}")
     x, y = reference.double() / 255, other.double() / 255
     count = SSIM_WINDOW**2
     mean_x, mean_y = _window_mean(x), _window_mean(y)
@@ -60,7 +63,8 @@ class CodeUsage:
 
     def add(self, codes: Tensor) -> None:
         """Count the codes of a batch, of any shape."""
-        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        codes = codes.flatten()  # bincount would wait for the device
+        self.counts.scatter_add_(0, codes, torch.ones_like(codes))
 
     def reduce(self) -> "CodeUsage":
         """Sum the counts over all ranks."""

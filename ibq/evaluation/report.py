@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +15,7 @@ from torch import Tensor
 from ibq.evaluation.charts import MAX_POINTS, line_chart, rank_chart, share_bar
 from ibq.evaluation.figures import BETTER, FIELDS, as_number, duration, number
 from ibq.evaluation.report_style import STYLE
+from ibq.files import write_text
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -67,14 +67,7 @@ class ReportData:
 
 def write_report(path: Path, data: ReportData) -> None:
     """Write the page to `path`, whole or not at all; folders are made where missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(render(data), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(Path(path), render(data))
 
 
 def render(data: ReportData) -> str:

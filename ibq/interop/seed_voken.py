@@ -8,21 +8,44 @@ and, under `first_stage_model.*`, its tokenizer with the averaged values.
 Reading is strict: every tensor of a file is used, or recognised as not needed, or named in an error.
 """
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ibq.interop.reference_tensors import (
+    FIRST_STAGE,
+    TRANSFORMER,
+    argument,
+    count_numbered,
+    read_state,
+    reject_unknown,
+    require_same_tensors,
+    take,
+)
+from ibq.interop.seed_voken_transformer import (
+    published_transformer_config,
+    read_transformer,
+    transformer_config_from_reference,
+)
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
-from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.quantizers import IBQConfig
+
+__all__ = [
+    "infer_discriminator_config",
+    "infer_tokenizer_config",
+    "published_transformer_config",
+    "read_discriminator",
+    "read_tokenizer",
+    "read_transformer",
+    "tokenizer_config_from_reference",
+    "transformer_config_from_reference",
+]
 
 Weights = Literal["ema", "raw"]
 
@@ -30,8 +53,6 @@ CODEBOOK = "quantizer.codebook"
 REFERENCE_CODEBOOK = "quantize.embedding.weight"
 TOKENIZER_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 DISCRIMINATOR = "loss.discriminator."
-FIRST_STAGE = "first_stage_model."
-TRANSFORMER = "transformer."
 EMA = "model_ema."
 EMA_BOOKKEEPING = ("decay", "num_updates")
 BATCHNORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -39,16 +60,6 @@ FROZEN_LPIPS = re.compile(
     r"loss\.perceptual_loss\."
     r"(scaling_layer\.(shift|scale)|net\.slice\d+\.\d+\.(weight|bias)|lin\d+\.model\.1\.weight)"
 )
-
-CLASS_TABLE, REFERENCE_CLASS_TABLE = "class_emb.weight", "class_emb.embedding_table.weight"
-KV_CACHE = re.compile(r"blocks\.\d+\.attention\.kv_cache\.[kv]_cache")
-# The reference's transformer arguments and ours.
-TRANSFORMER_ARGUMENTS = {
-    **{"vocab_size": "vocab_size", "class_num": "num_classes", "n_layer": "depth", "n_head": "heads"},
-    **{"n_embd": "width", "n_kv_head": "kv_heads", "cond_dim": "condition_dim", "shared_aln": "shared_adaln"},
-    **{"resid_dropout_p": "residual_dropout", "ffn_dropout_p": "ffn_dropout", "token_drop": "token_dropout"},
-    **{"alng": "adaln_gamma_init"},
-}
 
 # What the reference's model arguments say about training only; nothing of it describes the tokenizer.
 TRAINING_ARGUMENTS = (
@@ -58,7 +69,7 @@ TRAINING_ARGUMENTS = (
 )
 
 
-# --- The tokenizer ------------------------------------------------------------------------------------------
+# --- Reading ------------------------------------------------------------------------------------------------
 
 
 def read_tokenizer(path: str | Path, weights: Weights = "ema") -> dict[str, Tensor]:
@@ -110,7 +121,7 @@ def infer_tokenizer_config(tensors: Mapping[str, Tensor], resolution: int = 256)
         return tensors[name].shape
 
     channels, in_channels = shape("encoder.conv_in.weight")[:2]
-    levels = _count(tensors, r"encoder\.down\.(\d+)\.block\.")
+    levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.block\.")
     attention = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in tensors]
     num_codes, dim = shape(CODEBOOK)[:2]
     return TokenizerConfig(
@@ -120,7 +131,7 @@ def infer_tokenizer_config(tensors: Mapping[str, Tensor], resolution: int = 256)
         channel_multipliers=tuple(
             shape(f"encoder.down.{i}.block.0.conv1.weight")[0] // channels for i in range(levels)
         ),
-        res_blocks=_count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        res_blocks=count_numbered(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         attention_resolutions=tuple(resolution // 2**i for i in attention),
         latent_channels=shape("encoder.conv_out.weight")[0],
         quantizer=IBQConfig(num_codes=num_codes, dim=dim),
@@ -132,7 +143,7 @@ def infer_discriminator_config(tensors: Mapping[str, Tensor]) -> DiscriminatorCo
     if "main.0.weight" not in tensors:
         raise ValueError(f"missing tensors: {DISCRIMINATOR}main.0.weight")
     # `main`: a convolution and its activation; `layers` times convolution, norm, activation; a convolution.
-    last = _count(tensors, r"main\.(\d+)\.") - 1
+    last = count_numbered(tensors, r"main\.(\d+)\.") - 1
     return DiscriminatorConfig(channels=tensors["main.0.weight"].shape[0], layers=max(1, (last - 2) // 3))
 
 
@@ -142,7 +153,7 @@ def tokenizer_config_from_reference(arguments: Mapping[str, Any]) -> TokenizerCo
     Training-only arguments are left out. Raises ValueError naming an argument that is unknown, missing or
     asks for something that this implementation does not have.
     """
-    network = dict(_argument(arguments, "ddconfig"))
+    network = dict(argument(arguments, "ddconfig"))
     known = {
         "ddconfig",
         "n_embed",
@@ -153,20 +164,20 @@ def tokenizer_config_from_reference(arguments: Mapping[str, Any]) -> TokenizerCo
         "l2_normalize",
     }
     known |= {"sample_minimization_weight", "batch_maximization_weight"} | set(TRAINING_ARGUMENTS)
-    _reject_unknown(arguments, known, "")
+    reject_unknown(arguments, known, "", "tokenizer")
     config = TokenizerConfig(
-        resolution=_argument(network, "resolution", "ddconfig."),
-        in_channels=_argument(network, "in_channels", "ddconfig."),
-        channels=_argument(network, "ch", "ddconfig."),
-        channel_multipliers=tuple(_argument(network, "ch_mult", "ddconfig.")),
-        res_blocks=_argument(network, "num_res_blocks", "ddconfig."),
-        attention_resolutions=tuple(_argument(network, "attn_resolutions", "ddconfig.")),
-        latent_channels=_argument(network, "z_channels", "ddconfig."),
+        resolution=argument(network, "resolution", "ddconfig."),
+        in_channels=argument(network, "in_channels", "ddconfig."),
+        channels=argument(network, "ch", "ddconfig."),
+        channel_multipliers=tuple(argument(network, "ch_mult", "ddconfig.")),
+        res_blocks=argument(network, "num_res_blocks", "ddconfig."),
+        attention_resolutions=tuple(argument(network, "attn_resolutions", "ddconfig.")),
+        latent_channels=argument(network, "z_channels", "ddconfig."),
         dropout=network.get("dropout", 0.0),
         quantizer=_quantizer_config_from_reference(arguments),
     )
     used = {"resolution", "in_channels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels"}
-    _reject_unknown(network, used | {"dropout", "double_z", "out_ch"}, "ddconfig.")
+    reject_unknown(network, used | {"dropout", "double_z", "out_ch"}, "ddconfig.", "tokenizer")
     if network.get("double_z", False):
         raise ValueError(
             "ddconfig.double_z: true is for variational encoders, which are not supported; set it to false"
@@ -182,81 +193,13 @@ def _quantizer_config_from_reference(arguments: Mapping[str, Any]) -> IBQConfig:
     entropy = bool(arguments.get("use_entropy_loss", True))
     defaults = IBQConfig()
     return IBQConfig(
-        num_codes=_argument(arguments, "n_embed"),
-        dim=_argument(arguments, "embed_dim"),
+        num_codes=argument(arguments, "n_embed"),
+        dim=argument(arguments, "embed_dim"),
         beta=arguments.get("beta", defaults.beta),
         entropy_temperature=arguments.get("entropy_temperature", defaults.entropy_temperature),
         sample_entropy_weight=arguments.get("sample_minimization_weight", 1.0) if entropy else 0.0,
         batch_entropy_weight=arguments.get("batch_maximization_weight", 1.0) if entropy else 0.0,
     )
-
-
-# --- The transformer ----------------------------------------------------------------------------------------
-
-
-def read_transformer(path: str | Path) -> dict[str, Tensor]:
-    """Transformer weights of an AR checkpoint, named for `Transformer.load_state_dict(strict=True)`.
-
-    The tokenizer that the checkpoint also holds is left to `read_tokenizer`, key/value caches that sampling
-    left behind are dropped. Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
-    """
-    state = read_state(path)
-    tensors = {n: v for n, v in take(state, TRANSFORMER).items() if not KV_CACHE.fullmatch(n)}
-    unexpected = [name for name in state if not name.startswith((TRANSFORMER, FIRST_STAGE))]
-    if not tensors:
-        raise ValueError(f"{path}: has no transformer ({TRANSFORMER}*); use a checkpoint of the AR stage")
-    ours = {CLASS_TABLE if name == REFERENCE_CLASS_TABLE else name: value for name, value in tensors.items()}
-    try:
-        with torch.device("meta"):
-            expected = Transformer(_transformer_config_of_shapes(ours)).state_dict()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    found = {_transformer_reference_name(name): tuple(value.shape) for name, value in ours.items()}
-    shapes = {_transformer_reference_name(name): tuple(value.shape) for name, value in expected.items()}
-    require_same_tensors(found, shapes, str(path), unexpected)
-    return ours
-
-
-def transformer_config_from_reference(arguments: Mapping[str, Any]) -> TransformerConfig:
-    """Our configuration for the reference's transformer arguments (`stage_config` of its AR YAML files).
-
-    Raises ValueError naming an argument that is unknown, missing or asks for something that this
-    implementation does not have.
-    """
-    tokens = _argument(arguments, "block_size")
-    if math.isqrt(tokens) ** 2 != tokens:
-        raise ValueError(f"block_size: {tokens} is not a square; only square code grids are supported")
-    if arguments.get("drop_path_rate", 0.0):
-        raise ValueError("drop_path_rate: stochastic depth is not supported; set it to 0")
-    given = {ours: arguments[theirs] for theirs, ours in TRANSFORMER_ARGUMENTS.items() if theirs in arguments}
-    for required in ("vocab_size", "n_layer", "n_head", "n_embd", "class_num"):
-        _argument(arguments, required)
-    _reject_unknown(arguments, {*TRANSFORMER_ARGUMENTS, "block_size", "drop_path_rate"}, "", "transformer")
-    return TransformerConfig(tokens_per_side=math.isqrt(tokens), **given)
-
-
-def _transformer_config_of_shapes(tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """A configuration with these shapes; the number of heads, which shapes do not show, is arbitrary."""
-    needed = ("tok_emb.weight", CLASS_TABLE, "blocks.0.attention.wqkv.weight")
-    missing = [_transformer_reference_name(name) for name in needed if name not in tensors]
-    if missing:
-        raise ValueError(f"missing tensors: {_listing(missing)}")
-    vocab_size, width = tensors["tok_emb.weight"].shape
-    head_dim = 4  # the smallest, so that it divides what every other one divides
-    return TransformerConfig(
-        vocab_size=vocab_size,
-        num_classes=tensors[CLASS_TABLE].shape[0] - 1,
-        tokens_per_side=1,
-        depth=_count(tensors, r"blocks\.(\d+)\."),
-        width=width,
-        heads=width // head_dim,
-        kv_heads=(tensors["blocks.0.attention.wqkv.weight"].shape[0] - width) // 2 // head_dim,
-        shared_adaln="shared_ada_lin.1.weight" in tensors,
-    )
-
-
-def _transformer_reference_name(name: str) -> str:
-    return TRANSFORMER + (REFERENCE_CLASS_TABLE if name == CLASS_TABLE else name)
 
 
 # --- Sorting and checking a checkpoint's tensors ------------------------------------------------------------
@@ -268,24 +211,6 @@ class _TokenizerParts:
     discriminator: dict[str, Tensor]  # empty without a discriminator
     shadows: dict[str, Tensor]  # averages, names without dots; empty without EMA
     from_ar_checkpoint: bool
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: its `state_dict`, or the file itself where it is a plain table of tensors.
-
-    Nothing is unpickled but tensors and plain containers. Raises ValueError where that is not enough.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{path}: cannot be read as tensors only ({str(error).splitlines()[0]}); "
-            "save its `state_dict` alone in an environment that you trust with the file"
-        ) from error
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: has no table of tensors; expected a checkpoint with a `state_dict`")
-    return dict(state)
 
 
 def _split_tokenizer(state: dict[str, Tensor], source: str) -> _TokenizerParts:
@@ -335,46 +260,9 @@ def _expected_shapes(parts: _TokenizerParts) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def require_same_tensors(
-    found: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
-    source: str,
-    unexpected: Iterable[str] = (),
-) -> None:
-    """Raise ValueError naming what is missing, unexpected (with `unexpected`) or wrongly shaped."""
-    wrong = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    problems = {
-        "missing tensors": [name for name in expected if name not in found],
-        "unexpected tensors": [*unexpected, *(name for name in found if name not in expected)],
-        "wrong shapes": wrong,
-    }
-    lines = [f"{problem}: {_listing(names)}" for problem, names in problems.items() if names]
-    if lines:
-        raise ValueError(f"{source}: {'; '.join(lines)}")
-
-
-def take(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose names start with `prefix`, under their names without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
 def _require_shadows(parts: _TokenizerParts, source: str) -> None:
     if not parts.shadows:
         raise ValueError(f"{source}: has no averaged weights ({EMA}*); use weights='raw'")
-
-
-def _listing(names: list[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _count(tensors: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that `pattern` finds in the names; 0 where it finds none."""
-    numbers = [int(match[1]) for name in tensors if (match := re.match(pattern, name))]
-    return max(numbers, default=-1) + 1
 
 
 def _is_buffer(name: str) -> bool:
@@ -391,15 +279,3 @@ def _reference_name(name: str) -> str:
 
 def _our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {CODEBOOK if name == REFERENCE_CODEBOOK else name: value for name, value in tensors.items()}
-
-
-def _argument(arguments: Mapping[str, Any], key: str, where: str = "") -> Any:
-    if key not in arguments:
-        raise ValueError(f"{where}{key}: is missing; give the reference's complete model arguments")
-    return arguments[key]
-
-
-def _reject_unknown(arguments: Mapping[str, Any], known: Iterable[str], where: str, model: str = "tokenizer") -> None:
-    unknown = sorted(set(arguments) - set(known))
-    if unknown:
-        raise ValueError(f"{where}{unknown[0]}: is not an argument of the reference's {model} that can be converted")

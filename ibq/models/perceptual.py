@@ -46,6 +46,11 @@ def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
     return network.requires_grad_(False).eval()
 
 
+def vgg_was_downloaded() -> bool:
+    """Whether torchvision's VGG-16 weights are in PyTorch's cache."""
+    return (Path(torch.hub.get_dir()) / "checkpoints" / VGG_URL.rsplit("/", 1)[1]).exists()
+
+
 def _read_vgg(config: PerceptualConfig) -> dict:
     if config.weights == "download":
         try:

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ibq.quantizers import IBQConfig, QuantizerConfig, build_quantizer
 
+SMALLEST_IMAGE = 7  # pixels: the window of SSIM, which every run measures on its reconstructions
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -33,6 +35,13 @@ class TokenizerConfig:
     quantizer: QuantizerConfig = field(default_factory=IBQConfig)
 
     def __post_init__(self):
+        for name in ("in_channels", "channels", "latent_channels", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.resolution < SMALLEST_IMAGE:
+            raise ValueError(
+                f"resolution: must be at least {SMALLEST_IMAGE}, the pixels that SSIM needs, got {self.resolution}"
+            )
         if not self.channel_multipliers or min(self.channel_multipliers) < 1 or self.res_blocks < 1:
             raise ValueError("channel_multipliers: need at least one level of at least one ResBlock; see the defaults")
         for multiplier in self.channel_multipliers:

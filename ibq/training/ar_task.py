@@ -1,5 +1,6 @@
 """Stage 2: one step of the class-conditional autoregressive transformer."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,15 @@ class ARScheduleConfig:
     def __post_init__(self):
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("warmup_epochs: give either `warmup_epochs` or `warmup_steps`, not both")
+        for name in ("warmup_epochs", "warmup_steps"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"{name}: must be finite and not negative, got {getattr(self, name)}; 0: no warm-up")
+        for name in ("warmup_start", "end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must lie in [0, 1], got {getattr(self, name)}; it is a share of the peak")
+        if not 0 <= self.end_weight_decay < math.inf:
+            given = self.end_weight_decay
+            raise ValueError(f"end_weight_decay: must be finite and not negative, got {given}; 0 keeps it constant")
 
     def warmup(self, steps_per_epoch: int) -> int:
         """Warm-up in steps."""
@@ -125,12 +135,12 @@ class ARTask:
 
     def rank_tensors(self) -> dict[str, Tensor]:
         """Nothing is kept per rank."""
-        return {"none": torch.zeros(1)}
+        return {}
 
     def load_rank_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing is kept per rank."""
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, info: Mapping) -> None:
         """Write the averaged weights for `ibq.load_transformer`."""
         with self.engine.averaged():
-            save_pretrained(folder, dump_config(self.transformer.config), self.transformer.state_dict())
+            save_pretrained(folder, dump_config(self.transformer.config), self.transformer.state_dict(), info)

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +25,11 @@ from torch import Tensor
 
 from ibq import dist
 from ibq.config import UserError
-from ibq.engine.base import Engine, ParameterState
+from ibq.engine.base import PARTS, Engine, ParameterState
+from ibq.files import fresh_folder, replace_folder, write_text
 
 FORMAT = 1
-PARTS = {"weight": "weight", "ema": "ema", "moment1": "moment1", "moment2": "moment2"}
+NO_INFO = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +50,12 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint under `folder`, then remove all but the last `keep`; every rank calls it."""
     target = folder / f"step-{state.step:08d}"
-    temporary = folder / f".tmp-{target.name}"
+    temporary = target.with_name(f".tmp-{target.name}")
     if dist.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary = fresh_folder(target)
     dist.barrier()
-    _save(rank_tensors, temporary / f"rank-{dist.rank()}.safetensors")
+    if rank_tensors:
+        _save(rank_tensors, temporary / f"rank-{dist.rank()}.safetensors")
     if dist.is_main():
         for name, engine in engines.items():
             _save(_engine_tensors(engine), temporary / f"{name}.safetensors")
@@ -67,8 +69,7 @@ def save_checkpoint(
         write_text(temporary / "state.json", json.dumps(info, indent=1))
     dist.barrier()
     if dist.is_main():
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        replace_folder(temporary, target)
         for old in _list(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -78,8 +79,8 @@ def save_checkpoint(
 def _engine_tensors(engine: Engine) -> dict[str, Tensor]:
     tensors = {}
     for name, state in engine.named_state():
-        for part, attribute in PARTS.items():
-            if (tensor := getattr(state, attribute)) is not None:
+        for part in PARTS:
+            if (tensor := getattr(state, part)) is not None:
                 tensors[f"{part}/{name}"] = tensor
     return tensors
 
@@ -98,15 +99,15 @@ def load_checkpoint(path: Path, engines: Mapping[str, Engine]) -> tuple[Training
                     raise UserError(f"{path}: holds another model than the config describes; use --fresh to start over")
 
                 def read(parameter: str, file=file, names=names) -> ParameterState:
-                    parts = {
-                        attribute: file.get_tensor(f"{part}/{parameter}") if f"{part}/{parameter}" in names else None
-                        for part, attribute in PARTS.items()
-                    }
-                    return ParameterState(**parts)
+                    keys = {part: f"{part}/{parameter}" for part in PARTS}
+                    return ParameterState(
+                        **{part: file.get_tensor(key) if key in names else None for part, key in keys.items()}
+                    )
 
                 engine.load_named_state(read, info["updates"][name])
-        own = path / f"rank-{dist.rank()}.safetensors"
-        rank_tensors = load_file(own if own.exists() else path / "rank-0.safetensors")
+        files = (path / f"rank-{rank}.safetensors" for rank in (dist.rank(), 0))
+        own = next((file for file in files if file.exists()), None)
+        rank_tensors = {} if own is None else load_file(own)
         state = TrainingState(step=info["step"], best_score=info["best_score"], bad_steps=info["bad_steps"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
@@ -126,15 +127,18 @@ def _list(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
 
 
-def save_pretrained(folder: Path, config_text: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write a model for use: `model.safetensors` and the `config.yaml` that rebuilds it, atomically."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def save_pretrained(
+    folder: Path, config_text: str, tensors: Mapping[str, Tensor], info: Mapping = MappingProxyType({})
+):
+    """Write a model for use, whole or not at all.
+
+    `model.safetensors`, the `config.yaml` that rebuilds it, and `info.json`: where the weights come from.
+    """
+    temporary = fresh_folder(folder)
     _save(tensors, temporary / "model.safetensors")
     write_text(temporary / "config.yaml", config_text)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    write_text(temporary / "info.json", json.dumps(dict(info), indent=1))
+    replace_folder(temporary, folder)
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -150,13 +154,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole or absent."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

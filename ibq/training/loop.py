@@ -1,7 +1,6 @@
 """The training loop of both stages: it knows tasks, never models."""
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 from ibq import dist
 from ibq.config import UserError
 from ibq.engine.base import Engine
+from ibq.files import recover_folder
 from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from ibq.training.metrics import Interval, MetricLogger, Stopwatch, peak_memory_gib
@@ -88,8 +88,8 @@ class Task(Protocol):
     def load_rank_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore it."""
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the averaged weights for use."""
+    def save_pretrained(self, folder: Path, info: Mapping) -> None:
+        """Write the averaged weights for use, and where they come from."""
 
 
 class BadStepsError(UserError):
@@ -112,8 +112,8 @@ def train(
     training_batches: Callable[[int, int], Iterator[list[Batch]]],
     validation_batches: Callable[[], Iterable[Batch]],
     title: str,
-) -> Path:
-    """Train from the last checkpoint in `folder`, or from the start, to `total_steps`; returns the best model's folder.
+) -> None:
+    """Train from the last checkpoint in `folder`, or from the start, to `total_steps`.
 
     `training_batches(start, stop)` gives one list of micro-batches a step.
     """
@@ -137,16 +137,16 @@ def train(
             last = run.step == total_steps
             if run.step % config.log_every == 0 or last:
                 steps = run.step - since
-                rate = {"seconds/step": (time.perf_counter() - started) / steps}
+                rate = {"seconds/step": (time.perf_counter() - started - run.aside) / steps}
                 run.log(interval.means() | stopwatch.means(steps) | rate, config.batch_size)
                 progress.set_postfix_str(run.summary())
-                started, since = time.perf_counter(), run.step
+                started, since, run.aside = time.perf_counter(), run.step, 0.0
             if run.step % config.validate_every == 0 or last:
-                run.validate(validation_batches())
-                started += run.validation_seconds
+                with run.besides_steps():
+                    run.validate(validation_batches())
             if run.step % config.save_every == 0 or last:
-                run.save()
-    return folder / "best"
+                with run.besides_steps():
+                    run.save()
 
 
 class _Run:
@@ -158,18 +158,27 @@ class _Run:
         self.best_score: float | None = None
         self.bad_steps = 0
         self.bad_in_a_row = 0
-        self.validation_seconds = 0.0
+        self.aside = 0.0  # seconds since the last log that are no part of the steps
         self._summary: dict[str, float] = {}
         self.logger: MetricLogger
 
     def resume(self) -> None:
         """Continue from the last checkpoint, if there is one."""
+        if dist.is_main():
+            recover_folder(self.folder / "best")
         path = latest_checkpoint(self.folder / "checkpoints")
         if path is not None:
             state, tensors = load_checkpoint(path, self.task.engines)
             self.task.load_rank_tensors(tensors)
             self.step, self.best_score, self.bad_steps = state.step, state.best_score, state.bad_steps
         self.logger = MetricLogger(self.folder, self.step)
+
+    @contextlib.contextmanager
+    def besides_steps(self) -> Iterator[None]:
+        """What happens in this context does not count in the time per step."""
+        start = time.perf_counter()
+        yield
+        self.aside += time.perf_counter() - start
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -209,7 +218,6 @@ class _Run:
 
     def validate(self, batches: Iterable[Batch]) -> None:
         """Evaluate, and keep the weights if they are the best so far."""
-        start = time.perf_counter()
         result = self.task.validate(batches)
         self.logger.scalars(self.step, {f"validation/{name}": value for name, value in result.metrics.items()})
         for name, rows in result.images.items():
@@ -217,11 +225,9 @@ class _Run:
         if math.isfinite(result.score) and (self.best_score is None or result.score > self.best_score):
             self.best_score = result.score
             if dist.is_main():
-                self.task.save_pretrained(self.folder / "best")
                 info = {"step": self.step, "score": result.score, "metrics": result.metrics}
-                (self.folder / "best" / "info.json").write_text(json.dumps(info, indent=1))
+                self.task.save_pretrained(self.folder / "best", info)
         self._summary["best"] = math.nan if self.best_score is None else self.best_score
-        self.validation_seconds = time.perf_counter() - start
         dist.barrier()
 
     def summary(self) -> str:

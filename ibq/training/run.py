@@ -14,7 +14,7 @@ from torch import nn
 from ibq import dist
 from ibq.config import UserError, dump_config, load_config
 from ibq.data.order import BatchOrder
-from ibq.training.checkpoint import write_text
+from ibq.files import write_text
 from ibq.training.loop import TrainingConfig
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
@@ -111,17 +111,33 @@ def check_schedule(schedule: Callable[[int], object], source: str) -> None:
         raise UserError(f"{source}: schedule.{error}") from error
 
 
-@torch.no_grad()
-def seed_parameters(build, seed: int) -> nn.Module:
-    """Build a module with initial weights that depend on the seed alone, equal on every rank."""
+def build_seeded(name: str, build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a module with initial weights that depend on its name and the seed alone, equal on every rank.
+
+    A module with `initialize_parameter` gets every parameter from a seed of its own, whatever the order of creation.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed ^ zlib.crc32(build.__name__.encode()))
-        return build()
+        torch.manual_seed(_seed_of(seed, name))
+        module = build()
+    if hasattr(module, "initialize_parameter"):
+        for parameter_name, parameter in module.named_parameters():
+            generator = torch.Generator().manual_seed(_seed_of(seed, f"{name}.{parameter_name}"))
+            module.initialize_parameter(parameter_name, parameter, generator)
+    return module
 
 
-def set_up_torch() -> None:
-    """Process-wide settings of an entry point: denormals make softmax tails several times slower on x86."""
+def _seed_of(seed: int, name: str) -> int:
+    return (seed << 32) + zlib.crc32(name.encode())
+
+
+def set_up_torch(*, training: bool) -> None:
+    """Process-wide settings of an entry point.
+
+    Denormals make softmax tails several times slower on x86. TF32 stays off for matrix products: the quantizer and its
+    look-up want fp32, and what should be fast runs in bf16. Tools want the same result every time; training may try
+    which convolution is fastest.
+    """
     torch.set_flush_denormal(True)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = training
+    torch.backends.cudnn.deterministic = not training

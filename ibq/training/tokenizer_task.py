@@ -34,7 +34,7 @@ class GanConfig:
     enabled: bool = True
     start_step: int = 0  # steps before it train without the discriminator
     weight: float = 0.1  # of the generator loss, or of the adaptive weight
-    adaptive: bool = False  # balance the gradients of the last layer (VQGAN); then `weight` is 0.4 there
+    adaptive: bool = False  # balance the gradients of the last layer (VQGAN, which takes `weight: 0.4`)
     loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
     lecam_weight: float = 0.05
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -64,6 +64,11 @@ class TokenizerLossConfig:
     entropy_weight: float = 0.05
     gan: GanConfig = field(default_factory=GanConfig)
 
+    def __post_init__(self):
+        for name in ("quantization_weight", "entropy_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: must be finite and not negative, got {getattr(self, name)}; 0 leaves it out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MultiStepScheduleConfig:
@@ -73,6 +78,14 @@ class MultiStepScheduleConfig:
     warmup_steps: int = 0
     drop_epochs: tuple[int, ...] = ()  # epochs (from 1) after which the rate is multiplied by drop_rate
     drop_rate: float = 0.1
+
+    def __post_init__(self):
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: must not be negative, got {self.warmup_steps}; 0 means no warm-up")
+        if min(self.drop_epochs, default=1) < 1 or sorted(set(self.drop_epochs)) != list(self.drop_epochs):
+            raise ValueError(f"drop_epochs: must be epochs from 1 in ascending order, got {list(self.drop_epochs)}")
+        if not 0 < self.drop_rate <= 1:
+            raise ValueError(f"drop_rate: must lie in (0, 1], got {self.drop_rate}; 0.1 divides the rate by ten")
 
     def learning_rate(self, peak: float, step: int, steps_per_epoch: int, _total_steps: int) -> float:
         """The learning rate of a step, from 0."""
@@ -87,6 +100,12 @@ class CosineScheduleConfig:
     kind: Literal["cosine"] = "cosine"
     warmup_steps: int = 0
     end: float = 0.0  # last learning rate as a share of the peak
+
+    def __post_init__(self):
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: must not be negative, got {self.warmup_steps}; 0 means no warm-up")
+        if not 0 <= self.end <= 1:
+            raise ValueError(f"end: must lie in [0, 1], got {self.end}; it is a share of the peak")
 
     def learning_rate(self, peak: float, step: int, _steps_per_epoch: int, total_steps: int) -> float:
         """The learning rate of a step, from 0."""
@@ -214,7 +233,8 @@ class TokenizerTask:
         start = self.codebook_start
         self.tokenizer.quantizer.passthrough = step < start.warmup_steps
         if start.kmeans and step == start.warmup_steps:
-            self.generator.overwrite("quantizer.codebook", self._latent_centres())
+            # From one rank: sums on an accelerator may differ in the last digit.
+            self.generator.overwrite("quantizer.codebook", dist.from_main(self._latent_centres()))
 
     @torch.no_grad()
     def _latent_centres(self) -> Tensor:
@@ -301,7 +321,7 @@ class TokenizerTask:
             logits = discriminator(reconstruction).float()
         discriminator.requires_grad_(True)
         gan_loss = losses.non_saturating_generator_loss(logits)
-        weight = torch.tensor(self.config.gan.weight, device=logits.device)
+        weight = torch.full((), self.config.gan.weight, device=logits.device)
         if self.config.gan.adaptive:
             layer = self.tokenizer.last_layer
             gradients = [torch.autograd.grad(loss, layer, retain_graph=True)[0] for loss in (nll, gan_loss)]
@@ -360,10 +380,10 @@ class TokenizerTask:
         for name, current in self.rank_tensors().items():
             current.copy_(tensors[name])
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, info: Mapping) -> None:
         """Write the averaged weights for `ibq.load_tokenizer`."""
         with self.generator.averaged():
-            save_pretrained(folder, dump_config(self.tokenizer.config), self.tokenizer.state_dict())
+            save_pretrained(folder, dump_config(self.tokenizer.config), self.tokenizer.state_dict(), info)
 
 
 def _add(metrics: dict[str, Tensor], name: str, value: Tensor, share: float) -> None:

@@ -1,0 +1,113 @@
+"""Reading the transformers of the papers' public implementation (SEED-Voken): the AR half of `seed_voken`."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibq.interop.reference_tensors import (
+    FIRST_STAGE,
+    TRANSFORMER,
+    argument,
+    count_numbered,
+    listing,
+    read_state,
+    reject_unknown,
+    require_same_tensors,
+    take,
+)
+from ibq.models.transformer import Transformer, TransformerConfig
+
+CLASS_TABLE, REFERENCE_CLASS_TABLE = "class_emb.weight", "class_emb.embedding_table.weight"
+KV_CACHE = re.compile(r"blocks\.\d+\.attention\.kv_cache\.[kv]_cache")
+# The reference's transformer arguments and ours.
+TRANSFORMER_ARGUMENTS = {
+    **{"vocab_size": "vocab_size", "class_num": "num_classes", "n_layer": "depth", "n_head": "heads"},
+    **{"n_embd": "width", "n_kv_head": "kv_heads", "cond_dim": "condition_dim", "shared_aln": "shared_adaln"},
+    **{"resid_dropout_p": "residual_dropout", "ffn_dropout_p": "ffn_dropout", "token_drop": "token_dropout"},
+    **{"alng": "adaln_gamma_init"},
+}
+SMALLEST_HEAD = 4  # channels: whatever the heads are, their size divides by it
+PUBLISHED_HEAD, PUBLISHED_TOKENS_PER_SIDE = 64, 16
+
+
+def read_transformer(path: str | Path) -> dict[str, Tensor]:
+    """Transformer weights of an AR checkpoint, named for `Transformer.load_state_dict(strict=True)`.
+
+    The tokenizer that the checkpoint also holds is left to `read_tokenizer`, key/value caches that sampling
+    left behind are dropped. Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
+    """
+    state = read_state(path)
+    tensors = {n: v for n, v in take(state, TRANSFORMER).items() if not KV_CACHE.fullmatch(n)}
+    unexpected = [name for name in state if not name.startswith((TRANSFORMER, FIRST_STAGE))]
+    if not tensors:
+        raise ValueError(f"{path}: has no transformer ({TRANSFORMER}*); use a checkpoint of the AR stage")
+    ours = {CLASS_TABLE if name == REFERENCE_CLASS_TABLE else name: value for name, value in tensors.items()}
+    try:
+        with torch.device("meta"):
+            expected = Transformer(_config_of_shapes(ours, head_dim=SMALLEST_HEAD)).state_dict()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    found = {_reference_name(name): tuple(value.shape) for name, value in ours.items()}
+    shapes = {_reference_name(name): tuple(value.shape) for name, value in expected.items()}
+    require_same_tensors(found, shapes, str(path), unexpected)
+    return ours
+
+
+def transformer_config_from_reference(arguments: Mapping[str, Any]) -> TransformerConfig:
+    """Our configuration for the reference's transformer arguments (`stage_config` of its AR YAML files).
+
+    Raises ValueError naming an argument that is unknown, missing or asks for something that this
+    implementation does not have.
+    """
+    tokens = argument(arguments, "block_size")
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"block_size: {tokens} is not a square; only square code grids are supported")
+    if arguments.get("drop_path_rate", 0.0):
+        raise ValueError("drop_path_rate: stochastic depth is not supported; set it to 0")
+    given = {ours: arguments[theirs] for theirs, ours in TRANSFORMER_ARGUMENTS.items() if theirs in arguments}
+    for required in ("vocab_size", "n_layer", "n_head", "n_embd", "class_num"):
+        argument(arguments, required)
+    reject_unknown(arguments, {*TRANSFORMER_ARGUMENTS, "block_size", "drop_path_rate"}, "", "transformer")
+    return TransformerConfig(tokens_per_side=math.isqrt(tokens), **given)
+
+
+def published_transformer_config(tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """The configuration of a published transformer with these weights, named as from `read_transformer`.
+
+    What shapes do not show is taken from the paper: heads of 64 channels, 16 x 16 tokens. ValueError where the
+    weights cannot be of such a model.
+    """
+    config = _config_of_shapes(tensors, head_dim=PUBLISHED_HEAD)
+    return replace(config, tokens_per_side=PUBLISHED_TOKENS_PER_SIDE)
+
+
+def _config_of_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> TransformerConfig:
+    """A configuration with these shapes; they show neither the size of the heads nor the number of tokens."""
+    needed = ("tok_emb.weight", CLASS_TABLE, "blocks.0.attention.wqkv.weight")
+    missing = [_reference_name(name) for name in needed if name not in tensors]
+    if missing:
+        raise ValueError(f"missing tensors: {listing(missing)}")
+    vocab_size, width = tensors["tok_emb.weight"].shape
+    kv_width = (tensors["blocks.0.attention.wqkv.weight"].shape[0] - width) // 2
+    if width % head_dim or kv_width % head_dim:
+        raise ValueError(f"its width {width} is not made of heads of {head_dim} channels; give its configuration")
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        num_classes=tensors[CLASS_TABLE].shape[0] - 1,
+        tokens_per_side=1,
+        depth=count_numbered(tensors, r"blocks\.(\d+)\."),
+        width=width,
+        heads=width // head_dim,
+        kv_heads=kv_width // head_dim,
+        shared_adaln="shared_ada_lin.1.weight" in tensors,
+    )
+
+
+def _reference_name(name: str) -> str:
+    return TRANSFORMER + (REFERENCE_CLASS_TABLE if name == CLASS_TABLE else name)
