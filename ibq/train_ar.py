@@ -134,7 +134,9 @@ def open_data(config: ARRunConfig, device: torch.device):
         found = tokenizer.quantizer.num_codes, tokenizer.config.tokens_per_side, len(train_index.classes)
         classes = train_index.classes, validation_index.classes
     if classes[1] != classes[0][: len(classes[1])]:
-        raise UserError("data.validation: its classes are not those of data.train; give every class a folder in both")
+        raise UserError(
+            "data.validation: its classes are not those of data.train; give every class a folder with images in both"
+        )
     names = "vocab_size", "tokens_per_side", "num_classes"
     for name, value in zip(names, found, strict=True):
         if getattr(model, name) != value:

@@ -1,5 +1,7 @@
 """The Python API: loading models from runs and published checkpoints, and generating images."""
 
+import dataclasses
+
 import pytest
 import torch
 from golden_support import golden_dir, golden_json
@@ -12,7 +14,7 @@ from ibq.data.shards import to_uint8
 from ibq.interop import seed_voken
 from ibq.interop.seed_voken import read_tokenizer, read_transformer, transformer_config_from_reference
 from ibq.models.tokenizer import Tokenizer
-from ibq.models.transformer import Transformer
+from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.sampling import SamplerConfig, sample_codes
 
 

@@ -100,7 +100,7 @@ CASES = {
     "no groups": ("tokenizer", ["model.norm_groups=0"], ["model.norm_groups", "at least 1"]),
     "negative entropy weight": ("tokenizer", ["loss.entropy_weight=-1"], ["loss.entropy_weight", "negative"]),
     "cosine's end": ("tokenizer", ["schedule.kind=cosine", "schedule.end=2"], ["schedule.end", "[0, 1]"]),
-    "no validation codes": ("transformer", ["data={kind: codes, train: somewhere}"], ["data.validation", "required"]),
+    "no validation codes": ("transformer", ["data.validation=null"], ["data.validation", "null"]),
     "negative GAN weight": ("tokenizer", ["loss.gan.weight=-1"], ["loss.gan.weight", "negative"]),
     "few images to start from": (
         "tokenizer",
@@ -147,6 +147,9 @@ def test_bad_config_files(error_of, tmp_path):
     (tmp_path / "few.yaml").write_text("seed: 1\n")
     line = error_of("tokenizer", config=tmp_path / "few.yaml")
     assert "few.yaml" in line and "data" in line and "missing" in line
+    (tmp_path / "few.yaml").write_text("data: {kind: codes, train: codes}\ntraining: {max_steps: 1}\n")
+    line = error_of("transformer", config=tmp_path / "few.yaml")
+    assert "few.yaml" in line and "data.validation" in line and "missing" in line
 
 
 # --- Data ---

@@ -47,7 +47,7 @@ TOKENIZER_SHARE, TRANSFORMER_END = 0.58, 0.93
 GAN_START = 0.75  # of the tokenizer's steps
 STEP_LIMITS = {"tokenizer": (300, 4_000), "transformer": (200, 4_000)}
 SMOKE_STEPS = {"tokenizer": 12, "transformer": 12}
-SAMPLES_PER_CLASS, GUIDANCE, TOP_P = 8, 2.0, 0.95
+SAMPLES_PER_CLASS, GUIDANCE, TOP_P = 8, 2.5, 0.9
 VIEWS = 4
 
 
