@@ -43,7 +43,7 @@ OWN_FILES = (
     "reconstruction.npz",
 )
 # Shares of the time budget; the rest goes to starting the commands, encoding, evaluating, sampling and the report.
-TOKENIZER_SHARE, TRANSFORMER_END = 0.58, 0.93
+TOKENIZER_SHARE, TRANSFORMER_END = 0.48, 0.94
 GAN_START = 0.75  # of the tokenizer's steps
 STEP_LIMITS = {"tokenizer": (300, 4_000), "transformer": (200, 4_000)}
 SMOKE_STEPS = {"tokenizer": 12, "transformer": 12}
