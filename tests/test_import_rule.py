@@ -261,7 +261,7 @@ def clashes(names):
 
 @pytest.mark.parametrize("folder", ["ibq", "launchers", "tools"])
 def test_no_module_hides_a_standard_or_third_party_one(folder):
-    children = [path for path in (ROOT / folder).iterdir() if path.is_dir() or path.suffix == ".py"]
+    children = [path for path in (ROOT / folder).glob("*") if path.is_dir() or path.suffix == ".py"]
     assert clashes(path.stem for path in children if not path.name.startswith("__")) == []
 
 
