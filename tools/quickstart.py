@@ -43,7 +43,7 @@ OWN_FILES = (
     "reconstruction.npz",
 )
 # Shares of the time budget; the rest goes to starting the commands, encoding, evaluating, sampling and the report.
-TOKENIZER_SHARE, TRANSFORMER_END = 0.48, 0.94
+TOKENIZER_SHARE, TRANSFORMER_END = 0.52, 0.95
 GAN_START = 0.75  # of the tokenizer's steps
 STEP_LIMITS = {"tokenizer": (300, 4_000), "transformer": (200, 4_000)}
 SMOKE_STEPS = {"tokenizer": 12, "transformer": 12}
@@ -155,7 +155,7 @@ def measure(
     """(seconds per step, seconds besides the steps) of a training command, by a short run of it."""
     folder = quickstart.output / "calibration"
     shutil.rmtree(folder, ignore_errors=True)
-    steps = 20
+    steps = 40
     # Half of the steps with the discriminator, all with the quantizer.
     extra = [f"loss.gan.start_step={steps // 2}", "codebook_start.warmup_steps=0"] if gan else []
     start = time.perf_counter()
