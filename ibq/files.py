@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -42,3 +43,13 @@ def recover_folder(target: Path) -> None:
     old = target.with_name(f".old-{target.name}")
     if old.exists() and not target.exists():
         old.rename(target)
+
+
+def remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove these files and folders, where they are, and nothing else."""
+    for name in names:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ import torch
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataset
 from ibq.data.shards import ImageIndex, open_images, open_split
-from ibq.files import write_text
+from ibq.files import remove, write_text
 from tools.quickstart_report import collect_metrics, write_page
 
 EMOJI = ("tests/data/emoji64/train-*.tar", "tests/data/emoji64/val-*.tar")
@@ -322,16 +322,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def remove_own_files(output: Path) -> None:
-    """Remove what an earlier quickstart left in its folder, and nothing else."""
-    for name in OWN_FILES:
-        path = output / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is left to do."""
     arguments = parse(argv)
@@ -347,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output = output.relative_to(ROOT)
     os.chdir(ROOT)
     if arguments.fresh:
-        remove_own_files(output)
+        remove(output, OWN_FILES)
     place.index("train")  # complains at once if there is nothing
     quickstart = Quickstart(output, place, arguments.minutes, arguments.smoke)
     if (output / "metrics.json").exists():

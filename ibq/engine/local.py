@@ -1,6 +1,7 @@
 """One process, or data parallelism over several (PyTorch's DDP)."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -55,7 +56,10 @@ class LocalEngine:
     def _parallel(self) -> DistributedDataParallel:
         ids = [self._device.index] if self._device.type == "cuda" else None
         # Buffers (batch-norm statistics) are per rank; whoever wants them global reduces them in the module.
-        return DistributedDataParallel(self.module, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # PyTorch 2.15 announces a new name that 2.14 does not know.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            return DistributedDataParallel(self.module, device_ids=ids, broadcast_buffers=False)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         groups = {"decay": [], "no_decay": []}

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 from ibq import dist
 from ibq.config import UserError, dump_config, load_config
 from ibq.data.order import BatchOrder
-from ibq.files import write_text
+from ibq.files import remove, write_text
 from ibq.training.loop import TrainingConfig
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
@@ -59,12 +58,7 @@ def prepare_folder(output: str, config: object, fresh: bool) -> Path:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"output: {output!r} is a file; give a folder")
         if fresh:
-            for name in RUN_FILES:
-                path = folder / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            remove(folder, RUN_FILES)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", dump_config(config))
     dist.barrier()
