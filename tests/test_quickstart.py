@@ -1,9 +1,12 @@
 """The quickstart, on somebody's own folder of images, in a dozen steps a stage."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +68,46 @@ def test_own_images_from_folder_to_report(images, tmp_path):
 
     other = quickstart("--smoke", "--output", str(output))
     assert other.returncode == 2 and "--fresh" in other.stderr
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_with_the_same_plan(images, tmp_path):
+    output = tmp_path / "run"
+    command = [
+        sys.executable,
+        "tools/quickstart.py",
+        "--minutes",
+        "0.1",
+        "--data",
+        str(images),
+        "--output",
+        str(output),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        for _ in range(600):
+            if list(output.glob("tokenizer/checkpoints/step-*")):
+                break
+            assert process.poll() is None, "the quickstart ended by itself"
+            time.sleep(0.2)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    plan = json.loads((output / "plan.json").read_text())
+    step = max(int(path.name[5:]) for path in output.glob("tokenizer/checkpoints/step-*"))
+    assert 0 < step < plan["tokenizer"]
+    # The same command goes on with that plan, without measuring the speed again.
+    resumed = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        first = next(line for line in resumed.stdout if line.startswith("$"))
+    finally:
+        os.killpg(resumed.pid, signal.SIGKILL)
+        resumed.wait()
+    assert "calibration" not in first and f"training.max_steps={plan['tokenizer']}" in first
 
 
 def test_bad_input_is_one_line(tmp_path):

@@ -103,8 +103,11 @@ class Quickstart:
             spent = time.perf_counter() - self._part_started
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
             self._part_started = None
-            self.output.mkdir(parents=True, exist_ok=True)
-            write_text(self.plan_file, json.dumps(self.plan, indent=1))
+            self.save_plan()
+
+    def save_plan(self) -> None:
+        """Write down what a later call has to know."""
+        write_text(self.plan_file, json.dumps(self.plan, indent=1))
 
     def run(self, what: str, *command: str) -> None:
         """Run one of the project's commands."""
@@ -131,6 +134,7 @@ class Quickstart:
                 low, high = STEP_LIMITS[stage]
                 self.plan[stage] = int(min(max(seconds / per_step // 50 * 50, low), high))
                 print(f"{1000 * per_step:.0f} ms a step: {self.plan[stage]} steps fit the time")
+            self.save_plan()  # at once: a run that is killed in the middle must go on with the same steps
         return self.plan[stage]
 
 
