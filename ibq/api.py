@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ibq.config import ConfigError, UserError, load_config
-from ibq.data.shards import to_uint8
+from ibq.data.transforms import to_uint8
 from ibq.interop import seed_voken
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig

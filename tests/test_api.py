@@ -10,7 +10,7 @@ from training_support import CODES, SIDE, make_workplace, train_here
 import ibq
 from ibq.api import decode_in_blocks
 from ibq.config import UserError
-from ibq.data.shards import to_uint8
+from ibq.data.transforms import to_uint8
 from ibq.interop import seed_voken
 from ibq.interop.seed_voken import read_tokenizer, read_transformer, transformer_config_from_reference
 from ibq.models.tokenizer import Tokenizer

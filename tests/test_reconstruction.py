@@ -7,7 +7,7 @@ import torch
 from golden_support import assert_close, golden_json, golden_tensors
 from torch import nn
 
-from ibq.data.shards import to_uint8
+from ibq.data.transforms import to_uint8
 from ibq.evaluation.reconstruction import CodeUsage, effective_rank, evaluate_reconstruction, psnr, ssim, thumbnail
 
 TENSORS = golden_tensors("evaluator")

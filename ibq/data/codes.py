@@ -1,8 +1,14 @@
-"""Code shards: an image set as codes of a tokenizer, memory-mapped."""
+"""Code shards: an image set as codes of a tokenizer, memory-mapped.
+
+A folder holds `codes-00000.npy` [rows, tokens] (uint16, or uint32 above 65,536 codes) and `labels-00000.npy` [rows], any
+number of such pairs, and `meta.json`, written last: it says that the rest is whole. With several views per image all
+images come in the first view, then all in the second, and so on.
+"""
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +17,13 @@ import torch
 from torch import Tensor
 
 from ibq.config import UserError
-from ibq.files import write_text
+from ibq.data.order import Order, StreamOrder
+from ibq.files import write_array, write_text
 
-META_FILE, CODES_FILE, LABELS_FILE = "meta.json", "codes.npy", "labels.npy"
+META_FILE = "meta.json"
 CHECKED_AT_ONCE = 2**24  # values that are read into memory to be checked
+CODE_WINDOW = 1_024  # rows are shuffled one by one anyway
+CHECKED_WHEN_OPENED = 2**26  # larger sets are checked batch by batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +33,15 @@ class CodeDataConfig:
     kind: Literal["codes"] = "codes"
     train: str
     validation: str  # required: figures on the training codes would look like validation
+    tokenizer: str | None = None  # what the codes must have been made with: a run folder or .ckpt
+    allow_other_tokenizer: bool = False  # train on codes of another tokenizer all the same
     workers: int = 0
+    streams: int = 192  # the order is the same for every number of ranks that divides this
 
     def __post_init__(self):
-        if self.workers < 0:
-            raise ValueError(f"workers: must not be negative, got {self.workers}")
+        for name, least in (("workers", 0), ("streams", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +53,39 @@ class CodesMeta:
     classes: list[str]
     tokenizer: str  # SHA-256 of the tokenizer's weights
     views: int = 1  # augmented views of each image, one row each
+    rows: list[int] = field(default_factory=list)  # of each pair of files
+    made_by: dict = field(default_factory=dict)  # settings of the encoder, for the record
 
 
-def write_codes(folder: Path, codes: np.ndarray, labels: np.ndarray, meta: CodesMeta) -> None:
-    """Write codes [N, T] and labels [N] as uint16 (uint32 above 65,536 codes) with their meta data.
+def code_files(folder: Path, number: int) -> tuple[Path, Path]:
+    """Files of codes and of labels."""
+    return folder / f"codes-{number:05d}.npy", folder / f"labels-{number:05d}.npy"
+
+
+def write_code_shard(folder: Path, number: int, codes: np.ndarray, labels: np.ndarray, meta: CodesMeta) -> None:
+    """Write one pair of files: codes [rows, tokens] and labels [rows]; the labels last, which says that both are whole.
 
     ValueError if a code or a label is out of range: the cast would make another one of it.
     """
     _check_range("code", codes, meta.num_codes)
     _check_range("label", labels, len(meta.classes))
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.uint16 if meta.num_codes <= 2**16 else np.uint32
-    (folder / META_FILE).unlink(missing_ok=True)  # the meta data is written last: it says that the rest is whole
-    np.save(folder / CODES_FILE, codes.astype(dtype))
-    np.save(folder / LABELS_FILE, labels.astype(np.uint32))
+    codes_file, labels_file = code_files(folder, number)
+    write_array(codes_file, codes.astype(np.uint16 if meta.num_codes <= 2**16 else np.uint32))
+    write_array(labels_file, labels.astype(np.uint32))
+
+
+def write_codes_meta(folder: Path, meta: CodesMeta) -> None:
+    """Write the meta data, when everything else is whole."""
     write_text(folder / META_FILE, json.dumps(asdict(meta), indent=1))
+
+
+def write_codes(folder: Path, codes: np.ndarray, labels: np.ndarray, meta: CodesMeta) -> None:
+    """Write codes [N, T] and labels [N] as a folder with one pair of files."""
+    _check_range("code", codes, meta.num_codes)
+    _check_range("label", labels, len(meta.classes))
+    (folder / META_FILE).unlink(missing_ok=True)
+    write_code_shard(folder, 0, codes, labels, meta)
+    write_codes_meta(folder, CodesMeta(**{**asdict(meta), "rows": [len(codes)]}))
 
 
 def _check_range(what: str, values: np.ndarray, limit: int) -> None:
@@ -72,29 +103,76 @@ def _check_range(what: str, values: np.ndarray, limit: int) -> None:
 
 
 class CodeDataset(torch.utils.data.Dataset):
-    """(codes int64 [T], label) for a sample number or a (number, epoch) pair."""
+    """(codes int64 [T], label) for a row; `codes` and `labels` give rows as arrays."""
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not (folder / META_FILE).exists():
             raise UserError(f"no codes in {str(folder)!r}: write them with tools/encode_shards.py")
         try:
             self.meta = CodesMeta(**json.loads((folder / META_FILE).read_text()))
-            self.codes = np.load(folder / CODES_FILE, mmap_mode="r", allow_pickle=False)
-            self.labels = np.load(folder / LABELS_FILE, allow_pickle=False)
+            files = [code_files(folder, number) for number in range(len(self.meta.rows))]
+            self._codes = [np.load(codes, mmap_mode="r", allow_pickle=False) for codes, _ in files]
+            self._labels = np.concatenate([np.load(labels, allow_pickle=False) for _, labels in files])
+            self._check()
         except (OSError, ValueError, TypeError, EOFError) as error:
             raise UserError(f"codes in {str(folder)!r} cannot be read ({error}); write them again") from error
-        if self.codes.shape != (len(self.labels), self.meta.tokens_per_side**2):
-            raise UserError(f"codes in {str(folder)!r} do not fit their meta data; write them again")
-        try:
-            _check_range("code", self.codes, self.meta.num_codes)
-            _check_range("label", self.labels, len(self.meta.classes))
-        except ValueError as error:
-            raise UserError(f"codes in {str(folder)!r} do not fit ({error}); write them again") from error
+        self._ends = np.cumsum(self.meta.rows)
+
+    def _check(self) -> None:
+        tokens = self.meta.tokens_per_side**2
+        expected = [(rows, tokens) for rows in self.meta.rows]
+        if [part.shape for part in self._codes] != expected or len(self._labels) != sum(self.meta.rows):
+            raise ValueError("they do not fit their meta data")
+        _check_range("label", self._labels, len(self.meta.classes))
+        if sum(self.meta.rows) * tokens <= CHECKED_WHEN_OPENED:
+            for part in self._codes:
+                _check_range("code", part, self.meta.num_codes)
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return len(self._labels)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        number = key[0] if isinstance(key, tuple) else key
-        return torch.from_numpy(self.codes[number].astype(np.int64)), int(self.labels[number])
+    def codes(self, rows: Sequence[int] | slice = slice(None)) -> np.ndarray:
+        """Codes [n, T] of some rows, as they are stored."""
+        chosen = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        if len(self._codes) == 1:
+            return self._codes[0][chosen]
+        found = np.empty((len(chosen), self.meta.tokens_per_side**2), self._codes[0].dtype)
+        parts = np.searchsorted(self._ends, chosen, side="right")
+        for part in np.unique(parts).tolist():
+            here = parts == part
+            found[here] = self._codes[part][chosen[here] - (self._ends[part] - self.meta.rows[part])]
+        return found
+
+    def labels(self) -> np.ndarray:
+        """The labels [N] of all rows."""
+        return self._labels
+
+    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list]:
+        """(codes int64 [B, T], labels int64 [B], what had to be left out: nothing)."""
+        codes = self.codes(rows)
+        if codes.size and codes.max() >= self.meta.num_codes:
+            raise UserError(
+                f"codes in {str(self.folder)!r}: code {codes.max()} is not one of the {self.meta.num_codes:,} of the "
+                "meta data; write them again"
+            )
+        return torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(self._labels[rows].astype(np.int64)), []
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        codes, labels, _ = self.batch([row])
+        return codes[0], int(labels[0])
+
+    def order(self, seed: int, streams: int) -> StreamOrder:
+        """The order in which training takes the rows."""
+        identity = f"{self.meta.tokenizer[:16]} {self.meta.rows}"
+        return StreamOrder(np.ones(len(self), np.int64), seed=seed, streams=streams, window=CODE_WINDOW, data=identity)
+
+
+class CodeStream(torch.utils.data.Dataset):
+    """(codes int64 [B, T], labels [B], bad samples: none) for a list of positions of an order."""
+
+    def __init__(self, dataset: CodeDataset, order: Order):
+        self.dataset, self.order = dataset, order
+
+    def __getitem__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list]:
+        return self.dataset.batch([self.order.locate(position).number for position in positions])

@@ -1,114 +1,224 @@
-"""Labelled images from webdataset tar shards or from a folder of class folders."""
+"""Labelled images from webdataset tar shards, local or by URL, or from a folder of class folders."""
 
 import glob
+import hashlib
 import json
+import math
 import os
-import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Literal
 
 from ibq.config import UserError
-from ibq.data.transforms import AugmentConfig, decode_rgb, random_square, square
+from ibq.data.index import (
+    IMAGE_SUFFIXES,
+    NO_LABEL,
+    ImageIndex,
+    ShardIndex,
+    folder_shards,
+    index_file,
+    index_shard,
+    read_shard_index,
+)
+from ibq.data.storage import ShardStore, cache_root, is_url, open_url, shard_name
+from ibq.data.transforms import AugmentConfig
+from ibq.files import write_text
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 CLASSES_FILE = "classes.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageDataConfig:
-    """Where the images are. A place is a glob of tar shards or a folder of class folders."""
+class SourceConfig:
+    """One of several sets that are mixed for training."""
 
-    train: str
-    validation: str | None = None  # None: every `validation_every`-th image of the training place is held out
-    validation_every: int = 10
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    workers: int = 4
-    cache: bool = False  # keep decoded images in memory: for sets that fit
+    train: str  # a place, as in ImageDataConfig
+    weight: float = 1.0  # share of the samples, relative to the other sets'
 
     def __post_init__(self):
-        if self.validation_every < 2:
-            raise ValueError(f"validation_every: must be at least 2, got {self.validation_every}")
-        if self.workers < 0:
-            raise ValueError(f"workers: must not be negative, got {self.workers}")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight: must be positive, got {self.weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEntry:
-    """Where one image's bytes lie."""
+class ImageDataConfig:
+    """Where the images are and in which order they come.
 
-    path: str  # a tar shard or an image file
-    offset: int  # into the shard; 0 for a file
-    size: int
-    label: int
+    A place is a glob of tar shards (`shards/train-*.tar`), a folder of class folders, or URLs with braces
+    (`https://host/train-{0000..0127}.tar`, `s3://...`, `pipe:COMMAND`).
+    """
+
+    train: str | None = None  # a place; give either this or `sources`
+    sources: tuple[SourceConfig, ...] = ()  # several places, mixed by weight
+    validation: str | None = None  # None: every `validation_every`-th image of the training place is held out
+    validation_every: int = 10
+    labels: bool = True  # false: a set without labels, for a tokenizer
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    workers: int = 4  # processes that decode, per rank
+    in_memory: bool = False  # keep decoded images: for small sets, with workers: 0
+    streams: int = 192  # the order is the same for every number of ranks that divides this
+    shuffle_window: int = 2_048  # samples of a stream that are shuffled among each other
+    max_bad_fraction: float = 0.05  # of an epoch's samples that may be unusable before the run stops
+    retries: int = 3  # of a read that fails, with growing pauses
+    cache_folder: str | None = None  # where URLs' shards and quick indexes are kept (default: ~/.cache/ibq)
+    cache_gib: float = 50.0  # size of that folder's shards
+    unindexed: Literal["index", "in_order"] = "index"  # URLs without index: fetch all first, or read without shuffling
+
+    def __post_init__(self):
+        if (self.train is None) == (not self.sources):
+            raise ValueError("train: give either `train` or `sources`")
+        for name, least in (("validation_every", 2), ("workers", 0), ("retries", 0), ("streams", 1),
+                            ("shuffle_window", 1)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        if self.workers and self.in_memory:
+            raise ValueError("workers: must be 0 with in_memory, or every process would keep all images")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction: must lie in [0, 1], got {self.max_bad_fraction}")
+        if not 0 < self.cache_gib < math.inf:
+            raise ValueError(f"cache_gib: must be positive, got {self.cache_gib}")
+        if self.unindexed == "in_order" and self.sources:
+            raise ValueError("unindexed: in_order reads a single set; index the shards to mix several")
+
+    @property
+    def places(self) -> list[str]:
+        """All training places."""
+        return [self.train] if self.train is not None else [source.train for source in self.sources]
+
+    def cache(self) -> Path:
+        """The folder for what can be fetched or made again."""
+        return cache_root() if self.cache_folder is None else Path(self.cache_folder)
+
+    def store(self, indexes: Sequence[ImageIndex] = ()) -> ShardStore:
+        """Reads these sets' shards."""
+        checks = {shard: check for index in indexes for shard, check in index.checks.items()}
+        return ShardStore(
+            cache=self.cache() / "shards",
+            limit_bytes=int(self.cache_gib * 2**30),
+            retries=self.retries,
+            checks=checks,
+        )
 
 
-class ImageIndex:
-    """The images of one place: their entries, and the class names."""
+def expand_place(place: str) -> list[str]:
+    """The shards that a place names, in order; empty if there is none. A folder has none."""
+    if is_url(place):
+        from braceexpand import braceexpand  # what webdataset expands braces with
 
-    def __init__(self, entries: Sequence[ImageEntry], classes: Sequence[str]):
-        self.entries = list(entries)
-        self.classes = list(classes)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def read(self, number: int) -> bytes:
-        """The bytes of one image file."""
-        entry = self.entries[number]
-        # Not seek and read: forked workers share the position in a file that was open before.
-        return os.pread(_open_shard(entry.path).fileno(), entry.size, entry.offset)
-
-    def subset(self, numbers: Sequence[int]) -> "ImageIndex":
-        """The same place with only some of its images."""
-        return ImageIndex([self.entries[i] for i in numbers], self.classes)
+        return list(braceexpand(place)) if not place.startswith("pipe:") or "{" in place else [place]
+    return sorted(glob.glob(place))
 
 
-@lru_cache(maxsize=64)
-def _open_shard(path: str) -> BinaryIO:
-    # Kept open per worker process: a shard is read thousands of times.
-    return open(path, "rb")
-
-
-def open_images(place: str) -> ImageIndex:
-    """Index a glob of tar shards or a folder of class folders; UserError if nothing is there.
+def open_images(
+    place: str,
+    config: ImageDataConfig | None = None,
+    *,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> ImageIndex:
+    """Index a place; UserError if nothing is there. `report` is told (shards indexed, shards).
 
     In a folder, hidden files and folders (`.name`) are left out, and a sub-folder without images is no class.
     """
-    if Path(place).is_dir():
-        return _index_folder(Path(place))
-    paths = sorted(glob.glob(place))
-    if not paths:
+    config = config or ImageDataConfig(train=place)
+    if not is_url(place) and Path(place).is_dir():
+        return _index_folder(Path(place), config.labels)
+    shards = expand_place(place)
+    if not shards:
         raise UserError(
             f"no images at {place!r}: give a glob of tar shards (data/train-*.tar) or a folder of class folders"
         )
-    entries = [entry for path in paths for entry in _index_shard(path)]
-    if not entries:
+    read = partial(read_index, config=config, store=config.store())
+    indexes = []
+    for number, shard in enumerate(shards):
+        indexes.append((shard, read(shard)))
+        report(number + 1, len(shards))
+    return assemble(place, indexes, config)
+
+
+def assemble(place: str, shards: Sequence[tuple[str, ShardIndex]], config: ImageDataConfig) -> ImageIndex:
+    """The set that these shards make, checked against `max_bad_fraction`."""
+    top = max((max(index.labels, default=NO_LABEL) for _, index in shards), default=NO_LABEL)
+    index = ImageIndex(shards, class_names(shards[0][0], top + 1), labelled=config.labels)
+    if not len(index):
         raise UserError(f"no images in the shards {place!r}: expected JPEG, PNG or WebP files with a .cls file each")
-    return ImageIndex(entries, _class_names(Path(paths[0]).parent, entries))
+    problems = index.problems()
+    if len(problems) > config.max_bad_fraction * len(index):
+        number, reason = problems[0]
+        raise UserError(
+            f"{len(problems):,} of {len(index):,} samples can't be used, the first in shard "
+            f"{index[number].shard}: image {index.key(number)!r}: {reason}; mend the shards, raise "
+            f"data.max_bad_fraction, or set data.labels=false to do without labels"
+        )
+    return index
 
 
-def _index_folder(folder: Path) -> ImageIndex:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    images = {name: _images_below(folder / name) for name in names}
-    classes = [name for name in names if images[name]]
-    if not classes:
+def read_index(shard: str, config: ImageDataConfig, store: ShardStore) -> ShardIndex:
+    """The samples of a shard: from the index file beside it, from the cache, or by reading the shard."""
+    if not is_url(shard):
+        path = Path(shard)
+        if Path(index_file(shard)).is_file():
+            return read_shard_index(path)
+        status = path.stat()
+        stamp = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        return _cached(stamp, config, lambda: read_shard_index(path))
+    try:
+        return _remote_index(shard)
+    except (OSError, UserError):
+        return _cached(shard, config, lambda: _index_url(shard, store))
+
+
+def _remote_index(url: str) -> ShardIndex:
+    """The index file beside a URL; OSError if there is none."""
+    if url.startswith("pipe:") or not url.endswith(".tar"):
+        raise OSError(f"{url}: where its index would be is unknown")
+    with open_url(index_file(url)) as stream:
+        return ShardIndex.from_json(stream.read(), index_file(url))
+
+
+def _index_url(url: str, store: ShardStore) -> ShardIndex:
+    try:
+        path = store.fetch(url)
+    except OSError as error:
+        raise UserError(f"cannot fetch {url}: {error}") from error
+    index = index_shard(path, checksums=True)
+    return ShardIndex(**{**vars(index), "name": shard_name(url)})
+
+
+def _cached(stamp: str, config: ImageDataConfig, make: Callable[[], ShardIndex]) -> ShardIndex:
+    """What `make` gives, kept in the cache under `stamp` where that can be written."""
+    path = config.cache() / "indexes" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.json"
+    if path.is_file():
+        try:
+            return ShardIndex.from_json(path.read_bytes(), str(path))
+        except UserError:
+            path.unlink(missing_ok=True)
+    index = make()
+    try:
+        write_text(path, index.to_json())
+    except OSError:  # no home, or a full one: it is made again the next time
+        return index
+    return index
+
+
+def _index_folder(folder: Path, labelled: bool) -> ImageIndex:
+    classes, images = class_folders(folder)
+    if not classes and not labelled:
+        images = [(path, 0) for path in images_below(folder)]
+    if not images:
         raise UserError(f"no images in {str(folder)!r}: expected one sub-folder a class with JPEG, PNG or WebP files")
-    entries = [
-        ImageEntry(path=str(path), offset=0, size=path.stat().st_size, label=label)
-        for label, name in enumerate(classes)
-        for path in images[name]
-    ]
-    return ImageIndex(entries, classes)
+    return ImageIndex(folder_shards(folder, images), classes or ["0"], labelled=labelled)
 
 
-def _images_below(folder: Path) -> list[Path]:
+def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """(class names, (file, label) of every image) of a folder of class folders; classes are in sorted order."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    images = {name: images_below(folder / name) for name in names}
+    classes = [name for name in names if images[name]]
+    return classes, [(path, label) for label, name in enumerate(classes) for path in images[name]]
+
+
+def images_below(folder: Path) -> list[Path]:
     """All image files in a folder and its sub-folders, without hidden ones: a Mac's `._1.jpg` is no picture."""
     return [
         path
@@ -119,107 +229,81 @@ def _images_below(folder: Path) -> list[Path]:
     ]
 
 
-def _index_shard(path: str) -> list[ImageEntry]:
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+def class_names(shard: str, count: int) -> list[str]:
+    """The names in the `classes.json` beside a shard, or else the numbers below `count`."""
+    beside = shard.rsplit("/", 1)[0] + f"/{CLASSES_FILE}" if "/" in shard else CLASSES_FILE
+    text = None
+    if is_url(shard):
+        if not shard.startswith("pipe:"):
+            try:
+                with open_url(beside) as stream:
+                    text = stream.read()
+            except OSError:
+                text = None
+    elif os.path.exists(beside):
+        text = Path(beside).read_bytes()
+    if text is None:
+        return [str(i) for i in range(count)]
+    return parse_classes(text, beside)
+
+
+def parse_classes(text: str | bytes, source: str) -> list[str]:
+    """The names in the text of a `classes.json`; UserError that names `source` if it is none."""
     try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                folder, slash, name = member.name.rpartition("/")  # folders may have dots, as in ./0001.png
-                name, dot, suffix = name.partition(".")
-                key = folder + slash + name
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    images[key] = (member.offset_data, member.size)
-                elif dot and suffix == "cls":
-                    labels[key] = int(tar.extractfile(member).read())
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"cannot read shard {path}: {error}; write it again or leave it out of the glob") from error
-    missing = sorted(images.keys() - labels.keys())
-    if missing:
-        raise UserError(f"shard {path}: image {missing[0]!r} has no label ({missing[0]}.cls)")
-    return [ImageEntry(path=path, offset=o, size=s, label=labels[key]) for key, (o, s) in images.items()]
+        names = json.loads(text)
+        if not isinstance(names, list) or not names:
+            raise ValueError("it holds something else")
+    except ValueError as error:
+        raise UserError(f"{source}: not a JSON list of class names ({error})") from error
+    return [str(name) for name in names]
 
 
-def _class_names(folder: Path, entries: Sequence[ImageEntry]) -> list[str]:
-    count = 1 + max((entry.label for entry in entries), default=-1)
-    if (folder / CLASSES_FILE).exists():
-        try:
-            names = [str(name) for name in json.loads((folder / CLASSES_FILE).read_text())]
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder / CLASSES_FILE}: not a JSON list of class names ({error})") from error
-        if len(names) < count:
-            raise UserError(f"{folder / CLASSES_FILE} names {len(names)} classes but labels go up to {count - 1}")
-        return names
-    return [str(i) for i in range(count)]
+# --- Training and validation sets ---
 
 
-def _open_named(name: str, place: str) -> ImageIndex:
+Report = Callable[[str], Callable[[int, int], None]]  # a place -> what is told (shards indexed, shards)
+
+
+def _open_named(name: str, place: str, config: ImageDataConfig, report: Report) -> ImageIndex:
     try:
-        return open_images(place)
+        return open_images(place, config, report=report(place))
     except UserError as error:
         raise UserError(f"data.{name}: {error}") from error
 
 
-def split_images(config: ImageDataConfig) -> tuple[ImageIndex, ImageIndex]:
-    """(training, validation) images as the config says."""
-    train = _open_named("train", config.train)
+def _no_report(_place: str):
+    return lambda done, total: None
+
+
+def split_sources(
+    config: ImageDataConfig, report: Report = _no_report
+) -> tuple[list[ImageIndex], ImageIndex | list[ImageIndex]]:
+    """(training sets, validation sets) as the config says; one validation set of each source where none is given."""
+    names = ["train"] if config.train is not None else [f"sources[{i}].train" for i in range(len(config.sources))]
+    places = zip(names, config.places, strict=True)
+    train = [_open_named(name, place, config, report) for name, place in places]
     if config.validation is not None:
-        return train, _open_named("validation", config.validation)
-    held_out = set(range(0, len(train), config.validation_every))
-    keep = [i for i in range(len(train)) if i not in held_out]
-    return train.subset(keep), train.subset(sorted(held_out))
+        return train, [_open_named("validation", config.validation, config, report)]
+    parts = [hold_out(index, config.validation_every) for index in train]
+    return [kept for kept, _ in parts], [held for _, held in parts]
 
 
-def open_split(place: str, split: str, validation_every: int) -> ImageIndex:
-    """The images of a place: "all", or the "train" or "validation" part that `split_images` makes of it."""
+def hold_out(index: ImageIndex, every: int) -> tuple[ImageIndex, ImageIndex]:
+    """(the rest, every so many-th image) of a set."""
+    held_out = range(0, len(index), every)
+    return index.subset([i for i in range(len(index)) if i % every]), index.subset(list(held_out))
+
+
+def split_images(config: ImageDataConfig) -> tuple[ImageIndex, ImageIndex]:
+    """(training, validation) images of a config with a single source."""
+    (train,), (validation,) = split_sources(config)
+    return train, validation
+
+
+def open_split(place: str, split: str, validation_every: int, config: ImageDataConfig | None = None) -> ImageIndex:
+    """The images of a place: "all", or the "train" or "validation" part that `split_sources` makes of it."""
+    index = open_images(place, config)
     if split == "all":
-        return open_images(place)
-    train, validation = split_images(ImageDataConfig(train=place, validation_every=validation_every))
+        return index
+    train, validation = hold_out(index, validation_every)
     return train if split == "train" else validation
-
-
-class ImageDataset(torch.utils.data.Dataset):
-    """(image uint8 [3, S, S], label) for a sample number, or for (number, epoch) with that epoch's augmentation."""
-
-    def __init__(self, index: ImageIndex, size: int, *, augment: AugmentConfig | None = None, seed=0, cache=False):
-        self.index = index
-        self.size = size
-        self.augment = augment
-        self.seed = seed
-        self._decoded = {} if cache else None
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        number, epoch = key if isinstance(key, tuple) else (key, 0)
-        image = self._image(number)
-        if self.augment is None:
-            pixels = square(image, self.size)
-        else:
-            rng = np.random.default_rng([self.seed, epoch, number])
-            pixels = random_square(image, self.size, self.augment, rng)
-        return torch.from_numpy(pixels).permute(2, 0, 1), self.index.entries[number].label
-
-    def _image(self, number: int):
-        if self._decoded is None:
-            return self._decode(number)
-        if number not in self._decoded:
-            self._decoded[number] = self._decode(number)
-        return self._decoded[number]
-
-    def _decode(self, number: int):
-        try:
-            return decode_rgb(self.index.read(number))
-        except ValueError as error:
-            raise UserError(f"image {number} in {self.index.entries[number].path}: {error}") from error
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return images.float() / 127.5 - 1.0
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Float [-1, 1] -> uint8 by clamping and truncation, the reference's convention."""
-    return ((images.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)

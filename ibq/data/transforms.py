@@ -1,10 +1,13 @@
 """From files to uint8 arrays: decoding, resizing, cropping, flipping."""
 
 import io
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 MAX_PIXELS = 100_000_000
 
@@ -22,15 +25,21 @@ class AugmentConfig:
             raise ValueError(f"max_zoom: must be at least 1, got {self.max_zoom}; 1 crops at full size")
 
 
+class TooLargeError(ValueError):
+    """A picture of more than MAX_PIXELS."""
+
+
 def decode_rgb(data: bytes) -> Image.Image:
     """An RGB picture from the bytes of a JPEG, PNG or WebP file; transparency is laid over white.
 
     Cameras' EXIF orientation is applied. ValueError if the bytes are no picture or one of more than 100 megapixels.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
+            image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+            raise TooLargeError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
         image = _upright(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -38,8 +47,10 @@ def decode_rgb(data: bytes) -> Image.Image:
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them instead of scaling
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable picture: {error}") from error
+    except TooLargeError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+        raise ValueError(f"not a readable picture: {str(error) or type(error).__name__}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -48,6 +59,22 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # Pillow raises many kinds for a damaged EXIF block; damaged pixels fail later again
         return image
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedView:
+    """The same square of every picture, as for ten-crop; see `view`."""
+
+    zoom: float = 1.0
+    x: float = 0.5
+    y: float = 0.5
+    flip: bool = False
+
+
+def ten_crop(zoom: float) -> list[FixedView]:
+    """Centre and four corners, plain and mirrored: what AR transformers are usually trained on."""
+    places = [(0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
+    return [FixedView(zoom=zoom, x=x, y=y, flip=flip) for flip in (False, True) for x, y in places]
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
@@ -80,3 +107,13 @@ def view(image: Image.Image, size: int, *, zoom: float, x: float, y: float, flip
         image = image.resize((size, size), resample, box=box)
     pixels = np.asarray(image)
     return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels.copy()
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float [-1, 1] -> uint8 by clamping and truncation, the reference's convention."""
+    return ((images.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)

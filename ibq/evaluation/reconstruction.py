@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ibq import dist
-from ibq.data.shards import to_uint8, to_unit_range
+from ibq.data.transforms import to_uint8, to_unit_range
 
 SSIM_WINDOW, SSIM_K1, SSIM_K2 = 7, 0.01, 0.03
 MIN_TOKENS_PER_CODE = 20  # fewer tokens say little about which codes a codebook uses

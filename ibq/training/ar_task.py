@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ibq import dist
 from ibq.config import dump_config
-from ibq.data.shards import to_unit_range
+from ibq.data.transforms import to_unit_range
 from ibq.engine.base import Engine, GroupHyper
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer

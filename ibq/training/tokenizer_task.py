@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ibq import dist, losses
 from ibq.config import UserError, dump_config
-from ibq.data.shards import to_unit_range
+from ibq.data.transforms import to_unit_range
 from ibq.engine.base import Engine, GroupHyper, snapshot
 from ibq.evaluation.reconstruction import CodeUsage, evaluate_reconstruction
 from ibq.models.discriminator import DiscriminatorConfig

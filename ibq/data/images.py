@@ -1,0 +1,191 @@
+"""Images as uint8 arrays: one by one, or as the batches that training takes in the order of its positions."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ibq.config import UserError
+from ibq.data.index import ImageIndex, ShardIndex
+from ibq.data.order import Location, Order
+from ibq.data.storage import ShardStore
+from ibq.data.transforms import AugmentConfig, FixedView, decode_rgb, random_square, square, view
+
+GIVE_UP = 10_000  # unusable samples in a row after which a stream counts as lost
+
+
+class BadSample(NamedTuple):
+    """A sample that can't be used, and why."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+class BadSampleError(ValueError):
+    """Raised for a sample that can't be used."""
+
+    def __init__(self, sample: BadSample):
+        super().__init__(f"shard {sample.shard}: image {sample.key!r}: {sample.reason}")
+        self.sample = sample
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """(image uint8 [3, S, S], label) for a sample number, or for (number, epoch) with that epoch's augmentation.
+
+    `augment`: random views, one fixed view, or None for the centre crop. Raises BadSampleError.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        size: int,
+        *,
+        augment: AugmentConfig | FixedView | None = None,
+        seed: int = 0,
+        in_memory: bool = False,
+        store: ShardStore | None = None,
+    ):
+        self.index = index
+        self.size = size
+        self.augment = augment
+        self.seed = seed
+        self.store = store or ShardStore(checks=index.checks)
+        self._decoded = {} if in_memory else None
+        self._bad: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        number, epoch = key if isinstance(key, tuple) else (key, 0)
+        return torch.from_numpy(self.pixels(number, epoch)).permute(2, 0, 1), int(self.index.label[number])
+
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
+        """(images uint8 [B, 3, S, S], labels [B], what had to be left out) of samples that are taken once each."""
+        pixels, labels, bad = [], [], []
+        for number in numbers:
+            try:
+                pixels.append(self.pixels(number, 0))
+                labels.append(int(self.index.label[number]))
+            except BadSampleError as error:
+                bad.append(error.sample)
+        return _images(pixels, self.size), torch.tensor(labels, dtype=torch.int64), bad
+
+    def pixels(self, number: int, epoch: int) -> np.ndarray:
+        """One view: uint8 [S, S, 3]."""
+        image = self._image(number)
+        match self.augment:
+            case None:
+                return square(image, self.size)
+            case FixedView(zoom=zoom, x=x, y=y, flip=flip):
+                return view(image, self.size, zoom=zoom, x=x, y=y, flip=flip)
+        rng = np.random.default_rng([self.seed, epoch, number])
+        return random_square(image, self.size, self.augment, rng)
+
+    def _image(self, number: int):
+        if self._decoded is None:
+            return self._decode(number)
+        if number not in self._decoded:
+            self._decoded[number] = self._decode(number)
+        return self._decoded[number]
+
+    def _decode(self, number: int):
+        entry = self.index[number]
+        problem = entry.problem or self._bad.get(number)
+        if problem is None:
+            try:
+                return decode_rgb(self.store.read(entry))
+            except OSError as error:  # the shard may come back
+                problem = str(error)
+            except ValueError as error:
+                problem = self._bad[number] = str(error)
+        raise BadSampleError(BadSample(entry.shard, self.index.key(number), problem))
+
+
+class ImageStream(torch.utils.data.Dataset):
+    """(images uint8 [B, 3, S, S], labels [B], bad samples) for a list of positions of an order.
+
+    A sample that can't be used is replaced by the next good one of its stream, whatever the ranks and workers.
+    """
+
+    def __init__(self, sets: Sequence[ImageDataset], order: Order):
+        self.sets, self.order = sets, order
+
+    def __getitem__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
+        pixels, labels, bad = [], [], []
+        for position in positions:
+            found, label, problem = self._first_good(position)
+            pixels.append(found)
+            labels.append(label)
+            if problem is not None:
+                bad.append(problem)
+        return _images(pixels, pixels[0].shape[0]), torch.tensor(labels, dtype=torch.int64), bad
+
+    def _first_good(self, position: int) -> tuple[np.ndarray, int, BadSample | None]:
+        """(pixels, label, what is wrong with the sample that stands at the position)."""
+        problem = None
+        for turn in range(GIVE_UP):
+            source, number, epoch = self.order.locate(position + turn * self.order.stride)
+            chosen = self.sets[source]
+            try:
+                return chosen.pixels(number, epoch), int(chosen.index.label[number]), problem
+            except BadSampleError as error:
+                problem = problem or error.sample
+        raise UserError(f"{GIVE_UP:,} samples in a row can't be used, the first: {BadSampleError(problem)}")
+
+
+def _images(pixels: Sequence[np.ndarray], size: int) -> Tensor:
+    """Pictures [S, S, 3] as one batch [B, 3, S, S], channels last in memory."""
+    batch = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
+    return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+
+class ShardSequence(Sequence[ImageDataset]):
+    """The shards of an unindexed place, each a set of its own that is fetched when it is first asked for."""
+
+    def __init__(self, shards: Sequence[str], read: Callable[[str], ShardIndex], build: Callable[[str, ShardIndex], ImageDataset]):  # fmt: skip
+        self.shards = list(shards)
+        self._build = lru_cache(maxsize=None)(lambda number: build(self.shards[number], read(self.shards[number])))
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, number: int) -> ImageDataset:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self._build(number)
+
+    def __iter__(self) -> Iterator[ImageDataset]:
+        return (self[number] for number in range(len(self)))
+
+
+class ArrivalOrder:
+    """The samples as they stand in their shards, one after the other, and again from the start: no shuffling.
+
+    How many there are is known only when the last shard has been read.
+    """
+
+    stride = 1
+    size = None
+
+    def __init__(self, sets: Sequence[ImageDataset], streams: int, place: str):
+        self.sets, self.streams, self.place = sets, streams, place
+        self._ends: list[int] = []  # how many samples the first shard holds, the first two, ...
+
+    def describe(self) -> dict:
+        """What the sequence depends on."""
+        return {"size": None, "streams": self.streams, "data": self.place}
+
+    def locate(self, position: int) -> Location:
+        """What stands at a position."""
+        while len(self._ends) < len(self.sets) and (not self._ends or self._ends[-1] <= position):
+            self._ends.append(len(self.sets[len(self._ends)]) + (self._ends[-1] if self._ends else 0))
+        if self._ends[-1] == 0:
+            raise UserError(f"no images in the shards {self.place!r}")
+        epoch, place = divmod(position, self._ends[-1]) if position >= self._ends[-1] else (0, position)
+        shard = int(np.searchsorted(self._ends, place, side="right"))
+        return Location(shard, place - (self._ends[shard - 1] if shard else 0), epoch)
