@@ -18,7 +18,7 @@ T = TypeVar("T")
 def setup(device: str = "auto") -> torch.device:
     """Join the process group that the launcher's variables describe, if any; returns this rank's device.
 
-    `device`: "auto" takes CUDA when there is one. NCCL on CUDA, gloo on the CPU.
+    `device`: "auto" takes CUDA when there is one. NCCL for tensors on CUDA, gloo for those on the CPU.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
@@ -32,7 +32,7 @@ def setup(device: str = "auto") -> torch.device:
         torch.cuda.set_device(local_rank)
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
-        backend, own = ("nccl", chosen) if device == "cuda" else ("gloo", None)
+        backend, own = ("cpu:gloo,cuda:nccl", chosen) if device == "cuda" else ("gloo", None)
         torch_dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
     return chosen
 
@@ -116,6 +116,34 @@ def any_rank(flag: Tensor) -> bool:
     if world_size() > 1:
         torch_dist.all_reduce(value, op=torch_dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def largest(value: int) -> int:
+    """The largest of the ranks' numbers; by way of the CPU, so that nothing waits for an accelerator."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64)
+    torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text, in the order of the ranks."""
+    if world_size() == 1:
+        return [text]
+    data = text.encode()
+    length = largest(len(data))
+    own = torch.zeros(length + 8, dtype=torch.uint8)
+    own[:8] = torch.tensor([len(data)]).view(torch.uint8)
+    own[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else own[8:8]
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    torch_dist.all_gather(parts, own)
+    return [bytes(part[8 : 8 + int(part[:8].view(torch.int64))].numpy()).decode() for part in parts]
+
+
+def text_from_main(text: str) -> str:
+    """Rank 0's text on every rank."""
+    return gather_texts(text if is_main() else "")[0]
 
 
 def from_main(tensor: Tensor) -> Tensor:

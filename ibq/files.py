@@ -1,9 +1,10 @@
 """Files and folders that are either whole or absent."""
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +37,32 @@ def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file, whole or not at all."""
     with whole_file(path) as file:
         np.save(file, array, allow_pickle=False)
+
+
+def append_line(path: Path, row: Mapping) -> None:
+    """Add a row to a JSONL file; a half-written last line, as a kill or a full disk leaves it, is ended first."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def keep_lines(path: Path, wanted: Callable[[dict], bool]) -> list[dict]:
+    """Keep only the wanted rows of a JSONL file, and return them; a damaged line is dropped."""
+    if not path.exists():
+        return []
+    text = path.read_text(errors="replace")
+    rows = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if wanted(row := json.loads(line)):
+                rows.append(row)
+    kept = "".join(json.dumps(row) + "\n" for row in rows)
+    if kept != text:
+        write_text(path, kept)
+    return rows
 
 
 def sync_folder(folder: Path) -> None:

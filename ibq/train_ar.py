@@ -18,24 +18,26 @@ import torch
 
 from ibq import dist
 from ibq.api import load_tokenizer
-from ibq.config import UserError, exit_on_user_error
-from ibq.data.codes import CodeDataConfig, CodeDataset
-from ibq.data.loader import training_batches, validation_batches
-from ibq.data.shards import ImageDataConfig, ImageDataset, split_images
+from ibq.config import UserError, dump_config, exit_on_user_error
+from ibq.data.codes import CodeDataConfig
+from ibq.data.shards import ImageDataConfig
 from ibq.engine import EngineConfig, LocalEngineConfig, OptimizerConfig, build_engine
+from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.ar_task import ARScheduleConfig, ARTask
+from ibq.training.checkpoint import CheckpointConfig, weights_hash
 from ibq.training.loop import TrainingConfig, train
 from ibq.training.run import (
+    bind_data,
     build_seeded,
     check_schedule,
     check_seed_and_average,
-    make_order,
     naming,
     parse_arguments,
-    prepare_folder,
+    run_folder,
     set_up_torch,
 )
+from ibq.training.run_data import RunData, code_data, image_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +67,15 @@ class ARRunConfig:
     )
     schedule: ARScheduleConfig = field(default_factory=ARScheduleConfig)
     training: TrainingConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=LocalEngineConfig)
 
     def __post_init__(self):
         check_seed_and_average(self.seed, self.ema_decay)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says; the exit code."""
     arguments = parse_arguments(
         ARRunConfig, __doc__.splitlines()[0],
         "torchrun --nproc-per-node 8 ibq/train_ar.py --config yaml/b.yaml data.train=codes/train", argv,
@@ -81,72 +84,79 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_torch(training=True)
     device = dist.setup(config.device)
     with naming(arguments.source):
-        train_set, validation_set, tokenizer = open_data(config, device)
-    order = make_order(config.training, len(train_set), config.seed, arguments.source)
-    task = build_task(config, order, device, tokenizer)
+        data, tokenizer = open_data(config, device)
+    bind_data(data, config.training, device, arguments.source)
+    task = build_task(config, data, device, tokenizer)
     check_schedule(task.hyper, arguments.source)
-    folder = prepare_folder(config.output, config, arguments.fresh)
-    workers = config.data.workers
-    train(
-        task,
-        folder=folder,
-        config=config.training,
-        total_steps=config.training.total_steps(order.steps_per_epoch),
-        seed=config.seed,
-        device=device,
-        training_batches=lambda start, stop: training_batches(
-            train_set, order, start, stop, workers=workers, device=device
-        ),
-        validation_batches=lambda: validation_batches(
-            validation_set,
-            config.training.micro_batch,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-            workers=workers,
+    with run_folder(config.output, arguments.fresh) as folder:
+        code = train(
+            task,
+            data,
+            folder=folder,
+            config=config.training,
+            checkpoint=config.checkpoint,
+            config_text=dump_config(config),
+            total_steps=config.training.total_steps(data.steps_per_epoch),
+            seed=config.seed,
             device=device,
-            limit=config.training.validation_images,
-        ),
-        title="transformer",
-    )
+            title="transformer",
+        )
     dist.shutdown()
+    return code
 
 
-def open_data(config: ARRunConfig, device: torch.device):
-    """(training set, validation set, frozen tokenizer or None), checked against the model."""
-    data, model = config.data, config.model
-    if isinstance(data, CodeDataConfig):
-        with naming("data.train"):
-            train_set = CodeDataset(data.train)
-        with naming("data.validation"):
-            validation_set = CodeDataset(data.validation)
-        tokenizer, meta = None, train_set.meta
-        found = meta.num_codes, meta.tokens_per_side, len(meta.classes)
-        if validation_set.meta.tokenizer != meta.tokenizer:
-            raise UserError("data.validation: made with another tokenizer than data.train; encode both again")
-        classes = meta.classes, validation_set.meta.classes
-    else:
-        with naming("data.tokenizer"):
-            tokenizer = load_tokenizer(data.tokenizer, device=device)
-        size = tokenizer.config.resolution
-        train_index, validation_index = split_images(data)
-        train_set = ImageDataset(train_index, size, augment=data.augment, seed=config.seed, cache=data.cache)
-        validation_set = ImageDataset(validation_index, size, cache=data.cache)
-        found = tokenizer.quantizer.num_codes, tokenizer.config.tokens_per_side, len(train_index.classes)
-        classes = train_index.classes, validation_index.classes
-    if classes[1] != classes[0][: len(classes[1])]:
+def open_data(config: ARRunConfig, device: torch.device) -> tuple[RunData, Tokenizer | None]:
+    """(data, frozen tokenizer or None), checked against the model."""
+    data, tokenizer = (_open_codes if isinstance(config.data, CodeDataConfig) else _open_images)(config, device)
+    if data.validation_classes != data.classes[: len(data.validation_classes)]:
         raise UserError(
             "data.validation: its classes are not those of data.train; give every class a folder with images in both"
         )
-    names = "vocab_size", "tokens_per_side", "num_classes"
-    for name, value in zip(names, found, strict=True):
-        if getattr(model, name) != value:
-            raise UserError(f"model.{name}: is {getattr(model, name)} but the data has {value}; set it so")
-    return train_set, validation_set, tokenizer
+    return data, tokenizer
 
 
-def build_task(config: ARRunConfig, order, device: torch.device, tokenizer) -> ARTask:
+def _open_codes(config: ARRunConfig, _device: torch.device) -> tuple[RunData, None]:
+    data = code_data(config.data, config.seed)
+    meta = data.validation_set.meta
+    _check_model(config, num_codes=meta.num_codes, tokens_per_side=meta.tokens_per_side, classes=data.classes)
+    if config.data.tokenizer is not None and not config.data.allow_other_tokenizer:
+        with naming("data.tokenizer"):
+            wanted = weights_hash(load_tokenizer(config.data.tokenizer, device="cpu").state_dict())
+        if wanted != data.provenance["tokenizer"]:
+            raise UserError(
+                "data.train: made with another tokenizer than data.tokenizer; encode the images again with it, or set "
+                "data.allow_other_tokenizer=true"
+            )
+    return data, None
+
+
+def _open_images(config: ARRunConfig, device: torch.device) -> tuple[RunData, Tokenizer]:
+    with naming("data.tokenizer"):
+        tokenizer = load_tokenizer(config.data.tokenizer, device=device)
+    data = image_data(config.data, tokenizer.config.resolution, config.seed)
+    _check_model(
+        config,
+        num_codes=tokenizer.quantizer.num_codes,
+        tokens_per_side=tokenizer.config.tokens_per_side,
+        classes=data.classes,
+    )
+    data.provenance = {"tokenizer": weights_hash(tokenizer.state_dict())}
+    return data, tokenizer
+
+
+def _check_model(config: ARRunConfig, *, num_codes: int, tokens_per_side: int, classes: Sequence[str]) -> None:
+    """UserError unless the model is made for such data."""
+    if not classes:
+        raise UserError("data.sources: their classes differ; a transformer wants one numbering of classes for all")
+    found = {"vocab_size": num_codes, "tokens_per_side": tokens_per_side, "num_classes": len(classes)}
+    for name, value in found.items():
+        if getattr(config.model, name) != value:
+            raise UserError(f"model.{name}: is {getattr(config.model, name)} but the data has {value}; set it so")
+
+
+def build_task(config: ARRunConfig, data: RunData, device: torch.device, tokenizer) -> ARTask:
     """Network, engine and the task that trains it."""
-    total_steps = config.training.total_steps(order.steps_per_epoch)
+    total_steps = config.training.total_steps(data.steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
 
     engine = build_engine(
@@ -154,7 +164,7 @@ def build_task(config: ARRunConfig, order, device: torch.device, tokenizer) -> A
         build_seeded("transformer", lambda: Transformer(config.model), config.seed).to(device),
         config.optimizer,
         precision=config.precision,
-        accumulation=order.accumulation,
+        accumulation=data.plan.accumulation,
         ema_decay=config.ema_decay,
         ema_warmup=config.ema_warmup,
     )
@@ -165,7 +175,7 @@ def build_task(config: ARRunConfig, order, device: torch.device, tokenizer) -> A
             step,
             peak=peak,
             weight_decay=config.optimizer.weight_decay,
-            steps_per_epoch=order.steps_per_epoch,
+            steps_per_epoch=data.steps_per_epoch,
             total_steps=total_steps,
         ),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 # A script's own folder comes first on sys.path; there `ibq/` would hide other packages, and `ibq` itself be missing.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,24 +18,25 @@ from typing import Literal
 import torch
 
 from ibq import dist
-from ibq.config import UserError, exit_on_user_error
-from ibq.data.loader import training_batches, validation_batches
-from ibq.data.shards import ImageDataConfig, ImageDataset, split_images
+from ibq.config import UserError, dump_config, exit_on_user_error
+from ibq.data.shards import ImageDataConfig
 from ibq.engine import EngineConfig, LocalEngineConfig, OptimizerConfig, build_engine
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.perceptual import build_perceptual
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.training.checkpoint import CheckpointConfig
 from ibq.training.loop import TrainingConfig, train
 from ibq.training.run import (
+    bind_data,
     build_seeded,
     check_schedule,
     check_seed_and_average,
-    make_order,
     naming,
     parse_arguments,
-    prepare_folder,
+    run_folder,
     set_up_torch,
 )
+from ibq.training.run_data import RunData, image_data
 from ibq.training.tokenizer_task import (
     CodebookStartConfig,
     MultiStepScheduleConfig,
@@ -67,6 +68,7 @@ class TokenizerRunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: TokenizerScheduleConfig = field(default_factory=MultiStepScheduleConfig)
     training: TrainingConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=LocalEngineConfig)
 
     def __post_init__(self):
@@ -81,8 +83,8 @@ class TokenizerRunConfig:
             )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says; the exit code."""
     arguments = parse_arguments(
         TokenizerRunConfig, __doc__.splitlines()[0],
         "python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml training.micro_batch=8", argv,
@@ -92,49 +94,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = dist.setup(config.device)
     perceptual = dist.main_first(lambda: build_perceptual(config.loss.perceptual))  # one rank downloads the weights
     with naming(arguments.source):
-        train_index, validation_index = split_images(config.data)
-    size, augment, cache = config.model.resolution, config.data.augment, config.data.cache
-    train_set = ImageDataset(train_index, size, augment=augment, seed=config.seed, cache=cache)
-    validation_set = ImageDataset(validation_index, size, cache=cache)
-    order = make_order(config.training, len(train_set), config.seed, arguments.source)
-
-    def training_steps(start: int, stop: int):
-        return training_batches(train_set, order, start, stop, workers=config.data.workers, device=device)
-
-    first = functools.partial(training_steps, 0, order.steps_per_epoch)
-    task = build_task(config, order, device, perceptual, first)
+        data = image_data(config.data, config.model.resolution, config.seed)
+    bind_data(data, config.training, device, arguments.source)
+    task = build_task(config, data, device, perceptual)
     check_schedule(task.learning_rate, arguments.source)
-    warmup, total = config.codebook_start.warmup_steps, config.training.total_steps(order.steps_per_epoch)
+    warmup, total = config.codebook_start.warmup_steps, config.training.total_steps(data.steps_per_epoch)
     if warmup >= total:
         raise UserError(
             f"{arguments.source}: codebook_start.warmup_steps: {warmup} must be below the run's {total} steps"
         )
-    folder = prepare_folder(config.output, config, arguments.fresh)
-    train(
-        task,
-        folder=folder,
-        config=config.training,
-        total_steps=total,
-        seed=config.seed,
-        device=device,
-        training_batches=training_steps,
-        validation_batches=lambda: validation_batches(
-            validation_set,
-            config.training.micro_batch,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-            workers=0 if cache else config.data.workers,
+    with run_folder(config.output, arguments.fresh) as folder:
+        code = train(
+            task,
+            data,
+            folder=folder,
+            config=config.training,
+            checkpoint=config.checkpoint,
+            config_text=dump_config(config),
+            total_steps=total,
+            seed=config.seed,
             device=device,
-            limit=config.training.validation_images,
-        ),
-        title="tokenizer",
-    )
+            title="tokenizer",
+        )
     dist.shutdown()
+    return code
 
 
-def build_task(config: TokenizerRunConfig, order, device: torch.device, perceptual, first_batches) -> TokenizerTask:
+def build_task(config: TokenizerRunConfig, data: RunData, device: torch.device, perceptual) -> TokenizerTask:
     """Networks, engines and the task that trains them."""
-    total_steps = config.training.total_steps(order.steps_per_epoch)
+    total_steps = config.training.total_steps(data.steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
     gan = config.loss.gan
     # Convolutions on tensor cores want channels last; small ones on the CPU do not.
@@ -147,7 +135,7 @@ def build_task(config: TokenizerRunConfig, order, device: torch.device, perceptu
             module,
             config.optimizer,
             precision=config.precision,
-            accumulation=order.accumulation,
+            accumulation=data.plan.accumulation,
             ema_decay=ema_decay,
             ema_warmup=config.ema_warmup,
         )
@@ -157,12 +145,12 @@ def build_task(config: TokenizerRunConfig, order, device: torch.device, perceptu
         engine("discriminator", lambda: PatchDiscriminator(gan.discriminator), None) if gan.enabled else None,
         config.loss,
         perceptual=None if perceptual is None else perceptual.to(device),
-        learning_rate=lambda step: config.schedule.learning_rate(peak, step, order.steps_per_epoch, total_steps),
+        learning_rate=lambda step: config.schedule.learning_rate(peak, step, data.steps_per_epoch, total_steps),
         statistics=config.statistics,
         usage_alarm=config.usage_alarm,
         memory_format=memory_format,
         codebook_start=config.codebook_start,
-        first_batches=first_batches,
+        first_batches=lambda: data.training(0, math.ceil(min(data.steps_per_epoch, total_steps)), lambda bad: None),
     )
 
 

@@ -172,7 +172,7 @@ def test_damaged_pictures(place, tmp_path, workers):
         (folder / f"{i}.png").write_bytes(png(picture(i))[: 60 if i == 5 else None])
     result = run_script(
         *("ibq/train_tokenizer.py", "--config", str(place / "tokenizer.yaml"), f"output={tmp_path / 'run'}"),
-        *(f"data.train={tmp_path / 'images'}", f"data.workers={workers}", "data.cache=false"),
+        *(f"data.train={tmp_path / 'images'}", f"data.workers={workers}", "data.in_memory=false"),
     )
     line = check(result.returncode, result.stderr, bar=True)
     assert "5.png" in line and "picture" in line

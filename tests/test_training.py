@@ -76,7 +76,7 @@ FAULTS = {
 def without_step_two(place, folder, stage, name, overrides, rank=None):
     """A run of four steps of which step 2 is bad, with a checkpoint after every step."""
     fault = FAULTS[name] | ({} if rank is None else {"rank": rank})
-    settings = ["training.save_every=1", "training.keep_checkpoints=9", "training.validate_every=9"]
+    settings = ["checkpoint.save_every=1", "checkpoint.keep=9", "training.validate_every=9"]
     return job(place, stage, folder, *settings, *overrides, fault=fault)
 
 
@@ -149,13 +149,13 @@ def test_too_many_bad_steps_stop_the_run(place, tmp_path, stage):
 @pytest.mark.parametrize(
     ("stage", "overrides"),
     [
-        ("tokenizer", ["loss.gan.start_step=2", "data.cache=false", "data.augment.max_zoom=1.3"]),
+        ("tokenizer", ["loss.gan.start_step=2", "data.in_memory=false", "data.augment.max_zoom=1.3"]),
         ("tokenizer", ["codebook_start={kmeans: true, warmup_steps: 2}", "ema_warmup=true"]),
         ("transformer", ["model.residual_dropout=0.1", "model.class_dropout=0.1", "training.micro_batch=4"]),
     ],
 )
 def test_a_resumed_run_is_bit_identical(place, tmp_path, train, stage, overrides):
-    overrides = [*overrides, "training.max_steps=6", "training.save_every=3", "training.validate_every=3"]
+    overrides = [*overrides, "training.max_steps=6", "checkpoint.save_every=3", "training.validate_every=3"]
     whole = train(stage, *overrides, name="whole")
     again = train(stage, *overrides, name="again")
     shutil.rmtree(again / "checkpoints" / "step-00000006")  # as if it had died after three steps and a bit
@@ -213,7 +213,7 @@ def test_leftovers_of_a_killed_run_do_no_harm(train):
         (folder / "checkpoints" / name).mkdir()
         (folder / "checkpoints" / name / "state.json").write_text("{")
     (folder / ".tmp-best").mkdir()
-    train("transformer", "training.max_steps=4", "training.save_every=1")
+    train("transformer", "training.max_steps=4", "checkpoint.save_every=1")
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step-00000003", "step-00000004"]
 
@@ -346,7 +346,9 @@ def test_accumulation_with_the_gan(train):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16(train, stage):
-    full, half = (scalars(train(stage, f"precision={p}", name=p)) for p in ("fp32", "bf16"))
+    # At the paper's entropy temperature of 0.01 the gradient amplifies rounding a hundredfold at every step.
+    calm = ["model.quantizer.entropy_temperature=0.5"] if stage == "tokenizer" else []
+    full, half = (scalars(train(stage, f"precision={p}", *calm, name=p)) for p in ("fp32", "bf16"))
     for step, value in full["loss/total"].items():
         assert half["loss/total"][step] == pytest.approx(value, rel=0.05)
     assert half["loss/total"] != full["loss/total"]

@@ -73,7 +73,7 @@ TOKENIZER_CONFIG = f"""
 precision: fp32
 device: cpu
 ema_decay: 0.9
-data: {{train: DATA/train-*.tar, validation: DATA/val-*.tar, workers: 0, cache: true}}
+data: {{train: DATA/train-*.tar, validation: DATA/val-*.tar, workers: 0, in_memory: true}}
 model:
   resolution: 16
   channels: 32
@@ -86,7 +86,8 @@ loss:
   perceptual: {{weight: 0.0}}
   gan: {{start_step: 0, discriminator: {{channels: 8, layers: 2}}}}
 optimizer: {{learning_rate: 1e-3, eps: 1e-3}}
-training: {{max_steps: 4, batch_size: 8, micro_batch: 8, log_every: 1, validate_every: 2, save_every: 2}}
+training: {{max_steps: 4, batch_size: 8, micro_batch: 8, log_every: 1, validate_every: 2}}
+checkpoint: {{save_every: 2}}
 """
 
 TRANSFORMER_CONFIG = f"""
@@ -106,7 +107,8 @@ model:
   token_dropout: 0.0
   class_dropout: 0.0
 optimizer: {{kind: adamw, learning_rate: 1e-2, betas: [0.9, 0.95], weight_decay: 0.05, eps: 1e-3, clip_norm: 1.0}}
-training: {{max_steps: 4, batch_size: 8, micro_batch: 8, log_every: 1, validate_every: 2, save_every: 2}}
+training: {{max_steps: 4, batch_size: 8, micro_batch: 8, log_every: 1, validate_every: 2}}
+checkpoint: {{save_every: 2}}
 """
 CONFIGS = {"tokenizer": TOKENIZER_CONFIG, "transformer": TRANSFORMER_CONFIG}
 
@@ -128,14 +130,13 @@ def train_here(stage: str, argv: list[str]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        module.main(argv)
+        return module.main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
-    return 0
 
 
 def run_script(*command: str, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess:

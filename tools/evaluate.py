@@ -18,7 +18,7 @@ from torch import Tensor
 from ibq.api import load_tokenizer
 from ibq.config import exit_on_user_error
 from ibq.data.loader import validation_batches
-from ibq.data.shards import ImageDataset
+from ibq.data.images import ImageDataset
 from ibq.evaluation.reconstruction import MIN_TOKENS_PER_CODE, ReconstructionReport, evaluate_reconstruction
 from ibq.files import write_text
 from ibq.models.perceptual import PerceptualConfig, build_perceptual, vgg_was_downloaded

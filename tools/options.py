@@ -5,7 +5,8 @@ import argparse
 import torch
 
 from ibq.config import UserError
-from ibq.data.shards import ImageIndex, open_split
+from ibq.data.index import ImageIndex
+from ibq.data.shards import open_split
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:

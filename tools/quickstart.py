@@ -25,7 +25,8 @@ import torch
 
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataset
-from ibq.data.shards import ImageIndex, open_images, open_split
+from ibq.data.index import ImageIndex
+from ibq.data.shards import open_images, open_split
 from ibq.files import remove, write_text
 from tools.quickstart_report import collect_metrics, write_page
 
@@ -211,7 +212,7 @@ def step_overrides(steps: int) -> list[str]:
     return [
         f"training.max_steps={steps}",
         f"training.validate_every={every}",
-        f"training.save_every={every}",
+        f"checkpoint.save_every={every}",
         f"training.log_every={max(min(20, steps // 4), 1)}",
         f"schedule.warmup_steps={min(50, steps // 4)}",
     ]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ibq.data.codes import CodeDataset
-from ibq.data.shards import ImageDataset, ImageIndex
+from ibq.data.images import ImageDataset
+from ibq.data.index import ImageIndex
 from ibq.evaluation.code_models import bigram_nll, unigram_nll
 from ibq.evaluation.reconstruction import CodeUsage, thumbnail
 from ibq.evaluation.report import ReportData, write_report
@@ -46,7 +47,7 @@ def plain_codes(output: Path) -> np.ndarray:
     """Codes [N, T] of all training and validation images, each image once."""
     train, validation = (CodeDataset(output / "codes" / split) for split in ("train", "validation"))
     images = len(train) // train.meta.views
-    return np.concatenate([train.codes[:images], validation.codes])  # the first view is the image itself
+    return np.concatenate([train.codes(slice(images)), validation.codes()])  # the first view is the image itself
 
 
 def code_usage(output: Path) -> CodeUsage:
@@ -65,7 +66,7 @@ def code_nlls(output: Path) -> dict[str, float]:
         "val_nll": best["metrics"]["nll"],
         "unigram_nll": unigram_nll(plain_codes(output), meta.num_codes),
         "bigram_nll": bigram_nll(
-            np.asarray(train.codes), np.asarray(validation.codes), meta.num_codes, meta.tokens_per_side
+            train.codes(), validation.codes(), meta.num_codes, meta.tokens_per_side
         ),
     }
 

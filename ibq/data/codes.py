@@ -164,8 +164,13 @@ class CodeDataset(torch.utils.data.Dataset):
 
     def order(self, seed: int, streams: int) -> StreamOrder:
         """The order in which training takes the rows."""
-        identity = f"{self.meta.tokenizer[:16]} {self.meta.rows}"
-        return StreamOrder(np.ones(len(self), np.int64), seed=seed, streams=streams, window=CODE_WINDOW, data=identity)
+        return StreamOrder(
+            np.ones(len(self), np.int64),
+            seed=seed,
+            streams=streams,
+            window=CODE_WINDOW,
+            identity={"tokenizer": self.meta.tokenizer, "rows": self.meta.rows},
+        )
 
 
 class CodeStream(torch.utils.data.Dataset):

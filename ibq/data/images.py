@@ -23,6 +23,7 @@ class BadSample(NamedTuple):
     shard: str
     key: str
     reason: str
+    position: int = -1  # in the order of the training data
 
 
 class BadSampleError(ValueError):
@@ -122,7 +123,7 @@ class ImageStream(torch.utils.data.Dataset):
             pixels.append(found)
             labels.append(label)
             if problem is not None:
-                bad.append(problem)
+                bad.append(problem._replace(position=position))
         return _images(pixels, pixels[0].shape[0]), torch.tensor(labels, dtype=torch.int64), bad
 
     def _first_good(self, position: int) -> tuple[np.ndarray, int, BadSample | None]:
@@ -178,7 +179,7 @@ class ArrivalOrder:
 
     def describe(self) -> dict:
         """What the sequence depends on."""
-        return {"size": None, "streams": self.streams, "data": self.place}
+        return {"size": None, "streams": self.streams, "place": self.place}
 
     def locate(self, position: int) -> Location:
         """What stands at a position."""

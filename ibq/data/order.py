@@ -7,9 +7,10 @@ go on at any position, and an epoch is exact: N positions hold each of the N sam
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -56,13 +57,22 @@ class StreamOrder:
     """The order of one data set.
 
     `unit_sizes`: samples per shard, in the order of the samples' numbers; `window`: samples of a stream that are
-    shuffled among each other. `name` tells several sets of one run apart.
+    shuffled among each other. `name` tells several sets of one run apart; `identity` says what the samples are.
     """
 
-    def __init__(self, unit_sizes: Sequence[int], *, seed: int, streams: int, window: int, name: int = 0, data: str = ""):
+    def __init__(
+        self,
+        unit_sizes: Sequence[int],
+        *,
+        seed: int,
+        streams: int,
+        window: int,
+        name: int = 0,
+        identity: Mapping = MappingProxyType({}),
+    ):
         self.unit_sizes = np.asarray(unit_sizes, dtype=np.int64)
         self.size = int(self.unit_sizes.sum())
-        self.seed, self.streams, self.window, self.name, self.data = seed, streams, window, name, data
+        self.seed, self.streams, self.window, self.name, self.identity = seed, streams, window, name, dict(identity)
         self.stride = streams
         if self.size < 1:
             raise ValueError("there is no sample to order")
@@ -80,7 +90,8 @@ class StreamOrder:
 
     def describe(self) -> dict:
         """What the sequence depends on."""
-        return {"size": self.size, "seed": self.seed, "streams": self.streams, "window": self.window, "data": self.data}
+        own = {"size": self.size, "seed": self.seed, "streams": self.streams, "window": self.window}
+        return own | self.identity
 
     def locate(self, position: int) -> Location:
         """What stands at a position."""

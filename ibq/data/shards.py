@@ -168,6 +168,17 @@ def read_index(shard: str, config: ImageDataConfig, store: ShardStore) -> ShardI
         return _cached(shard, config, lambda: _index_url(shard, store))
 
 
+def is_unindexed(place: str, config: ImageDataConfig) -> bool:
+    """Whether a place is URLs of which the first has no index, neither beside it nor in the cache."""
+    if not is_url(place):
+        return False
+    try:
+        _remote_index(expand_place(place)[0])
+    except (OSError, UserError):
+        return True
+    return False
+
+
 def _remote_index(url: str) -> ShardIndex:
     """The index file beside a URL; OSError if there is none."""
     if url.startswith("pipe:") or not url.endswith(".tar"):

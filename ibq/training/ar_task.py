@@ -44,14 +44,14 @@ class ARScheduleConfig:
             given = self.end_weight_decay
             raise ValueError(f"end_weight_decay: must be finite and not negative, got {given}; 0 keeps it constant")
 
-    def warmup(self, steps_per_epoch: int) -> int:
+    def warmup(self, steps_per_epoch: float) -> int:
         """Warm-up in steps."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return round((self.warmup_epochs or 0) * steps_per_epoch)
 
     def hyper(
-        self, step: int, *, peak: float, weight_decay: float, steps_per_epoch: int, total_steps: int
+        self, step: int, *, peak: float, weight_decay: float, steps_per_epoch: float, total_steps: int
     ) -> dict[str, GroupHyper]:
         """Learning rate and weight decay of both parameter groups at a step, from 0."""
         rate, decay = ar_schedule(

@@ -1,23 +1,36 @@
 """The training loop of both stages: it knows tasks, never models."""
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ibq import dist
 from ibq.config import UserError
 from ibq.engine.base import Engine
-from ibq.files import recover_folder
+from ibq.files import recover_folder, write_text
 from ibq.progress import progress_bar, say
-from ibq.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from ibq.training.bad_samples import BadSamples
+from ibq.training.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    TrainingState,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from ibq.training.metrics import Interval, MetricLogger, Stopwatch, peak_memory_gib
+from ibq.training.run_data import RunData
+from ibq.training.stopping import StopSignals, write_status
 
 Batch = tuple[Tensor, Tensor]
 
@@ -33,22 +46,20 @@ class TrainingConfig:
     log_every: int = 50
     validate_every: int = 5_000
     validation_images: int | None = None  # the first so many; None takes all
-    save_every: int = 5_000
-    keep_checkpoints: int = 2
     max_bad_steps: int = 20  # skipped steps (non-finite loss or gradient) in a row before the run stops
 
     def __post_init__(self):
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("epochs: give exactly one of `epochs` and `max_steps`")
-        for name in ("epochs", "max_steps", "batch_size", "micro_batch", "log_every", "validate_every", "save_every",
-                     "validation_images", "keep_checkpoints", "max_bad_steps"):  # fmt: skip
+        for name in ("epochs", "max_steps", "batch_size", "micro_batch", "log_every", "validate_every",
+                     "validation_images", "max_bad_steps"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
 
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the whole run."""
-        return self.max_steps if self.max_steps is not None else self.epochs * steps_per_epoch
+    def total_steps(self, steps_per_epoch: float) -> int:
+        """Optimizer steps of the whole run: enough for every sample of every epoch."""
+        return self.max_steps if self.max_steps is not None else math.ceil(self.epochs * steps_per_epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +94,7 @@ class Task(Protocol):
         """Evaluate with averaged weights; every rank calls it."""
 
     def rank_tensors(self) -> dict[str, Tensor]:
-        """State that each rank keeps for itself, for the checkpoint."""
+        """State that each rank keeps for itself, for the checkpoint; `own/...` is for the very rank that kept it."""
 
     def load_rank_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore it."""
@@ -96,69 +107,105 @@ class BadStepsError(UserError):
     """Too many steps in a row were not finite."""
 
 
+class StoppedError(UserError):
+    """The run has ended, but its last checkpoint could not be written."""
+
+
 def seed_step(seed: int, step: int) -> None:
     """Make the random numbers of a step (dropout) a function of seed, step and rank: nothing to save or restore."""
-    torch.manual_seed(hash((seed, step, dist.rank())) & 0x7FFF_FFFF_FFFF_FFFF)
+    state = np.random.SeedSequence([seed, step, dist.rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) >> 1)
 
 
 def train(
     task: Task,
+    data: RunData,
     *,
     folder: Path,
     config: TrainingConfig,
+    checkpoint: CheckpointConfig,
+    config_text: str,
     total_steps: int,
     seed: int,
     device: torch.device,
-    training_batches: Callable[[int, int], Iterator[list[Batch]]],
-    validation_batches: Callable[[], Iterable[Batch]],
     title: str,
-) -> None:
-    """Train from the last checkpoint in `folder`, or from the start, to `total_steps`.
+) -> int:
+    """Train from the last checkpoint in `folder`, or from the start, to `total_steps`; the exit code.
 
-    `training_batches(start, stop)` gives one list of micro-batches a step.
+    A signal (see CheckpointConfig) ends the run after the step: it saves once, and the same command goes on from there.
     """
-    run = _Run(task, folder, config, device)
-    run.resume()
-    stopwatch, interval = Stopwatch(device), Interval(device)
-    batches = training_batches(run.step, total_steps)
-    progress = progress_bar(title, total_steps, "step", initial=run.step, disable=not dist.is_main())
-    started, since = time.perf_counter(), run.step
-    with progress, contextlib.closing(run.logger):
-        while run.step < total_steps:
-            seed_step(seed, run.step)
-            with stopwatch.part("data"):
+    signals = StopSignals(checkpoint.signal)
+    run = _Run(task, data, folder, config, checkpoint, device, signals)
+    with signals.noted():
+        run.resume()
+        if dist.is_main():
+            write_text(folder / "config.yaml", config_text)
+        write_status(folder, "running", run.state.step, total_steps)
+        try:
+            _steps(run, total_steps, seed, title)
+        except BaseException as error:
+            write_status(folder, "failed", run.state.step, total_steps, str(error) or type(error).__name__)
+            raise
+    if run.unsaved:
+        reason = f"the checkpoint of step {run.state.step} could not be written ({run.unsaved})"
+        write_status(folder, "failed", run.state.step, total_steps, reason)
+        raise StoppedError(f"{reason}; make room and start the same command again: {run.last_saved()}")
+    if signals.agreed:
+        write_status(folder, "stopped", run.state.step, total_steps, signals.name)
+        return signals.exit_code
+    write_status(folder, "finished", run.state.step, total_steps)
+    return 0
+
+
+def _steps(run: "_Run", total_steps: int, seed: int, title: str) -> None:
+    """The steps that are left, with what happens between them."""
+    state, config = run.state, run.config
+    batches = run.data.training(state.position, total_steps - state.step, run.bad_samples.report)
+    progress = progress_bar(title, total_steps, "step", initial=state.step, disable=not dist.is_main())
+    with contextlib.closing(batches), progress, contextlib.closing(run.logger):
+        run.validate_if_due()
+        while state.step < total_steps and not run.signals.agree():
+            seed_step(seed, state.step)
+            with run.stopwatch.part("data"):
                 batch = next(batches)
-            outcome = task.step(run.step, batch, stopwatch)
-            run.step += 1
-            run.count_bad(outcome)
-            if not outcome.skipped:
-                interval.add(outcome.metrics)
+            outcome = run.task.step(state.step, batch, run.stopwatch)
+            run.count(outcome)
             progress.update()
-            last = run.step == total_steps
-            if run.step % config.log_every == 0 or last:
-                steps = run.step - since
-                rate = {"seconds/step": (time.perf_counter() - started - run.aside) / steps}
-                run.log(interval.means() | stopwatch.means(steps) | rate, config.batch_size)
+            last = state.step == total_steps
+            if state.step % config.log_every == 0 or last:
+                run.log()
                 progress.set_postfix_str(run.summary())
-                started, since, run.aside = time.perf_counter(), run.step, 0.0
-            if run.step % config.validate_every == 0 or last:
-                with run.besides_steps():
-                    run.validate(validation_batches())
-            if run.step % config.save_every == 0 or last:
-                with run.besides_steps():
-                    run.save()
+            state.validation_pending = state.step % config.validate_every == 0 or last
+            run.validate_if_due()
+            if state.step % run.checkpoint.save_every == 0 or last:
+                run.save()
+        if not run.is_saved():
+            run.save()
 
 
 class _Run:
     """The state of one run: its step, its best score, its files."""
 
-    def __init__(self, task: Task, folder: Path, config: TrainingConfig, device: torch.device):
-        self.task, self.folder, self.config, self.device = task, folder, config, device
-        self.step = 0
-        self.best_score: float | None = None
-        self.bad_steps = 0
+    def __init__(
+        self,
+        task: Task,
+        data: RunData,
+        folder: Path,
+        config: TrainingConfig,
+        checkpoint: CheckpointConfig,
+        device: torch.device,
+        signals: StopSignals,
+    ):
+        self.task, self.data, self.folder, self.device, self.signals = task, data, folder, device, signals
+        self.config, self.checkpoint = config, checkpoint
+        self.state = TrainingState(order=data.order.describe())
+        self.stopwatch, self.interval = Stopwatch(device), Interval(device)
+        self.bad_samples = BadSamples(folder, data.order.size, data.max_bad_fraction)
         self.bad_in_a_row = 0
-        self.aside = 0.0  # seconds since the last log that are no part of the steps
+        self._saved: tuple[int, bool] | None = None  # step of the last checkpoint, and whether it waits for validation
+        self.unsaved = ""  # why the last checkpoint could not be written
+        self._since, self._started = 0, time.perf_counter()  # of the interval between two logs
+        self._aside = 0.0  # seconds of it that are no part of the steps
         self._summary: dict[str, float] = {}
         self.logger: MetricLogger
 
@@ -166,69 +213,134 @@ class _Run:
         """Continue from the last checkpoint, if there is one."""
         if dist.is_main():
             recover_folder(self.folder / "best")
-        path = latest_checkpoint(self.folder / "checkpoints")
+        path = find_checkpoint(self.folder / "checkpoints")
         if path is not None:
-            state, tensors = load_checkpoint(path, self.task.engines)
+            saved, tensors = load_checkpoint(path, self.task.engines)
             self.task.load_rank_tensors(tensors)
-            self.step, self.best_score, self.bad_steps = state.step, state.best_score, state.bad_steps
-        self.logger = MetricLogger(self.folder, self.step)
+            self.interval.load_tensors(tensors)
+            saved.position = self.data.resume_position(saved)
+            saved.order = self.state.order
+            self.state, self._saved = saved, (saved.step, saved.validation_pending)
+            self.bad_samples.resume(saved.step, saved.bad_samples)
+        self.logger = MetricLogger(self.folder, self.state.step)
+        self._since, self._started = self.state.step, time.perf_counter()
+
+    def is_saved(self) -> bool:
+        """Whether the last checkpoint holds the state as it is."""
+        return self._saved == (self.state.step, self.state.validation_pending)
+
+    def last_saved(self) -> str:
+        """Where the next start goes on."""
+        return "it begins anew" if self._saved is None else f"it goes on from step {self._saved[0]}"
 
     @contextlib.contextmanager
-    def besides_steps(self) -> Iterator[None]:
+    def _besides_steps(self) -> Iterator[None]:
         """What happens in this context does not count in the time per step."""
         start = time.perf_counter()
         yield
-        self.aside += time.perf_counter() - start
+        self._aside += time.perf_counter() - start
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        state = TrainingState(step=self.step, best_score=self.best_score, bad_steps=self.bad_steps)
-        folder = self.folder / "checkpoints"
-        save_checkpoint(folder, self.task.engines, self.task.rank_tensors(), state, self.config.keep_checkpoints)
+        """Write a checkpoint; if that fails, say so, and go on or stop as the config says."""
+        self.bad_samples.reduce(self.state.step, self.state.position)
+        self.state.bad_samples = dict(self.bad_samples.by_epoch)
+        tensors = self.task.rank_tensors() | self.interval.tensors()
+        with self._besides_steps():
+            try:
+                folder = self.folder / "checkpoints"
+                save_checkpoint(folder, self.task.engines, tensors, self.state, self.checkpoint.keep)
+                self._saved, self.unsaved = (self.state.step, self.state.validation_pending), ""
+            except CheckpointError as error:
+                self._not_saved(str(error))
 
-    def count_bad(self, outcome: StepOutcome) -> None:
-        """Count skipped steps; stop after too many in a row."""
+    def _not_saved(self, reason: str) -> None:
+        self.unsaved = reason
+        what = f"the checkpoint of step {self.state.step} could not be written ({reason})"
+        if self.checkpoint.on_error == "stop":
+            raise StoppedError(f"{what}; make room and start the same command again: {self.last_saved()}")
+        if dist.is_main():
+            kept = "there is none yet" if self._saved is None else f"the one of step {self._saved[0]} is kept"
+            say(f"WARNING: {what}; {kept}, training goes on and tries again at the next save")
+
+    def count(self, outcome: StepOutcome) -> None:
+        """Count a step that is done; stop after too many bad ones in a row."""
+        self.state.step += 1
+        self.state.position += self.config.batch_size
         self.bad_in_a_row = self.bad_in_a_row + 1 if outcome.skipped else 0
         if not outcome.skipped:
+            self.interval.add(outcome.metrics)
             return
-        self.bad_steps += 1
+        self.state.bad_steps += 1
         values = {name: float(value) for name, value in outcome.metrics.items()}
         culprits = [name for name, value in values.items() if not math.isfinite(value)]
-        where = f"step {self.step - 1}: not finite: {', '.join(culprits) or 'gradients'}"
+        where = f"step {self.state.step - 1}: not finite: {', '.join(culprits) or 'gradients'}"
         if dist.is_main():
             say(f"skipped {where}")
-        self.logger.scalars(self.step, {"bad_steps": self.bad_steps})
+        self.logger.scalars(self.state.step, {"bad_steps": self.state.bad_steps})
         if self.bad_in_a_row >= self.config.max_bad_steps:
             raise BadStepsError(
                 f"stopped after {self.bad_in_a_row} bad steps in a row, the last at {where}; "
                 "lower the learning rate or look at the data of these steps"
             )
 
-    def log(self, values: dict[str, float], batch_size: int) -> None:
+    def log(self) -> None:
         """Log an interval's means with rates, memory and the task's own figures."""
-        images = batch_size / values["seconds/step"]
+        self.bad_samples.reduce(self.state.step, self.state.position)
+        steps = self.state.step - self._since
+        seconds = (time.perf_counter() - self._started - self._aside) / steps
+        values = self.interval.means() | self.stopwatch.means(steps) | {"seconds/step": seconds}
+        images = self.config.batch_size / seconds
         values["images_per_second"] = images
         values["peak_memory_gib"] = peak_memory_gib(self.device)
-        values["bad_steps"] = self.bad_steps
-        values |= self.task.interval_metrics(self.step)
+        values["bad_steps"] = self.state.bad_steps
+        values["data/bad_samples"] = self.bad_samples.total
+        if self.data.order.size:
+            values["data/epoch"] = self.state.position / self.data.order.size
+        values |= self.task.interval_metrics(self.state.step)
         if "tokens_per_image" in values:
             values["tokens_per_second"] = images * values.pop("tokens_per_image")
-        self.logger.scalars(self.step, values)
+        self.logger.scalars(self.state.step, values)
         self._summary |= {"loss": values.get("loss/total", math.nan)}
+        self._since, self._started, self._aside = self.state.step, time.perf_counter(), 0.0
 
-    def validate(self, batches: Iterable[Batch]) -> None:
-        """Evaluate, and keep the weights if they are the best so far."""
-        result = self.task.validate(batches)
-        self.logger.scalars(self.step, {f"validation/{name}": value for name, value in result.metrics.items()})
+    def validate_if_due(self) -> None:
+        """Evaluate if this step wants it, unless a signal comes: then it waits for the next start."""
+        if not self.state.validation_pending or self.signals.agree():
+            return
+        with self._besides_steps():
+            batches = self.data.validation(self._name_bad)
+            result = self.task.validate(itertools.takewhile(lambda _: not self.signals.received, batches))
+            if not self.signals.agree():
+                self._keep(result)
+                self.state.validation_pending = False
+
+    def _name_bad(self, samples) -> None:
+        for sample in samples:
+            say(f"left out of the validation: shard {sample.shard}, image {sample.key!r}: {sample.reason}")
+
+    def _keep(self, result: Validation) -> None:
+        """Log a validation, and keep the weights if they are the best so far."""
+        state = self.state
+        self.logger.scalars(state.step, {f"validation/{name}": value for name, value in result.metrics.items()})
         for name, rows in result.images.items():
-            self.logger.images(self.step, name, rows)
-        if math.isfinite(result.score) and (self.best_score is None or result.score > self.best_score):
-            self.best_score = result.score
-            if dist.is_main():
-                info = {"step": self.step, "score": result.score, "metrics": result.metrics}
+            self.logger.images(state.step, name, rows)
+        if math.isfinite(result.score) and (state.best_score is None or result.score > state.best_score):
+            info = {"step": state.step, "score": result.score, "metrics": result.metrics, **self.data.provenance}
+            if self._save_best(info):
+                state.best_score, state.best_step = result.score, state.step
+        self._summary["best"] = math.nan if state.best_score is None else state.best_score
+
+    def _save_best(self, info: Mapping) -> bool:
+        problem = ""
+        if dist.is_main():
+            try:
                 self.task.save_pretrained(self.folder / "best", info)
-        self._summary["best"] = math.nan if self.best_score is None else self.best_score
-        dist.barrier()
+            except (OSError, SafetensorError) as error:
+                problem = str(error) or type(error).__name__
+        problem = dist.text_from_main(problem)
+        if problem:
+            self._not_saved(f"{self.folder / 'best'}: {problem}")
+        return not problem
 
     def summary(self) -> str:
         """The few figures beside the progress bar."""

@@ -1,6 +1,5 @@
 """Scalars of a run: averaged over an interval, written to TensorBoard and to a JSONL file by rank 0."""
 
-import json
 import math
 import resource
 import time
@@ -13,57 +12,82 @@ import torch
 from torch import Tensor
 
 from ibq import dist
+from ibq.files import append_line, keep_lines
+from ibq.progress import say
+from ibq.training.checkpoint import OWN
 
 
 class MetricLogger:
-    """Writes scalars and pictures of one run; does nothing on ranks other than 0."""
+    """Writes scalars and pictures of one run; does nothing on ranks other than 0.
+
+    A disk that is full is no reason to stop: rows wait in memory until they can be written.
+    """
 
     def __init__(self, folder: Path, start_step: int):
-        self.path = folder / "metrics.jsonl"
+        self.folder, self.path = folder, folder / "metrics.jsonl"
+        self._rows: list[dict] = []  # that could not be written yet
         self._writer = None
-        if not dist.is_main():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._drop_after(start_step)
+        self._warned = False
+        if dist.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            # What an interrupted run logged after its last checkpoint is about to be logged again.
+            keep_lines(self.path, lambda row: row["step"] <= start_step)
+            self._open_writer(start_step)
+
+    def _open_writer(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-
-    def _drop_after(self, step: int) -> None:
-        """Leave out what an interrupted run logged after its last checkpoint: it is about to be logged again."""
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            self.path.write_text("".join(line + "\n" for line in lines))
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log scalars at a step (the number of steps done)."""
-        if self._writer is None:
+        if not dist.is_main():
             return
         rounded = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **rounded}) + "\n")
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        self._rows.append({"step": step, **rounded})
+        with self._tolerant():
+            while self._rows:
+                append_line(self.path, self._rows[0])
+                del self._rows[0]
+        with self._tensorboard(step) as writer:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
 
     def images(self, step: int, name: str, rows: Tensor) -> None:
         """Log a grid of uint8 images [rows, columns, 3, H, W]."""
-        if self._writer is not None and rows.numel():
+        if dist.is_main() and rows.numel():
             r, c, channels, height, width = rows.shape
             grid = rows.permute(2, 0, 3, 1, 4).reshape(channels, r * height, c * width)
-            self._writer.add_image(name, grid, step)
+            with self._tensorboard(step) as writer:
+                writer.add_image(name, grid, step)
+
+    @contextmanager
+    def _tensorboard(self, step: int) -> Iterator:
+        """The writer, flushed afterwards; one that has failed is useless, and another takes its place."""
+        with self._tolerant():
+            try:
+                if self._writer is None:
+                    self._open_writer(step - 1)
+                yield self._writer
+                self._writer.flush()
+            except Exception:
+                self._writer = None
+                raise
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                say(f"WARNING: {self.folder}: cannot write the log ({error}); training goes on")
+            self._warned = True
 
     def close(self) -> None:
         """Flush everything."""
         if self._writer is not None:
-            self._writer.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf  # a half-written last line
+            with self._tolerant():
+                self._writer.close()
 
 
 class Interval:
@@ -92,6 +116,19 @@ class Interval:
         self._sums.clear()
         self._counts.clear()
         return result
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has been added since the last call of `means`, for the checkpoint."""
+        counts = {f"{OWN}interval/count/{name}": torch.tensor(count) for name, count in self._counts.items()}
+        return {f"{OWN}interval/sum/{name}": value for name, value in self._sums.items()} | counts
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with what a checkpoint holds."""
+        for key, value in tensors.items():
+            if key.startswith(f"{OWN}interval/sum/"):
+                name = key.removeprefix(f"{OWN}interval/sum/")
+                self._sums[name] = value.to(self._device)
+                self._counts[name] = int(tensors[f"{OWN}interval/count/{name}"])
 
 
 class Stopwatch:

@@ -2,22 +2,27 @@
 
 import argparse
 import contextlib
+import fcntl
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
 
 from ibq import dist
-from ibq.config import UserError, dump_config, load_config
-from ibq.data.order import BatchOrder
-from ibq.files import remove, write_text
+from ibq.config import UserError, load_config
+from ibq.files import remove
+from ibq.training import bad_samples
 from ibq.training.loop import TrainingConfig
+from ibq.training.run_data import RunData
+from ibq.training.stopping import STATUS_FILE
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
-RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best", STATUS_FILE, bad_samples.FILE)
+LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,33 +56,55 @@ def parse_arguments(kind: type, description: str, example: str, argv: Sequence[s
     return Arguments(config=config, source=arguments.config, fresh=arguments.fresh)
 
 
-def prepare_folder(output: str, config: object, fresh: bool) -> Path:
-    """Make the run folder, empty it if `fresh`, and write the full config beside the run; every rank calls it."""
-    folder = Path(output)
+@contextlib.contextmanager
+def run_folder(output: str, fresh: bool) -> Iterator[Path]:
+    """The run folder, emptied if `fresh`, and locked against a second run; every rank calls it."""
+    folder, lock, problem = Path(output), None, ""
     if dist.is_main():
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"output: {output!r} is a file; give a folder")
-        if fresh:
-            remove(folder, RUN_FILES)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", dump_config(config))
-    dist.barrier()
-    return folder
-
-
-def make_order(training: TrainingConfig, size: int, seed: int, source: str) -> BatchOrder:
-    """The batch order of a run; UserError when batch, micro-batch and world size do not fit."""
+        try:
+            lock = _lock(folder)
+            if fresh:
+                remove(folder, RUN_FILES)
+        except UserError as error:
+            problem = str(error)
+    if problem := dist.text_from_main(problem):
+        raise UserError(problem)
     try:
-        return BatchOrder(
-            size=size,
-            batch_size=training.batch_size,
-            micro_batch=training.micro_batch,
-            seed=seed,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-        )
+        yield folder
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _lock(folder: Path) -> IO:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output: '{folder}' is a file; give a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK_FILE, "w")
+    except OSError as error:
+        raise UserError(f"output: '{folder}' cannot be written ({error}); give another folder") from error
+    try:
+        # Ends with the process that took it, however that ends; forked workers do not hold it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"output: another run is writing to '{folder}'; wait for its end, or give another") from error
+    except OSError:  # a file system without locks
+        return file
+    return file
+
+
+def bind_data(data: RunData, training: TrainingConfig, device: torch.device, source: str) -> None:
+    """Set how a run's data is batched; UserError when batch, micro-batch and world size do not fit."""
+    try:
+        data.bind(training.batch_size, training.micro_batch, training.validation_images, device)
     except ValueError as error:
-        raise UserError(f"{source}: training.{error}") from error
+        section = "data" if str(error).startswith("streams:") else "training"
+        raise UserError(f"{source}: {section}.{error}") from error
+    if data.order.size is None and training.max_steps is None:
+        raise UserError(
+            f"{source}: training.epochs: the size of unindexed data is not known; give training.max_steps instead"
+        )
 
 
 def check_seed_and_average(seed: int, ema_decay: float | None) -> None:

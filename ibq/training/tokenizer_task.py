@@ -19,7 +19,7 @@ from ibq.models.perceptual import PerceptualConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.ops.kmeans import kmeans
 from ibq.progress import say
-from ibq.training.checkpoint import save_pretrained
+from ibq.training.checkpoint import OWN, save_pretrained
 from ibq.training.loop import Batch, StepOutcome, Validation
 from ibq.training.metrics import Stopwatch
 from ibq.training.schedule import linear_warmup, linear_warmup_cosine, multi_step_lr
@@ -87,9 +87,9 @@ class MultiStepScheduleConfig:
         if not 0 < self.drop_rate <= 1:
             raise ValueError(f"drop_rate: must lie in (0, 1], got {self.drop_rate}; 0.1 divides the rate by ten")
 
-    def learning_rate(self, peak: float, step: int, steps_per_epoch: int, _total_steps: int) -> float:
+    def learning_rate(self, peak: float, step: int, steps_per_epoch: float, _total_steps: int) -> float:
         """The learning rate of a step, from 0."""
-        rate = multi_step_lr(step // steps_per_epoch, peak, self.drop_epochs, self.drop_rate)
+        rate = multi_step_lr(int(step // steps_per_epoch), peak, self.drop_epochs, self.drop_rate)
         return rate * linear_warmup(step, warmup_steps=self.warmup_steps)
 
 
@@ -107,7 +107,7 @@ class CosineScheduleConfig:
         if not 0 <= self.end <= 1:
             raise ValueError(f"end: must lie in [0, 1], got {self.end}; it is a share of the peak")
 
-    def learning_rate(self, peak: float, step: int, _steps_per_epoch: int, total_steps: int) -> float:
+    def learning_rate(self, peak: float, step: int, _steps_per_epoch: float, total_steps: int) -> float:
         """The learning rate of a step, from 0."""
         return peak * linear_warmup_cosine(
             step, warmup_steps=self.warmup_steps, max_steps=total_steps, minimum=self.end
@@ -218,11 +218,12 @@ class TokenizerTask:
 
     def _snapshot(self, gan: bool) -> Callable[[], None]:
         """A function that undoes what a step does before it is known to be good: the discriminator's update."""
-        tensors = {name: tensor.clone() for name, tensor in self.rank_tensors().items()}
+        before = {name: tensor.clone() for name, tensor in self._averages().items()}
         restore = snapshot(self.discriminator) if gan else None
 
         def undo() -> None:
-            self.load_rank_tensors(tensors)
+            for name, current in self._averages().items():
+                current.copy_(before[name])
             if restore is not None:
                 restore()
 
@@ -368,17 +369,22 @@ class TokenizerTask:
             images={"original_above_reconstruction": grid},
         )
 
-    def rank_tensors(self) -> dict[str, Tensor]:
+    def _averages(self) -> dict[str, Tensor]:
         """LeCAM's averages and the discriminator's batch statistics."""
         tensors = {f"lecam/{name}": value for name, value in self.lecam.items()}
         if self.discriminator is not None:
             tensors |= {f"discriminator/{name}": b for name, b in self.discriminator.module.named_buffers()}
         return tensors
 
+    def rank_tensors(self) -> dict[str, Tensor]:
+        """The averages, and the codes counted since the last log."""
+        return self._averages() | {f"{OWN}code_counts": self.usage.counts}
+
     def load_rank_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore them."""
         for name, current in self.rank_tensors().items():
-            current.copy_(tensors[name])
+            if name in tensors or not name.startswith(OWN):
+                current.copy_(tensors[name])
 
     def save_pretrained(self, folder: Path, info: Mapping) -> None:
         """Write the averaged weights for `ibq.load_tokenizer`."""

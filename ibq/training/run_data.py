@@ -1,0 +1,259 @@
+"""What a run reads: training batches by position, validation batches, and where the data comes from."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ibq import dist
+from ibq.config import UserError
+from ibq.data.codes import CodeDataConfig, CodeDataset, CodeStream
+from ibq.data.images import ArrivalOrder, BadSample, ImageDataset, ImageStream, ShardSequence
+from ibq.data.index import ImageIndex, ShardIndex
+from ibq.data.loader import training_batches, validation_batches
+from ibq.data.order import BatchPlan, MixedOrder, Order, StreamOrder
+from ibq.data.shards import ImageDataConfig, class_names, expand_place, is_unindexed, read_index, split_sources
+from ibq.progress import progress_bar, say
+from ibq.training.checkpoint import TrainingState
+
+Report = Callable[[Sequence[BadSample]], None]
+
+
+@dataclass(kw_only=True)
+class RunData:
+    """The data of one run, as its loop sees it."""
+
+    stream: Dataset
+    order: Order
+    validation_set: Dataset
+    classes: list[str]
+    validation_classes: list[str]
+    workers: int
+    max_bad_fraction: float = 0.0
+    provenance: Mapping = field(default_factory=dict)  # what is written beside the best weights
+    allow_other: bool = False  # go on with codes of another tokenizer
+    plan: BatchPlan | None = None
+    device: torch.device | None = None
+    validation_limit: int | None = None
+
+    def bind(self, batch_size: int, micro_batch: int, validation_limit: int | None, device: torch.device) -> None:
+        """Set how the data is batched. ValueError that begins with the setting if it can't be."""
+        size = self.order.size
+        if size is not None and size < batch_size:
+            raise ValueError(
+                f"batch_size: the global batch {batch_size} exceeds the {size} training samples; lower it"
+            )
+        self.plan = BatchPlan(
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            streams=self.order.streams,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+        )
+        self.validation_limit, self.device = validation_limit, device
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Global batches in one pass over the data; infinite where its size is not known."""
+        return float("inf") if self.order.size is None else self.order.size / self.plan.batch_size
+
+    def training(self, position: int, steps: int, report: Report) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The micro-batches of so many steps from `position` on."""
+        return training_batches(
+            self.stream, self.plan, position, steps, workers=self.workers, device=self.device, report=report
+        )
+
+    def validation(self, report: Report) -> Iterator[tuple[Tensor, Tensor]]:
+        """The validation set once, over all ranks."""
+        return validation_batches(
+            self.validation_set,
+            self.plan.micro_batch,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            workers=self.workers,
+            device=self.device,
+            limit=self.validation_limit,
+            report=report,
+        )
+
+    def resume_position(self, saved: TrainingState) -> int:
+        """Where a run goes on: where it was, or at the next epoch if its data or their order are others now."""
+        now = self.order.describe()
+        then = saved.order
+        if then == now:
+            return saved.position
+        if then.get("tokenizer") != now.get("tokenizer") and not self.allow_other:
+            raise UserError(
+                "data.train: made with another tokenizer than the codes that this run has trained on; give those, "
+                "start over with --fresh, or set data.allow_other_tokenizer=true"
+            )
+        epoch = saved.position // then["size"] + 1 if then.get("size") else 0
+        changed = ", ".join(name for name in now if now[name] != then.get(name))
+        if dist.is_main():
+            say(f"note: the data are not those of the checkpoint (other {changed}); going on with epoch {epoch + 1}")
+        return epoch * (self.order.size or 0)
+
+
+# --- Images ---
+
+
+def image_data(config: ImageDataConfig, size: int, seed: int) -> RunData:
+    """The images of a config at `size` pixels. Rank 0 indexes them first, with a progress bar."""
+    if config.unindexed == "in_order" and is_unindexed(config.train, config):
+        return _images_in_order(config, size, seed)
+    train, validation = dist.main_first(lambda: split_sources(config, _report))
+    stream, order = _image_stream(config, train, size, seed)
+    return RunData(
+        stream=stream,
+        order=order,
+        validation_set=_validation_set(config, validation, size),
+        classes=_common_classes(train),
+        validation_classes=_common_classes(validation),
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+
+
+def _image_stream(config: ImageDataConfig, train: Sequence[ImageIndex], size: int, seed: int):
+    store = config.store(train)
+    sets = [
+        ImageDataset(index, size, augment=config.augment, seed=seed, in_memory=config.in_memory, store=store)
+        for index in train
+    ]
+    orders = [
+        StreamOrder(
+            index.unit_sizes(),
+            seed=seed,
+            streams=config.streams,
+            window=config.shuffle_window,
+            name=number,
+            identity={"images": index.fingerprint()},
+        )
+        for number, index in enumerate(train)
+    ]
+    order = orders[0]
+    if len(orders) > 1:
+        try:
+            order = MixedOrder(orders, [source.weight for source in config.sources], seed=seed)
+        except ValueError as error:
+            raise UserError(f"data.sources: {error}") from error
+    for index in train:
+        _say_problems(index)
+    return ImageStream(sets, order), order
+
+
+def _say_problems(index: ImageIndex) -> None:
+    problems = index.problems()
+    if problems and dist.is_main():
+        number, reason = problems[0]
+        say(
+            f"note: {len(problems):,} of {len(index):,} training samples can't be used and will be replaced, the first "
+            f"in shard {index[number].shard}: image {index.key(number)!r}: {reason}"
+        )
+
+
+def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size: int) -> "ConcatenatedSets":
+    store = config.store(indexes)
+    return ConcatenatedSets([ImageDataset(i, size, in_memory=config.in_memory, store=store) for i in indexes])
+
+
+class ConcatenatedSets(Dataset):
+    """Several image sets, one after the other."""
+
+    def __init__(self, sets: Sequence[ImageDataset]):
+        self.sets = list(sets)
+        self._ends = np.cumsum([len(part) for part in sets])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
+        """The samples of these numbers; see ImageDataset.batch."""
+        parts = np.searchsorted(self._ends, numbers, side="right")
+        first = self._ends - [len(part) for part in self.sets]
+        found = [
+            self.sets[part].batch([n - int(first[part]) for n, of in zip(numbers, parts, strict=True) if of == part])
+            for part in np.unique(parts).tolist()
+        ]
+        images, labels, bad = zip(*found, strict=True)
+        return torch.cat(images), torch.cat(labels), [sample for samples in bad for sample in samples]
+
+
+def _common_classes(indexes: Sequence[ImageIndex]) -> list[str]:
+    """The class names of all sets; none where they differ: then labels say nothing."""
+    classes = indexes[0].classes
+    return classes if all(index.classes == classes for index in indexes) else []
+
+
+def _images_in_order(config: ImageDataConfig, size: int, seed: int) -> RunData:
+    """Shards without index, read one after the other."""
+    if config.validation is None:
+        raise UserError("data.validation: needed with data.unindexed=in_order, as nothing can be held out unseen")
+    _, validation = dist.main_first(
+        lambda: split_sources(ImageDataConfig(**{**vars(config), "train": config.validation}), _report)
+    )
+    shards, store = expand_place(config.train), config.store()
+    classes = class_names(shards[0], 0) or validation[0].classes
+
+    def build(shard: str, index: ShardIndex) -> ImageDataset:
+        part = ImageIndex([(shard, index)], classes, labelled=config.labels)
+        return ImageDataset(part, size, augment=config.augment, seed=seed, in_memory=config.in_memory, store=store)
+
+    sets = ShardSequence(shards, lambda shard: read_index(shard, config, store), build)
+    order = ArrivalOrder(sets, config.streams, config.train)
+    return RunData(
+        stream=ImageStream(sets, order),
+        order=order,
+        validation_set=_validation_set(config, validation, size),
+        classes=classes,
+        validation_classes=validation[0].classes,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+
+
+def _report(place: str) -> Callable[[int, int], None]:
+    """A progress bar that appears when there is something to wait for."""
+    bars = []
+
+    def report(done: int, total: int) -> None:
+        if not bars:
+            bars.append(progress_bar(f"index {place[-40:]}", total, "shard", disable=not dist.is_main() or total < 8))
+        bars[0].update(done - bars[0].n)
+        if done == total:
+            bars[0].close()
+
+    return report
+
+
+# --- Codes ---
+
+
+def code_data(config: CodeDataConfig, seed: int) -> RunData:
+    """The codes of a config. UserError if training and validation were made with different tokenizers."""
+    sets = {}
+    for name in ("train", "validation"):
+        try:
+            sets[name] = CodeDataset(getattr(config, name))
+        except UserError as error:
+            raise UserError(f"data.{name}: {error}") from error
+    train, validation = sets["train"], sets["validation"]
+    if validation.meta.tokenizer != train.meta.tokenizer and not config.allow_other_tokenizer:
+        raise UserError(
+            "data.validation: made with another tokenizer than data.train; encode both again, or set "
+            "data.allow_other_tokenizer=true"
+        )
+    order = train.order(seed, config.streams)
+    return RunData(
+        stream=CodeStream(train, order),
+        order=order,
+        validation_set=validation,
+        classes=train.meta.classes,
+        validation_classes=validation.meta.classes,
+        workers=config.workers,
+        provenance={"tokenizer": train.meta.tokenizer},
+        allow_other=config.allow_other_tokenizer,
+    )

@@ -1,0 +1,80 @@
+"""How a run ends before its time: signals, and what `status.json` says of it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from ibq import dist
+from ibq.files import write_text
+from ibq.progress import say
+
+STATUS_FILE = "status.json"
+Status = Literal["running", "finished", "stopped", "failed"]
+
+
+class StopSignals:
+    """Notes SIGTERM, SIGINT and one of SIGUSR1 and SIGUSR2, so that the run can end between two steps.
+
+    A signal that comes again, during the save say, changes nothing.
+    """
+
+    def __init__(self, extra: Literal["USR1", "USR2", "none"]):
+        self.numbers = [signal.SIGTERM, signal.SIGINT]
+        if extra != "none":
+            self.numbers.append(signal.Signals[f"SIG{extra}"])
+        self.received = 0  # the number of the first signal that this rank has noted
+        self.agreed = 0  # and what all ranks have agreed on
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within this context the signals are noted instead of ending the process."""
+        before = {number: signal.signal(number, self._note) for number in self.numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self.received = self.received or number
+
+    def agree(self) -> bool:
+        """Whether any rank has noted a signal; every rank calls it, and all get the same answer."""
+        if not self.agreed:
+            self.agreed = dist.largest(self.received)
+            if self.agreed and dist.is_main():
+                say(f"{self.name}: saving once, then the run ends; the same command goes on from there")
+        return bool(self.agreed)
+
+    @property
+    def name(self) -> str:
+        """The signal that ends the run, such as SIGTERM."""
+        return signal.Signals(self.agreed).name
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal has ended."""
+        return 128 + self.agreed
+
+
+def write_status(folder: Path, state: Status, step: int, total_steps: int, reason: str = "") -> None:
+    """Say in `status.json` how the run stands; rank 0 alone. A full disk is no reason to fail here."""
+    if not dist.is_main():
+        return
+    status = {
+        "state": state,
+        "step": step,
+        "total_steps": total_steps,
+        "reason": reason,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    with contextlib.suppress(OSError):
+        write_text(folder / STATUS_FILE, json.dumps(status, indent=1) + "\n")
