@@ -1,8 +1,8 @@
-"""Data: which images make up which batch, from files to pixels, splits, and code shards."""
+"""Data: from files to pixels, places and splits, and code shards."""
 
 import io
-import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,19 +22,9 @@ from training_support import (
 import ibq
 from ibq.config import UserError
 from ibq.data.codes import CodeDataset, CodesMeta, write_codes
-from ibq.data.loader import training_batches, validation_batches
-from ibq.data.order import BatchOrder
-from ibq.data.shards import (
-    ImageDataConfig,
-    ImageDataset,
-    open_images,
-    split_images,
-    to_uint8,
-    to_unit_range,
-)
-from ibq.data.transforms import AugmentConfig, decode_rgb, random_square, square
-
-CPU = torch.device("cpu")
+from ibq.data.images import ImageDataset
+from ibq.data.shards import ImageDataConfig, open_images, split_images
+from ibq.data.transforms import AugmentConfig, decode_rgb, random_square, square, to_uint8, to_unit_range
 
 
 @pytest.fixture(scope="module")
@@ -42,124 +32,6 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     write_images(folder)
     return folder
-
-
-# --- Order ---
-
-
-def order(size=40, batch_size=8, micro_batch=8, rank=0, world_size=1, seed=3):
-    return BatchOrder(
-        size=size, batch_size=batch_size, micro_batch=micro_batch, seed=seed, rank=rank, world_size=world_size
-    )
-
-
-def joined(lists):
-    return list(itertools.chain.from_iterable(lists))
-
-
-def numbers(order, start, stop):
-    """Sample numbers of every step, micro-batches joined."""
-    lists = list(order.micro_batches(start, stop))
-    size = order.accumulation
-    return [joined(lists[i : i + size]) for i in range(0, len(lists), size)]
-
-
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
-def test_global_batches_depend_on_seed_and_step_alone(world_size, micro_batch):
-    ranks = [numbers(order(micro_batch=micro_batch, rank=r, world_size=world_size), 0, 12) for r in range(world_size)]
-    whole = [joined(parts) for parts in zip(*ranks, strict=True)]
-    assert whole == numbers(order(), 0, 12)
-    assert numbers(order(seed=4), 0, 12) != whole
-
-
-def test_every_epoch_is_a_fresh_shuffle_of_everything():
-    epochs = [joined(numbers(order(), 5 * e, 5 * e + 5)) for e in range(3)]
-    for number, epoch in enumerate(epochs):
-        assert sorted(i for i, _ in epoch) == list(range(40))
-        assert {e for _, e in epoch} == {number}
-    assert [i for i, _ in epochs[0]] != [i for i, _ in epochs[1]] != list(range(40))
-
-
-def test_an_incomplete_batch_is_left_out_in_turn():
-    uneven = order(size=43)
-    assert uneven.steps_per_epoch == 5
-    epochs = [{i for i, _ in joined(numbers(uneven, 5 * e, 5 * e + 5))} for e in range(4)]
-    assert all(len(epoch) == 40 for epoch in epochs)
-    assert set.union(*epochs) == set(range(43))
-
-
-def test_impossible_orders():
-    for settings in ({"micro_batch": 3}, {"micro_batch": 8, "world_size": 2}, {"size": 7}):
-        with pytest.raises(ValueError, match="batch"):
-            order(**settings)
-
-
-# --- Loader ---
-
-
-def batches(dataset, order, start, stop, workers=0):
-    return [
-        [(images.clone(), labels.clone()) for images, labels in step]
-        for step in training_batches(dataset, order, start, stop, workers=workers, device=CPU)
-    ]
-
-
-def assert_same_batches(actual, expected):
-    assert len(actual) == len(expected)
-    for a, b in zip(actual, expected, strict=True):
-        for part in (0, 1):
-            assert torch.equal(torch.cat([m[part] for m in a]), torch.cat([m[part] for m in b]))
-
-
-def test_batches_do_not_depend_on_workers_cache_or_micro_batch(shards):
-    index = open_images(str(shards / "train-*.tar"))
-    augment = AugmentConfig(max_zoom=1.5)
-    plain = ImageDataset(index, 16, augment=augment, seed=5)
-    expected = batches(plain, order(), 0, 7)
-    assert_same_batches(batches(plain, order(), 0, 7, workers=2), expected)
-    assert_same_batches(batches(plain, order(micro_batch=2), 0, 7, workers=1), expected)
-    assert_same_batches(batches(ImageDataset(index, 16, augment=augment, seed=5, cache=True), order(), 0, 7), expected)
-    assert not torch.equal(expected[0][0][0], batches(ImageDataset(index, 16), order(), 0, 1)[0][0][0])
-
-
-def test_two_ranks_share_the_global_batch(shards):
-    dataset = ImageDataset(open_images(str(shards / "train-*.tar")), 16, augment=AugmentConfig(), seed=5)
-    ranks = [batches(dataset, order(micro_batch=2, rank=r, world_size=2), 0, 3) for r in range(2)]
-    assert_same_batches([a + b for a, b in zip(*ranks, strict=True)], batches(dataset, order(), 0, 3))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_at_a_step_gives_the_same_batches(shards, workers):
-    dataset = ImageDataset(open_images(str(shards / "train-*.tar")), 16, augment=AugmentConfig(max_zoom=1.5), seed=5)
-    whole = batches(dataset, order(), 0, 8)
-    assert_same_batches(batches(dataset, order(), 3, 8, workers=workers), whole[3:])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loading_leaves_the_random_numbers_alone(shards, workers):
-    """Dropout after a restart depends on it."""
-    dataset = ImageDataset(open_images(str(shards / "train-*.tar")), 16)
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    batches(dataset, order(), 0, 1, workers=workers)
-    assert torch.equal(torch.rand(3), expected)
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_validation_takes_every_sample_once(shards, world_size):
-    dataset = ImageDataset(open_images(str(shards / "val-*.tar")), 16)
-
-    def images(**settings):
-        parts = [
-            images
-            for rank in range(world_size)
-            for images, _ in validation_batches(dataset, 3, rank=rank, world_size=world_size, device=CPU, **settings)
-        ]
-        return sorted(image.flatten().tolist() for image in torch.cat(parts))
-
-    assert images() == sorted(dataset[i][0].flatten().tolist() for i in range(8))
-    assert len(images(limit=4)) == 4
 
 
 # --- Pictures ---
@@ -322,8 +194,9 @@ def test_what_is_no_class_and_no_image_in_a_folder(tmp_path):
     index = open_images(str(place))
     assert index.classes == ["cats", "dogs"]
     names = ["cats/1.png", "cats/4.png", "cats/more/2.png", "dogs/1.png"]
-    assert [entry.path.removeprefix(f"{place}/") for entry in index.entries] == names
-    assert [entry.label for entry in index.entries] == [0, 0, 0, 1]
+    assert [entry.shard.removeprefix(f"{place}/") for entry in index] == names
+    assert [index.key(i) for i in range(4)] == names
+    assert [entry.label for entry in index] == [0, 0, 0, 1]
     assert len(ImageDataset(index, 16)[1][0]) == 3
 
 
@@ -332,7 +205,7 @@ def test_names_inside_shards(tmp_path):
     for folder in ("", "./", "set.v1/train/"):
         members = {f"{folder}b.png": png(picture(1)), f"{folder}b.cls": b"2", f"{folder}b.json": b"{}"}
         write_shard(tmp_path / "shard.tar", members | {f"{folder}a.x.cls": b"no label", f"{folder}README": b""})
-        (entry,) = open_images(str(tmp_path / "shard.tar")).entries
+        (entry,) = open_images(str(tmp_path / "shard.tar"))
         assert entry.label == 2
 
 
@@ -355,7 +228,7 @@ def test_validation_is_held_out(shards):
     place = str(shards / "train-*.tar")
     train, validation = split_images(ImageDataConfig(train=place, validation_every=5))
     assert (len(train), len(validation)) == (32, 8)
-    keys = [{(e.path, e.offset) for e in index.entries} for index in (train, validation, open_images(place))]
+    keys = [{(e.shard, e.offset) for e in index} for index in (train, validation, open_images(place))]
     assert keys[0] | keys[1] == keys[2] and not keys[0] & keys[1]
     train, validation = split_images(ImageDataConfig(train=place, validation=str(shards / "val-*.tar")))
     assert (len(train), len(validation)) == (40, 8)
@@ -373,12 +246,11 @@ def test_codes_come_back(tmp_path, num_codes, dtype):
     meta = CodesMeta(num_codes=num_codes, tokens_per_side=3, classes=["a"] * 1000, tokenizer="hash", views=2)
     write_codes(tmp_path / "codes", codes, labels, meta)
     dataset = CodeDataset(tmp_path / "codes")
-    assert dataset.meta == meta and len(dataset) == 6
-    assert np.load(tmp_path / "codes" / "codes.npy").dtype == dtype
+    assert dataset.meta == replace(meta, rows=[6]) and len(dataset) == 6
+    assert np.load(tmp_path / "codes" / "codes-00000.npy").dtype == dtype
     for i in range(6):
-        row, label = dataset[i, 4]
+        row, label = dataset[i]
         assert row.dtype == torch.int64 and row.tolist() == codes[i].tolist() and label == labels[i]
-    assert torch.equal(dataset[2][0], dataset[2, 0][0])
 
 
 def test_codes_that_are_missing_or_do_not_fit(tmp_path):
@@ -402,29 +274,7 @@ def test_codes_out_of_range(tmp_path, monkeypatch, code, label):
     with pytest.raises(ValueError, match=f"{wrong} {code or label} is not one of the {8 if code else 1} "):
         write_codes(tmp_path, codes, labels, meta)
     assert len(CodeDataset(tmp_path)) == 6  # the whole ones are still there
-    np.save(tmp_path / "codes.npy", codes)
-    np.save(tmp_path / "labels.npy", labels)
+    np.save(tmp_path / "codes-00000.npy", codes)
+    np.save(tmp_path / "labels-00000.npy", labels)
     with pytest.raises(UserError, match=f"{wrong} {code or label} is not one .*write them again"):
         CodeDataset(tmp_path)
-
-
-@pytest.mark.slow
-def test_encoded_shards_are_the_tokenizers_codes(shards, tmp_path):
-    (tmp_path / "tokenizer.yaml").write_text(CONFIGS["tokenizer"].replace("DATA", str(shards)))
-    argv = ["--config", str(tmp_path / "tokenizer.yaml"), f"output={tmp_path / 'run'}", "training.max_steps=1"]
-    assert train_here("tokenizer", argv) == 0
-    place = str(shards / "train-*.tar")
-    result = run_script(
-        *("tools/encode_shards.py", "--tokenizer", str(tmp_path / "run"), "--images", place),
-        *("--output", str(tmp_path / "codes"), "--views", "2", "--flip", "--workers", "0", "--batch-size", "7"),
-    )
-    assert result.returncode == 0, result.stderr
-    codes, index = CodeDataset(tmp_path / "codes"), open_images(place)
-    assert len(codes) == 80 and codes.meta.views == 2 and codes.meta.num_codes == 32
-    tokenizer, images = ibq.load_tokenizer(tmp_path / "run", device="cpu"), ImageDataset(index, 16)
-    for i in (0, 13, 39):
-        image, label = images[i]
-        expected = tokenizer.encode(to_unit_range(image)[None]).flatten()
-        assert (codes[i][0] == expected).float().mean() >= 0.9  # near ties may round otherwise in another batch
-        assert codes[i][1] == codes[i + 40][1] == label
-    assert not np.array_equal(codes.codes[:40], codes.codes[40:])

@@ -6,7 +6,7 @@ import torch
 
 from ibq.config import UserError
 from ibq.data.index import ImageIndex
-from ibq.data.shards import open_split
+from ibq.data.shards import ImageDataConfig, open_split
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -19,12 +19,12 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=2, help="processes that decode images; 0 decodes in this one")
 
 
-def open_images_of(arguments: argparse.Namespace) -> ImageIndex:
+def open_images_of(arguments: argparse.Namespace, config: ImageDataConfig | None = None) -> ImageIndex:
     """The images that the options name; UserError for impossible options."""
     for name, least in (("batch_size", 1), ("workers", 0), ("validation_every", 2)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
-    return open_split(arguments.images, arguments.split, arguments.validation_every)
+    return open_split(arguments.images, arguments.split, arguments.validation_every, config)
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

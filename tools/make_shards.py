@@ -1,0 +1,605 @@
+"""Write webdataset tar shards from a folder of images, or index the shards that are there.
+
+Every shard gets an index file (NAME.index.json: keys, byte offsets, labels, checksums). The same input gives the same
+bytes, whatever the number of processes; a second call goes on where the first was interrupted.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import glob
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from PIL import Image
+
+from ibq.config import UserError, exit_on_user_error
+from ibq.data.index import ShardIndex, index_file, read_shard_index, write_shard_index
+from ibq.data.order import shuffled
+from ibq.data.shards import CLASSES_FILE
+from ibq.data.transforms import decode_rgb
+from ibq.files import whole_file, write_text
+from ibq.progress import progress_bar, say
+from tools.shard_labels import SourceSet, read_classes, read_sources, sample_keys
+
+FORMAT = 1
+MAX_LEFT_OUT = 0.05  # of all images
+EXAMPLES = """
+examples:
+  ImageNet, as its archives unpack: one folder a class for training, one flat folder for validation
+    python tools/make_shards.py imagenet/train shards --prefix train
+    python tools/make_shards.py imagenet/val shards --prefix val --labels LOC_val_solution.csv \\
+        --classes shards/classes.json
+  the same with the shorter side at 256 pixels
+    python tools/make_shards.py imagenet/train shards256 --size 256
+  images without labels, to train a tokenizer (data.labels=false)
+    python tools/make_shards.py photos shards --no-labels
+  shards that others have made
+    python tools/make_shards.py --index 'shards/*.tar'
+
+Labels are the places of the class folders' names in sorted order, as in published checkpoints; they are written to
+OUT/classes.json. A label file has lines `NAME LABEL`, separated by blanks, a tab or a comma; NAME with or without
+folder and suffix, LABEL a class name or its number from 0.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the shards' bytes depend on, besides the images."""
+
+    size: int | None  # shorter side, in pixels
+    format: str  # keep, jpeg, png or webp
+    quality: int
+    samples_per_shard: int
+    order: str  # shuffled or sorted
+    seed: int
+    check: bool  # decode every image
+    labels: bool
+
+
+class Sample(NamedTuple):
+    """One image on its way into a shard."""
+
+    path: str  # relative to the source folder
+    key: str
+    label: int | None
+
+
+class Job(NamedTuple):
+    """One shard to write."""
+
+    shard: Path
+    folder: Path
+    samples: list[Sample]
+    options: Options
+
+
+class Result(NamedTuple):
+    """What became of a shard."""
+
+    shard: Path
+    samples: int
+    bytes: int
+    left_out: list[tuple[str, str]]  # (image, why)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=Path, nargs="?", help="one sub-folder a class, or images and --labels")
+    add("out", metavar="OUT", type=Path, nargs="?", help="folder for the shards")
+    add("--prefix", default="train", help="the shards are PREFIX-00000.tar, ... (default: train)")
+    add("--labels", metavar="FILE", type=Path, help="the images' labels, where there are no class folders")
+    add("--no-labels", action="store_true", help="shards without labels, for tokenizers")
+    add("--classes", metavar="FILE", type=Path, help="a classes.json that fixes the numbers of the classes")
+    add("--size", type=int, help="resize to this shorter side; smaller images stay (default: as they are)")
+    add("--format", choices=["keep", "jpeg", "png", "webp"], default="keep", help="default: keep each image's own")
+    add("--quality", type=int, default=95, help="of JPEG and WebP files that are encoded anew (default: 95)")
+    add("--samples-per-shard", type=int, default=5000, help="images in each shard (default: 5000)")
+    add("--order", choices=["shuffled", "sorted"], default="shuffled", help="default: shuffled, so that classes mix")
+    add("--seed", type=int, default=0, help="of the shuffled order")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--processes", type=int, default=min(8, cores), help=f"default here: {min(8, cores)}")
+    add("--check", action="store_true", help="decode every image and leave out those that are damaged")
+    add("--fresh", action="store_true", help="remove this prefix's shards in OUT and start over")
+    add("--index", metavar="SHARDS", nargs="+", help="write index files beside these tar files (paths or globs)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make or index shards as the command line says; the exit code."""
+    arguments = parse(argv)
+    for name, least, most in (
+        ("size", 1, 65_535),
+        ("quality", 1, 100),
+        ("samples_per_shard", 1, math.inf),
+        ("seed", 0, math.inf),
+        ("processes", 1, math.inf),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
+            limit = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise UserError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
+    if arguments.index:
+        if arguments.folder:
+            raise UserError("--index takes tar files alone; leave out FOLDER and OUT, or --index")
+        return index_shards(arguments.index, arguments.processes)
+    check_places(arguments)
+    make_shards(arguments)
+    return 0
+
+
+def check_places(arguments: argparse.Namespace) -> None:
+    """UserError for names and folders that can't be meant."""
+    folder, out = arguments.folder, arguments.out
+    if folder is None or out is None:
+        raise UserError("give a folder of images and a folder for the shards: make_shards.py FOLDER OUT (see --help)")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give the folder that holds the images")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder for the shards")
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"OUT ({out}) lies in FOLDER ({folder}) and would be taken for a class; give one outside")
+    if not re.fullmatch(r"\w[\w.-]*", arguments.prefix):
+        raise UserError(f"--prefix {arguments.prefix!r}: use letters, digits, '_', '-' and '.' only")
+    if arguments.no_labels and (arguments.labels or arguments.classes):
+        raise UserError("--no-labels makes shards without labels; leave out --labels and --classes, or --no-labels")
+
+
+# --- The plan: which image goes into which shard ---
+
+
+class Plan:
+    """The shards that a set of images makes."""
+
+    def __init__(self, folder: Path, out: Path, prefix: str, sources: SourceSet, options: Options):
+        self.folder, self.out, self.prefix, self.sources, self.options = folder, out, prefix, sources, options
+        self.file = out / f"{prefix}.plan.json"
+        self.summary_file = out / f"{prefix}.make_shards.json"
+        self.keys = sample_keys(source.path for source in sources.images)
+        count = len(sources.images)
+        self.order = range(count) if options.order == "sorted" else shuffled(count, options.seed)
+        self.shards = math.ceil(count / options.samples_per_shard)
+
+    def describe(self) -> dict:
+        """What decides whether two plans are the same."""
+        digest = hashlib.sha256(json.dumps(self.sources.classes).encode())
+        for path, size, label in self.sources.images:
+            digest.update(f"\0{path}\0{size}\0{label}".encode("utf-8", "surrogateescape"))
+        return {
+            "format": FORMAT,
+            "prefix": self.prefix,
+            "images": len(self.sources.images),
+            "options": asdict(self.options),
+            "fingerprint": digest.hexdigest(),
+        }
+
+    def job(self, number: int) -> Job:
+        """What has to be done for a shard."""
+        first = number * self.options.samples_per_shard
+        chosen = [int(place) for place in self.order[first : first + self.options.samples_per_shard]]
+        samples = [Sample(self.sources.images[i].path, self.keys[i], self.sources.images[i].label) for i in chosen]
+        return Job(self.out / f"{self.prefix}-{number:05d}.tar", self.folder, samples, self.options)
+
+    def jobs(self) -> Iterator[Job]:
+        """All shards."""
+        return map(self.job, range(self.shards))
+
+    def own_files(self) -> list[Path]:
+        """This prefix's shards, index files and summary in OUT."""
+        return self._files(rf"{re.escape(self.prefix)}(-\d{{5,}}\.(tar|index\.json)|\.make_shards\.json)")
+
+    def stale_files(self) -> list[Path]:
+        """What a run that was killed has left half-written."""
+        prefix = re.escape(self.prefix)
+        return self._files(
+            rf"\.tmp-\d+-({prefix}(-\d{{5,}}\.(tar|index\.json)|\.(plan|make_shards)\.json)|classes\.json)"
+        )
+
+    def _files(self, pattern: str) -> list[Path]:
+        if not self.out.is_dir():
+            return []
+        return [path for path in sorted(self.out.iterdir()) if re.fullmatch(pattern, path.name)]
+
+
+def check_plan(plan: Plan) -> None:
+    """UserError if OUT holds shards of another plan, or another numbering of the classes."""
+    remedy = "give another OUT or --prefix, or add --fresh to replace them"
+    shards = f"{plan.out} holds other shards {plan.prefix}-*.tar"
+    if plan.file.exists():
+        try:
+            there, here = json.loads(plan.file.read_bytes()), plan.describe()
+            options = here["options"].items()
+            changes = [f"--{name} {there['options'].get(name)} instead of {v}" for name, v in options
+                       if there["options"].get(name) != v]  # fmt: skip
+            if there["fingerprint"] != here["fingerprint"]:
+                changes.append("other images or labels")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            changes = [f"{plan.file.name} is damaged"]
+        if changes:
+            raise UserError(f"{shards} ({', '.join(changes).replace('_', '-')}); {remedy}")
+    elif plan.own_files():
+        raise UserError(f"{shards} whose plan ({plan.file.name}) is missing; {remedy}")
+    classes = plan.out / CLASSES_FILE
+    if plan.sources.classes is not None and classes.exists() and read_classes(classes) != plan.sources.classes:
+        raise UserError(
+            f"{classes} has other classes; add --classes {classes} to number these images like the shards there, give "
+            f"another OUT, or add --fresh to replace it"
+        )
+
+
+@contextlib.contextmanager
+def alone(plan: Plan) -> Iterator[None]:
+    """Hold the plan file, so that a second run does not take this one's files for stale ones."""
+    with open(plan.file, "rb") as file:
+        for attempt in range(20):  # processes of a run that was killed end in a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 19:
+                    raise UserError(f"another run is making {plan.prefix}-*.tar in {plan.out}; let it end") from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+
+
+# --- Making shards ---
+
+
+def make_shards(arguments: argparse.Namespace) -> None:
+    """Write the shards that the command line asks for, as far as they are missing."""
+    names = ("size", "format", "quality", "samples_per_shard", "order", "seed", "check")
+    options = Options(labels=not arguments.no_labels, **{name: getattr(arguments, name) for name in names})
+    sources = read_sources(
+        arguments.folder, labels=arguments.labels, classes=arguments.classes, labelled=options.labels
+    )
+    plan = Plan(arguments.folder, arguments.out, arguments.prefix, sources, options)
+    if not arguments.fresh:
+        check_plan(plan)
+    try:
+        with contextlib.ExitStack() as stack:
+            if arguments.fresh and plan.file.exists():
+                stack.enter_context(alone(plan))
+            for path in plan.own_files() if arguments.fresh else ():
+                path.unlink()
+            if arguments.fresh or not plan.file.exists():
+                write_text(plan.file, json.dumps(plan.describe(), indent=1) + "\n")
+            stack.enter_context(alone(plan))
+            run_plan(plan, arguments.processes)
+    except OSError as error:
+        raise UserError(f"cannot write to {plan.out}: {error.strerror}; mend that, then the same command goes on") from error
+
+
+def run_plan(plan: Plan, processes: int) -> None:
+    """Write what is missing of the shards, the class names and the summary."""
+    for path in plan.stale_files():
+        path.unlink(missing_ok=True)
+    classes, names = plan.out / CLASSES_FILE, plan.sources.classes
+    if names is not None and (not classes.exists() or read_classes(classes) != names):
+        write_text(classes, json.dumps(names, indent=1) + "\n")
+    results = {job.shard: result for job in plan.jobs() if (result := finished(job))}
+    complete = len(results) == plan.shards and plan.summary_file.exists()
+    if not complete:
+        write_missing(plan, results, processes)
+        write_text(plan.summary_file, json.dumps(summary(plan, list(results.values())), indent=1) + "\n")
+    tell(plan, json.loads(plan.summary_file.read_bytes()), complete)
+
+
+def write_missing(plan: Plan, results: dict[Path, Result], processes: int) -> None:
+    """Write the shards that `results` lacks and add them to it."""
+    jobs = [number for number, job in enumerate(plan.jobs()) if job.shard not in results]
+    total = len(plan.sources.images)
+    initial = sum(result.samples + len(result.left_out) for result in results.values())
+    with progress_bar(f"make {plan.prefix}", total, "image", initial=initial) as progress:
+        try:
+            in_processes(
+                write_shard,
+                map(plan.job, jobs),
+                min(processes, max(1, len(jobs))),
+                done=lambda result: results.update({result.shard: result}),
+                tick=lambda count: progress.update(initial + count - progress.n),
+            )
+        except BaseException:
+            for path in plan.stale_files():
+                path.unlink(missing_ok=True)
+            raise
+
+
+def finished(job: Job) -> Result | None:
+    """The result of a shard that an earlier call has written, or None if it has to be written."""
+    try:
+        index = ShardIndex.from_json(Path(index_file(str(job.shard))).read_bytes(), str(job.shard))
+        if index.bytes != job.shard.stat().st_size or index.sha256 is None:
+            return None
+    except (OSError, UserError):
+        return None
+    there = set(index.keys)
+    if index.keys != [sample.key for sample in job.samples if sample.key in there]:
+        return None
+    left_out = []
+    for sample in job.samples:
+        if sample.key not in there:
+            try:
+                load(job, sample)
+                return None  # it could not be read then: the disk was away, say
+            except ValueError as error:
+                left_out.append((sample.path, str(error)))
+    return Result(job.shard, len(index.keys), index.bytes, left_out)
+
+
+def write_shard(job: Job) -> Result:
+    """Write a shard and its index file; UserError if that can't be done."""
+    keys, left_out = [], []
+    try:
+        with (
+            whole_file(job.shard) as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
+        ):
+            for sample in job.samples:
+                try:
+                    suffix, data = load(job, sample)
+                except ValueError as error:
+                    left_out.append((sample.path, str(error)))
+                else:
+                    add_member(tar, f"{sample.key}.{suffix}", data)
+                    if sample.label is not None:
+                        add_member(tar, f"{sample.key}.cls", str(sample.label).encode())
+                    keys.append(sample.key)
+                count_one()
+        index = write_shard_index(job.shard)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {job.shard}: {error.strerror or error}; make room, then the same command goes on"
+        ) from error
+    assert index.keys == keys and not index.problems, f"{job.shard} does not read back as it was written"
+    return Result(job.shard, len(keys), index.bytes, left_out)
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file without time and owner, so that the same input gives the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+    tar.members = []  # or they would pile up
+
+
+def load(job: Job, sample: Sample) -> tuple[str, bytes]:
+    """(suffix, bytes) of an image as it goes into its shard; ValueError if it can't be used."""
+    try:
+        data = (job.folder / sample.path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror or error}") from error
+    return convert(data, kind_of(data, sample.path), job.options)
+
+
+def kind_of(data: bytes, path: str) -> str:
+    """jpeg, png or webp: by the first bytes, else by the suffix."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpeg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return {"png": "png", "webp": "webp"}.get(path.rpartition(".")[2].lower(), "jpeg")
+
+
+def convert(data: bytes, kind: str, options: Options) -> tuple[str, bytes]:
+    """(suffix, bytes) of an image in the size and format that the options ask for; ValueError if it is damaged.
+
+    It stays as it is, byte for byte, where it is small enough and of the right format.
+    """
+    wanted = kind if options.format == "keep" else options.format
+    suffix = "jpg" if wanted == "jpeg" else wanted
+    if options.size is None and options.format == "keep" and not options.check:
+        return suffix, data
+    image = decode_rgb(data)
+    shorter = min(image.size)
+    if options.size is not None and shorter > options.size:
+        size = tuple(max(1, round(side * options.size / shorter)) for side in image.size)
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    elif wanted == kind:
+        return suffix, data
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, wanted, **({} if wanted == "png" else {"quality": options.quality}))
+    except (OSError, ValueError) as error:  # WebP has at most 16,383 pixels a side
+        raise ValueError(f"cannot be written as {wanted}: {error}") from error
+    return suffix, buffer.getvalue()
+
+
+def summary(plan: Plan, results: Sequence[Result]) -> dict:
+    """What the summary file says."""
+    left_out = sorted(pair for result in results for pair in result.left_out)
+    return {
+        **plan.describe(),
+        "source": str(plan.folder.resolve()),
+        "images": sum(result.samples for result in results),
+        "shards": len(results),
+        "bytes": sum(result.bytes for result in results),
+        "classes": None if plan.sources.classes is None else len(plan.sources.classes),
+        "left_out": [{"image": image, "reason": reason} for image, reason in left_out],
+    }
+
+
+def tell(plan: Plan, rows: dict, complete: bool) -> None:
+    """Say what is there and what to do next; UserError if too many images had to be left out."""
+    left_out, total = rows["left_out"], len(plan.sources.images)
+    for row in left_out[:3]:
+        say(f"left out: {row['image']}: {row['reason']}")
+    lost = f"{len(left_out):,} of {total:,} images had to be left out, the first: "
+    if len(left_out) > MAX_LEFT_OUT * total:
+        raise UserError(
+            f"{lost}{left_out[0]['image']}: {left_out[0]['reason']}; all are named in {plan.summary_file}: replace them "
+            f"or take them away, then start over with --fresh (the shards stay usable)"
+        )
+    place = plan.out / f"{plan.prefix}-*.tar"
+    classes = f", {rows['classes']:,} classes" if rows["classes"] else ""
+    lost = f"; {len(left_out):,} left out, named in {plan.summary_file}" if left_out else ""
+    print(
+        f"{'finished already: ' if complete else ''}{rows['images']:,} images in {rows['shards']:,} shards "
+        f"({rows['bytes'] / 1e6:,.1f} MB{classes}): {place}{lost}"
+    )
+    train = plan.out / "train-*.tar"
+    settings = [f"data.train={place}"]
+    if plan.prefix.startswith("val") and glob.glob(glob.escape(str(plan.out)) + "/train-*.tar"):
+        settings = [f"data.train={train}", f"data.validation={place}"]
+    if rows["classes"] is None:
+        settings.append("data.labels=false")
+    print("next: python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml " + shlex.join(settings))
+
+
+# --- Indexing shards that are there ---
+
+
+def index_shards(patterns: Sequence[str], processes: int) -> int:
+    """Write the index files that are missing beside shards; the exit code, 2 if a shard could not be indexed."""
+    paths = [path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern])]
+    paths = [Path(path) for path in dict.fromkeys(paths)]
+    if not any(path.is_file() for path in paths):
+        raise UserError(f"no shards at {' '.join(patterns)!r}: give tar files on this machine, such as 'shards/*.tar'")
+    done = []
+    with progress_bar("index", len(paths), "shard") as progress:
+        in_processes(
+            index_one,
+            paths,
+            min(processes, len(paths)),
+            done=lambda result: (done.append(result), progress.update()),
+            tick=lambda count: None,
+        )
+    for message in sorted(result.message for result in done if result.message):
+        say(message)
+    broken = sum(result.broken for result in done)
+    kept = sum(result.kept for result in done)
+    print(
+        f"{sum(result.samples for result in done):,} samples in {len(done) - broken:,} indexed shards"
+        + (f", {kept:,} of which had their index already" if kept else "")
+    )
+    if broken:
+        raise UserError(f"{broken:,} of {len(done):,} shards could not be indexed (named above); fetch them again")
+    return 0
+
+
+class Indexed(NamedTuple):
+    """What became of a shard that was to be indexed."""
+
+    samples: int = 0
+    kept: bool = False  # its index file was there
+    broken: bool = False
+    message: str = ""
+
+
+def index_one(path: Path) -> Indexed:
+    """Write the index file of a shard, if there is none that fits."""
+    try:
+        index, kept = existing_index(path), True
+        if index is not None and index.bytes > path.stat().st_size:
+            lost = f"{len(index.problems):,} of {len(index.keys):,} samples are lost"
+            return Indexed(broken=True, message=f"{path}: shorter than when it was indexed: {lost}")
+        if index is None:
+            index, kept = write_shard_index(path), False
+    except (OSError, UserError) as error:
+        return Indexed(broken=True, message=str(error))
+    message = ""
+    if index.problems:
+        number, reason = next(iter(index.problems.items()))
+        message = (
+            f"{path}: {len(index.problems):,} of {len(index.keys):,} samples can't be used, the first: "
+            f"{index.keys[number]}: {reason}"
+        )
+    return Indexed(len(index.keys), kept, False, message)
+
+
+def existing_index(path: Path) -> ShardIndex | None:
+    """What a shard's index file says, or None where it is missing, damaged, without checksums or of another shard.
+
+    That of a shard which has been cut off since is kept: it alone knows what was lost.
+    """
+    if not Path(index_file(str(path))).is_file():
+        return None
+    try:
+        index = read_shard_index(path)
+    except UserError:
+        return None
+    return None if index.sha256 is None else index
+
+
+# --- Processes ---
+
+_counter = None  # images done by all processes together
+
+
+def in_processes(
+    work: Callable, jobs: Iterable, processes: int, *, done: Callable[..., object], tick: Callable[[int], object]
+) -> None:
+    """Call `work(job)` for all jobs and `done(result)` with each result; `tick` is told the images done so far.
+
+    When one fails or Ctrl-C is pressed, all processes end at once.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    counter = context.Value("q", 0)
+    stop, stopper = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (counter, stop))
+    jobs = iter(jobs)
+    try:
+        running = {pool.submit(work, job) for job in islice(jobs, 2 * processes)}
+        while running:
+            ended, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            tick(counter.get_obj().value)  # without its lock, which a process that was killed may hold
+            for future in ended:
+                done(future.result())
+            running |= {pool.submit(work, job) for job in islice(jobs, len(ended))}
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process was killed, perhaps for want of memory; the same command goes on (with fewer --processes)"
+        ) from error
+    except BaseException:
+        stopper.send_bytes(b"stop")
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(counter, stop) -> None:
+    """Prepare a process: Ctrl-C is the main process's matter, which then ends this one."""
+    global _counter
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ends = [stop, multiprocessing.parent_process().sentinel]
+    threading.Thread(target=lambda: (wait_for_any(ends), os._exit(1)), daemon=True).start()
+
+
+def count_one() -> None:
+    """Tell the progress bar that an image is done."""
+    if _counter is not None:
+        with _counter.get_lock():
+            _counter.value += 1
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

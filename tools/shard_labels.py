@@ -1,0 +1,274 @@
+"""Which images of a folder become samples of shards, with which labels and under which keys."""
+
+import csv
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from ibq.config import UserError
+from ibq.data.index import IMAGE_SUFFIXES
+from ibq.data.shards import images_below, parse_classes
+from ibq.progress import progress_bar, say
+
+HEADER_NAMES = {"file", "file_name", "filename", "id", "image", "image_id", "imageid", "name", "path"}
+KAGGLE_BOXES = re.compile(r"(\S+)(\s+-?\d+){4,}")  # LOC_val_solution.csv: class, then four numbers a box
+WHOLE_NUMBER = re.compile(r"-?\d{1,9}")
+MOST_CLASSES = 1_000_000  # a larger label without a class list is no label
+BARS_FROM = 100  # class folders
+
+
+class Source(NamedTuple):
+    """One image file."""
+
+    path: str  # relative to the folder
+    size: int  # bytes
+    label: int | None
+
+
+class SourceSet(NamedTuple):
+    """The images of a folder."""
+
+    images: list[Source]  # in sorted order
+    classes: list[str] | None  # None: a set without labels
+
+
+class LabelLine(NamedTuple):
+    """A line of a label file."""
+
+    number: int  # from 1
+    name: str
+    label: str
+
+
+def read_sources(folder: Path, *, labels: Path | None, classes: Path | None, labelled: bool) -> SourceSet:
+    """The images in `folder`; UserError for labels that do not fit them.
+
+    `labels`: a label file, or None for class folders. `classes`: a classes.json that fixes the numbering.
+    """
+    try:
+        names = None if classes is None else read_classes(classes)
+        if not labelled:
+            return SourceSet(_sources(folder, ((path, None) for path in _images(folder))), None)
+        if labels is None:
+            return _read_class_folders(folder, names)
+        return _read_flat_folder(folder, labels, names)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or folder}: {error.strerror}; mend that and try again") from error
+
+
+def read_classes(path: Path) -> list[str]:
+    """The names in a classes.json; UserError if it is none or names a class twice."""
+    names = parse_classes(path.read_bytes(), str(path))
+    seen = set()
+    twice = [name for name in names if name in seen or seen.add(name)]
+    if twice:
+        raise UserError(f"{path}: the class {twice[0]!r} is there twice; give every class a name of its own")
+    return names
+
+
+def sample_keys(paths: Iterable[str]) -> list[str]:
+    """The names of samples in a shard: paths without suffix and dots, because a member's name ends at its first dot.
+
+    Where two would be equal, the later gets its suffix appended, then a number.
+    """
+    keys: dict[str, None] = {}
+    for path in paths:
+        stem, _, suffix = path.rpartition(".")
+        key = base = re.sub(r"[.\x00-\x1f\x7f]", "_", stem)
+        if re.match(r"__[^/]*__/", key):  # webdataset passes over such folders
+            key = base = key[1:]
+        number = 1
+        while key in keys:
+            key = f"{base}_{suffix}" if number == 1 else f"{base}_{suffix}_{number}"
+            number += 1
+        keys[key] = None
+    return list(keys)
+
+
+def _images(folder: Path) -> list[Path]:
+    paths = images_below(folder)
+    if not paths:
+        raise UserError(f"no images in {str(folder)!r}: expected JPEG, PNG or WebP files")
+    return paths
+
+
+def _sources(folder: Path, files: Iterable[tuple[Path, int | None]]) -> list[Source]:
+    return [Source(path.relative_to(folder).as_posix(), path.stat().st_size, label) for path, label in files]
+
+
+# --- One folder a class ---
+
+
+def _read_class_folders(folder: Path, names: Sequence[str] | None) -> SourceSet:
+    """Classes are in sorted order, as in `ibq.data.shards.class_folders`, or in that of `names`."""
+    found = _scan(folder)
+    loose = sum(path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." for path in folder.iterdir())
+    if not found and loose:
+        raise UserError(
+            f"{str(folder)!r} holds {loose:,} images but no class folders; give their labels with --labels FILE "
+            f"(lines `NAME LABEL`), or add --no-labels for a set without"
+        )
+    if not found:
+        raise UserError(f"no images in {str(folder)!r}: expected one sub-folder a class with JPEG, PNG or WebP files")
+    if loose:
+        say(f"note: {loose:,} images that lie directly in {folder} belong to no class and are passed over")
+    classes = list(names or found)
+    position = {name: label for label, name in enumerate(classes)}
+    unknown = [name for name in found if name not in position]
+    if unknown:
+        raise UserError(
+            f"{len(unknown):,} of {len(found):,} folders in {folder} are no class of the --classes file, the first: "
+            f"{unknown[0]!r}; rename them, move them away, or leave out --classes"
+        )
+    images = [image._replace(label=position[name]) for name, rows in found.items() for image in rows]
+    return SourceSet(images, classes)
+
+
+def _scan(folder: Path) -> dict[str, list[Source]]:
+    """Class name -> its images, without labels yet; folders without images are no classes."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = {}
+    with progress_bar("scan", len(names), "folder", disable=len(names) < BARS_FROM) as progress:
+        for name in names:
+            if not os.access(folder / name, os.R_OK | os.X_OK):  # it would look empty, and shift all later labels
+                raise UserError(f"cannot read the folder {folder / name}; allow it or move the folder away")
+            found[name] = _sources(folder, ((path, None) for path in images_below(folder / name)))
+            progress.update()
+    empty = [name for name in names if not found[name]]
+    if empty and len(empty) < len(names):
+        say(f"note: {len(empty):,} folders without images are no classes, the first: {empty[0]!r}")
+    return {name: rows for name, rows in found.items() if rows}
+
+
+# --- A flat folder and a file with labels ---
+
+
+def _read_flat_folder(folder: Path, file: Path, names: Sequence[str] | None) -> SourceSet:
+    paths = _images(folder)
+    lines = read_label_lines(file)
+    chosen = _match([path.relative_to(folder).as_posix() for path in paths], lines, folder, file)
+    values, classes = _numbers(chosen, names, file)
+    return SourceSet(_sources(folder, zip(paths, values, strict=True)), classes)
+
+
+def read_label_lines(file: Path) -> list[LabelLine]:
+    """The lines `NAME LABEL` of a label file, without its header; UserError for any other line."""
+    rows = [
+        (number, _split(line.strip()))
+        for number, line in enumerate(file.read_text("utf-8-sig", "surrogateescape").split("\n"), 1)
+        if line.strip()
+    ]
+    if not rows:
+        raise UserError(f"{file}: empty; expected lines `NAME LABEL`, one for each image")
+    if all(len(fields) == 1 for _, fields in rows):
+        raise UserError(
+            f"{file}: one value a line, without image names (the numbers in ImageNet's "
+            f"ILSVRC2012_validation_ground_truth.txt are moreover in another order than the sorted classes that "
+            f"published checkpoints use); give lines `NAME LABEL`, such as Kaggle's LOC_val_solution.csv"
+        )
+    name, *rest = rows[0][1]
+    if name.lower() in HEADER_NAMES and not any(WHOLE_NUMBER.fullmatch(word) for word in rest):
+        del rows[0]
+    for number, fields in rows:
+        if len(fields) != 2 or not all(fields):
+            raise UserError(
+                f"{file}: line {number} is not of the form `NAME LABEL`; write an image's name and its class, "
+                f"separated by a tab, a comma or blanks"
+            )
+    return [LabelLine(number, name.replace("\\", "/"), label) for number, (name, label) in rows]
+
+
+def _split(line: str) -> list[str]:
+    """The fields of a line; names with blanks are told by their suffix."""
+    if "\t" in line:
+        return [field.strip() for field in line.split("\t")]
+    if "," in line:
+        fields = [field.strip() for field in next(csv.reader([line], skipinitialspace=True))]
+        boxes = KAGGLE_BOXES.fullmatch(fields[-1])
+        return [*fields[:-1], boxes[1]] if boxes else fields
+    named = re.fullmatch(r"(.+?\.(?:jpe?g|png|webp))\s+(.+)", line, flags=re.IGNORECASE)
+    return list(named.groups()) if named else line.split(None, 1)
+
+
+def _match(paths: Sequence[str], lines: Sequence[LabelLine], folder: Path, file: Path) -> list[LabelLine]:
+    """The line of each image; UserError if some are missing, left over or contradict each other."""
+    by_stem = defaultdict(list)
+    for number, path in enumerate(paths):
+        by_stem[PurePosixPath(path).stem].append(number)
+    chosen: dict[int, LabelLine] = {}
+    unused = []
+    for line in lines:
+        wanted = PurePosixPath(line.name)
+        stem = wanted.stem if wanted.suffix.lower() in IMAGE_SUFFIXES else wanted.name
+        ranks = {n: rank for n in by_stem.get(stem, ()) if (rank := _fit(PurePosixPath(paths[n]), wanted))}
+        best = [number for number, rank in ranks.items() if rank == max(ranks.values())]
+        if len(best) > 1:
+            raise UserError(
+                f"{file}: line {line.number}: {line.name!r} may be {paths[best[0]]} or {paths[best[1]]}; "
+                f"write the whole name"
+            )
+        if not best:
+            unused.append(line)
+        elif chosen.setdefault(best[0], line).label != line.label:
+            first = chosen[best[0]]
+            raise UserError(
+                f"{file}: lines {first.number} and {line.number} give {paths[best[0]]} two labels, {first.label!r} and "
+                f"{line.label!r}; remove one"
+            )
+    if unused:
+        raise UserError(
+            f"{file}: {len(unused):,} of {len(lines):,} lines name no image in {folder}, the first: line "
+            f"{unused[0].number} ({unused[0].name!r}); remove these lines or add the images"
+        )
+    missing = [path for number, path in enumerate(paths) if number not in chosen]
+    if missing:
+        raise UserError(
+            f"{file}: {len(missing):,} of {len(paths):,} images in {folder} have no line, the first: {missing[0]}; add "
+            f"lines or move the images away"
+        )
+    return [chosen[number] for number in range(len(paths))]
+
+
+def _fit(path: PurePosixPath, wanted: PurePosixPath) -> tuple[int, bool, bool] | None:
+    """How well a name in a label file fits an image of the same stem: more is better, None is not at all."""
+    have, want = path.parent.parts, wanted.parent.parts
+    shared = min(len(have), len(want))
+    if have[len(have) - shared :] != want[len(want) - shared :]:
+        return None
+    return shared, have == want, path.suffix.lower() == wanted.suffix.lower()
+
+
+def _numbers(lines: Sequence[LabelLine], names: Sequence[str] | None, file: Path) -> tuple[list[int], list[str]]:
+    """(labels, class names) of lines whose labels are whole numbers or names."""
+    if all(WHOLE_NUMBER.fullmatch(line.label) for line in lines):
+        return _whole_numbers(lines, names, file)
+    classes = list(names) if names is not None else sorted({line.label for line in lines})
+    position = {name: label for label, name in enumerate(classes)}
+    _refuse(lines, lambda line: line.label not in position, "are no class of the --classes file", file)
+    return [position[line.label] for line in lines], classes
+
+
+def _whole_numbers(lines: Sequence[LabelLine], names: Sequence[str] | None, file: Path) -> tuple[list[int], list[str]]:
+    values = [int(line.label) for line in lines]
+    top = MOST_CLASSES if names is None else len(names)
+    _refuse(lines, lambda line: not 0 <= int(line.label) < top, f"lie outside 0 to {top - 1:,}", file)
+    if min(values) == 1:
+        say(f"note: no label in {file} is 0; numbers count from 0, subtract 1 from numbers that count from 1")
+    classes = [str(number) for number in range(max(values) + 1)] if names is None else list(names)
+    known = set(classes)
+    shifted = [value for value in values if str(value) in known and classes[value] != str(value)]
+    if shifted:
+        say(f"note: the labels in {file} are taken as positions: {shifted[0]} is class {classes[shifted[0]]!r}")
+    return values, classes
+
+
+def _refuse(lines: Sequence[LabelLine], wrong: Callable[[LabelLine], bool], problem: str, file: Path) -> None:
+    bad = [line for line in lines if wrong(line)]
+    if bad:
+        raise UserError(
+            f"{file}: {len(bad):,} of {len(lines):,} labels {problem}, the first: {bad[0].label!r} in line "
+            f"{bad[0].number}; correct them, or give the --classes file that they belong to"
+        )
