@@ -148,15 +148,17 @@ def explained(output: Path) -> Iterator[None]:
 
 def on_main(action: Callable[[], str]) -> str:
     """Rank 0's result on every rank; an error of rank 0 ends all of them, and it alone says so."""
-    result = error = ""
+    result, problem = "", None
     if dist.is_main():
         try:
             result = action()
-        except (UserError, OSError) as problem:
-            error = str(problem)
-    result, error = json.loads(dist.text_from_main(json.dumps([result, error])))
-    if error:
-        raise UserError(error) if dist.is_main() else SystemExit(2)
+        except Exception as caught:
+            problem = caught
+    result, failed = json.loads(dist.text_from_main(json.dumps([result, problem is not None])))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise SystemExit(2)
     return result
 
 
@@ -244,7 +246,8 @@ def prepare(job: Job, *, fresh: bool) -> str:
     folder = job.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file; give a folder")
-    remove(folder, own_files(folder) if fresh else [name for name in own_files(folder) if name.startswith(".tmp-")])
+    if fresh:
+        remove(folder, own_files(folder))
     if own_files(folder):
         check_plan(job)
     else:
@@ -381,6 +384,7 @@ def finish(job: Job) -> str:
             f"{count - kept:,} of {count:,} images could not be used; mend them and use --fresh, or raise "
             f"--max-bad-fraction {job.arguments.max_bad_fraction:g}"
         )
+    remove(job.folder, [name for name in own_files(job.folder) if name.startswith(".tmp-")])  # of runs that were killed
     made_by = {**job.plan, "images_left_out": count - kept, "ibq": ibq.__version__, "torch": str(torch.__version__)}
     write_codes_meta(job.folder, replace(job.meta, rows=rows.flatten().tolist(), made_by=made_by))
     say(f"{job.folder}: {len(rows)} view(s) of {kept:,} images, {count - kept:,} left out")

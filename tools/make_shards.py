@@ -6,9 +6,7 @@ bytes, whatever the number of processes; a second call goes on where the first w
 
 import argparse
 import contextlib
-import fcntl
 import glob
-import hashlib
 import io
 import json
 import math
@@ -20,11 +18,9 @@ import signal
 import sys
 import tarfile
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
@@ -36,14 +32,12 @@ from PIL import Image
 
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.index import ShardIndex, index_file, read_shard_index, write_shard_index
-from ibq.data.order import shuffled
 from ibq.data.shards import CLASSES_FILE
 from ibq.data.transforms import decode_rgb
 from ibq.files import whole_file, write_text
 from ibq.progress import progress_bar, say
-from tools.shard_labels import SourceSet, read_classes, read_sources, sample_keys
+from tools.shard_labels import Job, Options, Plan, Sample, alone, check_plan, read_sources
 
-FORMAT = 1
 MAX_LEFT_OUT = 0.05  # of all images
 EXAMPLES = """
 examples:
@@ -62,37 +56,6 @@ Labels are the places of the class folders' names in sorted order, as in publish
 OUT/classes.json. A label file has lines `NAME LABEL`, separated by blanks, a tab or a comma; NAME with or without
 folder and suffix, LABEL a class name or its number from 0.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the shards' bytes depend on, besides the images."""
-
-    size: int | None  # shorter side, in pixels
-    format: str  # keep, jpeg, png or webp
-    quality: int
-    samples_per_shard: int
-    order: str  # shuffled or sorted
-    seed: int
-    check: bool  # decode every image
-    labels: bool
-
-
-class Sample(NamedTuple):
-    """One image on its way into a shard."""
-
-    path: str  # relative to the source folder
-    key: str
-    label: int | None
-
-
-class Job(NamedTuple):
-    """One shard to write."""
-
-    shard: Path
-    folder: Path
-    samples: list[Sample]
-    options: Options
 
 
 class Result(NamedTuple):
@@ -170,105 +133,6 @@ def check_places(arguments: argparse.Namespace) -> None:
         raise UserError("--no-labels makes shards without labels; leave out --labels and --classes, or --no-labels")
 
 
-# --- The plan: which image goes into which shard ---
-
-
-class Plan:
-    """The shards that a set of images makes."""
-
-    def __init__(self, folder: Path, out: Path, prefix: str, sources: SourceSet, options: Options):
-        self.folder, self.out, self.prefix, self.sources, self.options = folder, out, prefix, sources, options
-        self.file = out / f"{prefix}.plan.json"
-        self.summary_file = out / f"{prefix}.make_shards.json"
-        self.keys = sample_keys(source.path for source in sources.images)
-        count = len(sources.images)
-        self.order = range(count) if options.order == "sorted" else shuffled(count, options.seed)
-        self.shards = math.ceil(count / options.samples_per_shard)
-
-    def describe(self) -> dict:
-        """What decides whether two plans are the same."""
-        digest = hashlib.sha256(json.dumps(self.sources.classes).encode())
-        for path, size, label in self.sources.images:
-            digest.update(f"\0{path}\0{size}\0{label}".encode("utf-8", "surrogateescape"))
-        return {
-            "format": FORMAT,
-            "prefix": self.prefix,
-            "images": len(self.sources.images),
-            "options": asdict(self.options),
-            "fingerprint": digest.hexdigest(),
-        }
-
-    def job(self, number: int) -> Job:
-        """What has to be done for a shard."""
-        first = number * self.options.samples_per_shard
-        chosen = [int(place) for place in self.order[first : first + self.options.samples_per_shard]]
-        samples = [Sample(self.sources.images[i].path, self.keys[i], self.sources.images[i].label) for i in chosen]
-        return Job(self.out / f"{self.prefix}-{number:05d}.tar", self.folder, samples, self.options)
-
-    def jobs(self) -> Iterator[Job]:
-        """All shards."""
-        return map(self.job, range(self.shards))
-
-    def own_files(self) -> list[Path]:
-        """This prefix's shards, index files and summary in OUT."""
-        return self._files(rf"{re.escape(self.prefix)}(-\d{{5,}}\.(tar|index\.json)|\.make_shards\.json)")
-
-    def stale_files(self) -> list[Path]:
-        """What a run that was killed has left half-written."""
-        prefix = re.escape(self.prefix)
-        return self._files(
-            rf"\.tmp-\d+-({prefix}(-\d{{5,}}\.(tar|index\.json)|\.(plan|make_shards)\.json)|classes\.json)"
-        )
-
-    def _files(self, pattern: str) -> list[Path]:
-        if not self.out.is_dir():
-            return []
-        return [path for path in sorted(self.out.iterdir()) if re.fullmatch(pattern, path.name)]
-
-
-def check_plan(plan: Plan) -> None:
-    """UserError if OUT holds shards of another plan, or another numbering of the classes."""
-    remedy = "give another OUT or --prefix, or add --fresh to replace them"
-    shards = f"{plan.out} holds other shards {plan.prefix}-*.tar"
-    if plan.file.exists():
-        try:
-            there, here = json.loads(plan.file.read_bytes()), plan.describe()
-            options = here["options"].items()
-            changes = [f"--{name} {there['options'].get(name)} instead of {v}" for name, v in options
-                       if there["options"].get(name) != v]  # fmt: skip
-            if there["fingerprint"] != here["fingerprint"]:
-                changes.append("other images or labels")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            changes = [f"{plan.file.name} is damaged"]
-        if changes:
-            raise UserError(f"{shards} ({', '.join(changes).replace('_', '-')}); {remedy}")
-    elif plan.own_files():
-        raise UserError(f"{shards} whose plan ({plan.file.name}) is missing; {remedy}")
-    classes = plan.out / CLASSES_FILE
-    if plan.sources.classes is not None and classes.exists() and read_classes(classes) != plan.sources.classes:
-        raise UserError(
-            f"{classes} has other classes; add --classes {classes} to number these images like the shards there, give "
-            f"another OUT, or add --fresh to replace it"
-        )
-
-
-@contextlib.contextmanager
-def alone(plan: Plan) -> Iterator[None]:
-    """Hold the plan file, so that a second run does not take this one's files for stale ones."""
-    with open(plan.file, "rb") as file:
-        for attempt in range(20):  # processes of a run that was killed end in a moment
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 19:
-                    raise UserError(f"another run is making {plan.prefix}-*.tar in {plan.out}; let it end") from None
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
-        yield
-
-
 # --- Making shards ---
 
 
@@ -289,11 +153,13 @@ def make_shards(arguments: argparse.Namespace) -> None:
             for path in plan.own_files() if arguments.fresh else ():
                 path.unlink()
             if arguments.fresh or not plan.file.exists():
-                write_text(plan.file, json.dumps(plan.describe(), indent=1) + "\n")
+                write_text(plan.file, json.dumps(plan.description, indent=1) + "\n")
             stack.enter_context(alone(plan))
             run_plan(plan, arguments.processes)
     except OSError as error:
-        raise UserError(f"cannot write to {plan.out}: {error.strerror}; mend that, then the same command goes on") from error
+        raise UserError(
+            f"cannot write to {plan.out}: {error.strerror}; mend that, then the same command goes on"
+        ) from error
 
 
 def run_plan(plan: Plan, processes: int) -> None:
@@ -437,7 +303,7 @@ def summary(plan: Plan, results: Sequence[Result]) -> dict:
     """What the summary file says."""
     left_out = sorted(pair for result in results for pair in result.left_out)
     return {
-        **plan.describe(),
+        **plan.description,
         "source": str(plan.folder.resolve()),
         "images": sum(result.samples for result in results),
         "shards": len(results),

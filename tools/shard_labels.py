@@ -1,19 +1,29 @@
-"""Which images of a folder become samples of shards, with which labels and under which keys."""
+"""Which images of a folder go into which shard, with which labels and under which keys."""
 
+import contextlib
 import csv
+import fcntl
+import hashlib
+import json
+import math
 import os
 import re
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ibq.config import UserError
 from ibq.data.index import IMAGE_SUFFIXES
-from ibq.data.shards import images_below, parse_classes
+from ibq.data.order import shuffled
+from ibq.data.shards import CLASSES_FILE, images_below, parse_classes
 from ibq.progress import progress_bar, say
 
 HEADER_NAMES = {"file", "file_name", "filename", "id", "image", "image_id", "imageid", "name", "path"}
+FORMAT = 1  # of a plan
 KAGGLE_BOXES = re.compile(r"(\S+)(\s+-?\d+){4,}")  # LOC_val_solution.csv: class, then four numbers a box
 WHOLE_NUMBER = re.compile(r"-?\d{1,9}")
 MOST_CLASSES = 1_000_000  # a larger label without a class list is no label
@@ -272,3 +282,134 @@ def _refuse(lines: Sequence[LabelLine], wrong: Callable[[LabelLine], bool], prob
             f"{file}: {len(bad):,} of {len(lines):,} labels {problem}, the first: {bad[0].label!r} in line "
             f"{bad[0].number}; correct them, or give the --classes file that they belong to"
         )
+
+
+# --- The plan: which image goes into which shard ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the shards' bytes depend on, besides the images."""
+
+    size: int | None  # shorter side, in pixels
+    format: str  # keep, jpeg, png or webp
+    quality: int
+    samples_per_shard: int
+    order: str  # shuffled or sorted
+    seed: int
+    check: bool  # decode every image
+    no_labels: bool
+
+
+class Sample(NamedTuple):
+    """One image on its way into a shard."""
+
+    path: str  # relative to the source folder
+    key: str
+    label: int | None
+
+
+class Job(NamedTuple):
+    """One shard to write."""
+
+    shard: Path
+    folder: Path
+    samples: list[Sample]
+    options: Options
+
+
+class Plan:
+    """The shards that a set of images makes."""
+
+    def __init__(self, folder: Path, out: Path, prefix: str, sources: SourceSet, options: Options):
+        self.folder, self.out, self.prefix, self.sources, self.options = folder, out, prefix, sources, options
+        self.file = out / f"{prefix}.plan.json"
+        self.summary_file = out / f"{prefix}.make_shards.json"
+        self.keys = sample_keys(source.path for source in sources.images)
+        count = len(sources.images)
+        self.order = range(count) if options.order == "sorted" else shuffled(count, options.seed)
+        self.shards = math.ceil(count / options.samples_per_shard)
+
+    @cached_property
+    def description(self) -> dict:
+        """What decides whether two plans are the same."""
+        digest = hashlib.sha256(json.dumps(self.sources.classes).encode())
+        for path, size, label in self.sources.images:
+            digest.update(f"\0{path}\0{size}\0{label}".encode("utf-8", "surrogateescape"))
+        return {
+            "format": FORMAT,
+            "prefix": self.prefix,
+            "images": len(self.sources.images),
+            "options": asdict(self.options),
+            "fingerprint": digest.hexdigest(),
+        }
+
+    def job(self, number: int) -> Job:
+        """What has to be done for a shard."""
+        first = number * self.options.samples_per_shard
+        chosen = [int(place) for place in self.order[first : first + self.options.samples_per_shard]]
+        samples = [Sample(self.sources.images[i].path, self.keys[i], self.sources.images[i].label) for i in chosen]
+        return Job(self.out / f"{self.prefix}-{number:05d}.tar", self.folder, samples, self.options)
+
+    def jobs(self) -> Iterator[Job]:
+        """All shards."""
+        return map(self.job, range(self.shards))
+
+    def own_files(self) -> list[Path]:
+        """This prefix's shards, index files and summary in OUT."""
+        return self._files(rf"{re.escape(self.prefix)}(-\d{{5,}}\.(tar|index\.json)|\.make_shards\.json)")
+
+    def stale_files(self) -> list[Path]:
+        """What a run that was killed has left half-written."""
+        prefix = re.escape(self.prefix)
+        return self._files(
+            rf"\.tmp-\d+-({prefix}(-\d{{5,}}\.(tar|index\.json)|\.(plan|make_shards)\.json)|classes\.json)"
+        )
+
+    def _files(self, pattern: str) -> list[Path]:
+        if not self.out.is_dir():
+            return []
+        return [path for path in sorted(self.out.iterdir()) if re.fullmatch(pattern, path.name)]
+
+
+def check_plan(plan: Plan) -> None:
+    """UserError if OUT holds shards of another plan, or another numbering of the classes."""
+    remedy = "give another OUT or --prefix, or add --fresh to replace them"
+    shards = f"{plan.out} holds other shards {plan.prefix}-*.tar"
+    if plan.file.exists():
+        try:
+            there, here = json.loads(plan.file.read_bytes()), plan.description
+            options = here["options"].items()
+            changes = [f"--{name} {there['options'].get(name)} instead of {v}" for name, v in options
+                       if there["options"].get(name) != v]  # fmt: skip
+            if there["fingerprint"] != here["fingerprint"]:
+                changes.append("other images or labels")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            changes = [f"{plan.file.name} is damaged"]
+        if changes:
+            raise UserError(f"{shards} ({', '.join(changes).replace('_', '-')}); {remedy}")
+    elif plan.own_files():
+        raise UserError(f"{shards} whose plan ({plan.file.name}) is missing; {remedy}")
+    classes = plan.out / CLASSES_FILE
+    if plan.sources.classes is not None and classes.exists() and read_classes(classes) != plan.sources.classes:
+        raise UserError(
+            f"{classes} has other classes; add --classes {classes} to number these images like the shards there, give "
+            f"another OUT, or add --fresh to replace it"
+        )
+
+
+@contextlib.contextmanager
+def alone(plan: Plan) -> Iterator[None]:
+    """Hold the plan file, so that a second run does not take this one's files for stale ones."""
+    with open(plan.file, "rb") as file:
+        for attempt in range(20):  # processes of a run that was killed end in a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 19:
+                    raise UserError(f"another run is making {plan.prefix}-*.tar in {plan.out}; let it end") from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield

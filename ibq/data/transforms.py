@@ -49,6 +49,8 @@ def decode_rgb(data: bytes) -> Image.Image:
         return image.convert("RGB")
     except TooLargeError:
         raise
+    except Image.DecompressionBombError as error:
+        raise TooLargeError(f"more pixels than the {MAX_PIXELS:,} allowed") from error
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         raise ValueError(f"not a readable picture: {str(error) or type(error).__name__}") from error
 
