@@ -233,6 +233,14 @@ def test_a_killed_run_goes_on(place, tmp_path, encode):
     assert after["codes-00002.npy"][:2] != before["codes-00002.npy"][:2]  # its labels were not there
 
 
+def test_a_run_that_was_killed_in_its_plan_goes_on(tmp_path, encode):
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / ".tmp-7-plan.json").write_text('{"format"')
+    assert encode(tmp_path / "codes")[0] == 0
+    assert encode(tmp_path / "expected")[0] == 0
+    assert contents(tmp_path / "codes") == contents(tmp_path / "expected")
+
+
 def test_a_finished_folder_stays_as_it_is(tmp_path, encode):
     assert encode(tmp_path / "codes")[0] == 0
     before = untouched(tmp_path / "codes")

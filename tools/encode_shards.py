@@ -248,7 +248,7 @@ def prepare(job: Job, *, fresh: bool) -> str:
         raise UserError(f"--output {folder}: is a file; give a folder")
     if fresh:
         remove(folder, own_files(folder))
-    if own_files(folder):
+    if set(own_files(folder)) - set(half_written(folder)):
         check_plan(job)
     else:
         write_text(folder / PLAN_FILE, json.dumps(job.plan, indent=1))
@@ -263,6 +263,11 @@ def prepare(job: Job, *, fresh: bool) -> str:
 def own_files(folder: Path) -> list[str]:
     """What this tool has written into a folder; the plan comes last."""
     return sorted(path.name for path in folder.glob("*") if OWN_FILE.fullmatch(path.name))
+
+
+def half_written(folder: Path) -> list[str]:
+    """What runs that were killed have left of the files that they were writing."""
+    return [name for name in own_files(folder) if name.startswith(".tmp-")]
 
 
 def check_plan(job: Job) -> None:
@@ -384,7 +389,7 @@ def finish(job: Job) -> str:
             f"{count - kept:,} of {count:,} images could not be used; mend them and use --fresh, or raise "
             f"--max-bad-fraction {job.arguments.max_bad_fraction:g}"
         )
-    remove(job.folder, [name for name in own_files(job.folder) if name.startswith(".tmp-")])  # of runs that were killed
+    remove(job.folder, half_written(job.folder))
     made_by = {**job.plan, "images_left_out": count - kept, "ibq": ibq.__version__, "torch": str(torch.__version__)}
     write_codes_meta(job.folder, replace(job.meta, rows=rows.flatten().tolist(), made_by=made_by))
     say(f"{job.folder}: {len(rows)} view(s) of {kept:,} images, {count - kept:,} left out")

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields
 from itertools import islice
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
@@ -138,11 +139,9 @@ def check_places(arguments: argparse.Namespace) -> None:
 
 def make_shards(arguments: argparse.Namespace) -> None:
     """Write the shards that the command line asks for, as far as they are missing."""
-    names = ("size", "format", "quality", "samples_per_shard", "order", "seed", "check")
-    options = Options(labels=not arguments.no_labels, **{name: getattr(arguments, name) for name in names})
-    sources = read_sources(
-        arguments.folder, labels=arguments.labels, classes=arguments.classes, labelled=options.labels
-    )
+    options = Options(**{option.name: getattr(arguments, option.name) for option in fields(Options)})
+    labelled = not arguments.no_labels
+    sources = read_sources(arguments.folder, labels=arguments.labels, classes=arguments.classes, labelled=labelled)
     plan = Plan(arguments.folder, arguments.out, arguments.prefix, sources, options)
     if not arguments.fresh:
         check_plan(plan)
@@ -155,26 +154,27 @@ def make_shards(arguments: argparse.Namespace) -> None:
             if arguments.fresh or not plan.file.exists():
                 write_text(plan.file, json.dumps(plan.description, indent=1) + "\n")
             stack.enter_context(alone(plan))
+            plan.remove_stale_files()
+            classes = plan.out / CLASSES_FILE
+            if sources.classes is not None and (arguments.fresh or not classes.exists()):
+                write_text(classes, json.dumps(sources.classes, indent=1) + "\n")
             run_plan(plan, arguments.processes)
     except OSError as error:
         raise UserError(
-            f"cannot write to {plan.out}: {error.strerror}; mend that, then the same command goes on"
+            f"cannot write to {plan.out}: {error.strerror or error}; mend that, then the same command goes on"
         ) from error
 
 
 def run_plan(plan: Plan, processes: int) -> None:
-    """Write what is missing of the shards, the class names and the summary."""
-    for path in plan.stale_files():
-        path.unlink(missing_ok=True)
-    classes, names = plan.out / CLASSES_FILE, plan.sources.classes
-    if names is not None and (not classes.exists() or read_classes(classes) != names):
-        write_text(classes, json.dumps(names, indent=1) + "\n")
+    """Write the shards that are missing and the summary."""
     results = {job.shard: result for job in plan.jobs() if (result := finished(job))}
     complete = len(results) == plan.shards and plan.summary_file.exists()
     if not complete:
         write_missing(plan, results, processes)
-        write_text(plan.summary_file, json.dumps(summary(plan, list(results.values())), indent=1) + "\n")
-    tell(plan, json.loads(plan.summary_file.read_bytes()), complete)
+    rows = summary(plan, list(results.values()))
+    if not complete:
+        write_text(plan.summary_file, json.dumps(rows, indent=1) + "\n")
+    tell(plan, rows, complete)
 
 
 def write_missing(plan: Plan, results: dict[Path, Result], processes: int) -> None:
@@ -191,9 +191,10 @@ def write_missing(plan: Plan, results: dict[Path, Result], processes: int) -> No
                 done=lambda result: results.update({result.shard: result}),
                 tick=lambda count: progress.update(initial + count - progress.n),
             )
-        except BaseException:
-            for path in plan.stale_files():
-                path.unlink(missing_ok=True)
+        except BaseException as error:
+            plan.remove_stale_files()
+            if isinstance(error, KeyboardInterrupt):
+                say("interrupted; the same command goes on")
             raise
 
 
@@ -223,10 +224,7 @@ def write_shard(job: Job) -> Result:
     """Write a shard and its index file; UserError if that can't be done."""
     keys, left_out = [], []
     try:
-        with (
-            whole_file(job.shard) as file,
-            tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
-        ):
+        with whole_file(job.shard) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for sample in job.samples:
                 try:
                     suffix, data = load(job, sample)
@@ -241,7 +239,7 @@ def write_shard(job: Job) -> Result:
         index = write_shard_index(job.shard)
     except OSError as error:
         raise UserError(
-            f"cannot write {job.shard}: {error.strerror or error}; make room, then the same command goes on"
+            f"cannot write {job.shard}: {error.strerror or error}; make room there, then the same command goes on"
         ) from error
     assert index.keys == keys and not index.problems, f"{job.shard} does not read back as it was written"
     return Result(job.shard, len(keys), index.bytes, left_out)
@@ -292,6 +290,7 @@ def convert(data: bytes, kind: str, options: Options) -> tuple[str, bytes]:
     elif wanted == kind:
         return suffix, data
     buffer = io.BytesIO()
+    image.info = {}  # a colour profile is not that of the RGB pixels
     try:
         image.save(buffer, wanted, **({} if wanted == "png" else {"quality": options.quality}))
     except (OSError, ValueError) as error:  # WebP has at most 16,383 pixels a side
@@ -321,8 +320,8 @@ def tell(plan: Plan, rows: dict, complete: bool) -> None:
     lost = f"{len(left_out):,} of {total:,} images had to be left out, the first: "
     if len(left_out) > MAX_LEFT_OUT * total:
         raise UserError(
-            f"{lost}{left_out[0]['image']}: {left_out[0]['reason']}; all are named in {plan.summary_file}: replace them "
-            f"or take them away, then start over with --fresh (the shards stay usable)"
+            f"{lost}{left_out[0]['image']}: {left_out[0]['reason']}; all are named in {plan.summary_file}: replace "
+            f"them or take them away, then start over with --fresh (the shards stay usable)"
         )
     place = plan.out / f"{plan.prefix}-*.tar"
     classes = f", {rows['classes']:,} classes" if rows["classes"] else ""
@@ -374,38 +373,34 @@ def index_shards(patterns: Sequence[str], processes: int) -> int:
 class Indexed(NamedTuple):
     """What became of a shard that was to be indexed."""
 
-    samples: int = 0
-    kept: bool = False  # its index file was there
-    broken: bool = False
-    message: str = ""
+    samples: int
+    kept: bool  # its index file was there
+    broken: bool
+    message: str
 
 
 def index_one(path: Path) -> Indexed:
-    """Write the index file of a shard, if there is none that fits."""
-    try:
-        index, kept = existing_index(path), True
-        if index is not None and index.bytes > path.stat().st_size:
-            lost = f"{len(index.problems):,} of {len(index.keys):,} samples are lost"
-            return Indexed(broken=True, message=f"{path}: shorter than when it was indexed: {lost}")
-        if index is None:
-            index, kept = write_shard_index(path), False
-    except (OSError, UserError) as error:
-        return Indexed(broken=True, message=str(error))
-    message = ""
-    if index.problems:
-        number, reason = next(iter(index.problems.items()))
-        message = (
-            f"{path}: {len(index.problems):,} of {len(index.keys):,} samples can't be used, the first: "
-            f"{index.keys[number]}: {reason}"
-        )
-    return Indexed(len(index.keys), kept, False, message)
-
-
-def existing_index(path: Path) -> ShardIndex | None:
-    """What a shard's index file says, or None where it is missing, damaged, without checksums or of another shard.
+    """Write the index file of a shard, if there is none that fits.
 
     That of a shard which has been cut off since is kept: it alone knows what was lost.
     """
+    try:
+        index = existing_index(path)
+        kept = index is not None
+        index = index or write_shard_index(path)
+        broken = index.bytes > path.stat().st_size
+    except (OSError, UserError) as error:
+        return Indexed(0, False, True, str(error))
+    message = ""
+    if index.problems:
+        number, reason = next(iter(index.problems.items()))
+        message = f"{path}: {len(index.problems):,} of {len(index.keys):,} samples can't be used, the first: "
+        message += f"{index.keys[number]}: {reason}"
+    return Indexed(len(index.keys), kept, broken, message)
+
+
+def existing_index(path: Path) -> ShardIndex | None:
+    """What a shard's index file says, or None where it is missing, damaged, without checksums or of another shard."""
     if not Path(index_file(str(path))).is_file():
         return None
     try:
@@ -433,7 +428,9 @@ def in_processes(
     pool = ProcessPoolExecutor(processes, context, _start_worker, (counter, stop))
     jobs = iter(jobs)
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the processes are ready to ignore it
         running = {pool.submit(work, job) for job in islice(jobs, 2 * processes)}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         while running:
             ended, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             tick(counter.get_obj().value)  # without its lock, which a process that was killed may hold

@@ -24,7 +24,7 @@ from ibq.progress import progress_bar, say
 
 HEADER_NAMES = {"file", "file_name", "filename", "id", "image", "image_id", "imageid", "name", "path"}
 FORMAT = 1  # of a plan
-KAGGLE_BOXES = re.compile(r"(\S+)(\s+-?\d+){4,}")  # LOC_val_solution.csv: class, then four numbers a box
+KAGGLE_BOXES = re.compile(r"(\S+)(\s+-?\d+){4}(\s+\S+(\s+-?\d+){4})*")  # class and four numbers a box
 WHOLE_NUMBER = re.compile(r"-?\d{1,9}")
 MOST_CLASSES = 1_000_000  # a larger label without a class list is no label
 BARS_FROM = 100  # class folders
@@ -359,12 +359,12 @@ class Plan:
         """This prefix's shards, index files and summary in OUT."""
         return self._files(rf"{re.escape(self.prefix)}(-\d{{5,}}\.(tar|index\.json)|\.make_shards\.json)")
 
-    def stale_files(self) -> list[Path]:
-        """What a run that was killed has left half-written."""
+    def remove_stale_files(self) -> None:
+        """Remove what a run that was killed has left half-written."""
         prefix = re.escape(self.prefix)
-        return self._files(
-            rf"\.tmp-\d+-({prefix}(-\d{{5,}}\.(tar|index\.json)|\.(plan|make_shards)\.json)|classes\.json)"
-        )
+        own = rf"{prefix}(-\d{{5,}}\.(tar|index\.json)|\.(plan|make_shards)\.json)"
+        for path in self._files(rf"\.tmp-\d+-({own}|{re.escape(CLASSES_FILE)})"):
+            path.unlink(missing_ok=True)
 
     def _files(self, pattern: str) -> list[Path]:
         if not self.out.is_dir():

@@ -162,7 +162,7 @@ def _steps(run: "_Run", total_steps: int, seed: int, title: str) -> None:
     state, config = run.state, run.config
     batches = run.data.training(state.position, total_steps - state.step, run.bad_samples.report)
     progress = progress_bar(title, total_steps, "step", initial=state.step, disable=not dist.is_main())
-    with contextlib.closing(batches), progress, contextlib.closing(run.logger):
+    with contextlib.closing(batches), progress:
         run.validate_if_due()
         while state.step < total_steps and not run.signals.agree():
             seed_step(seed, state.step)

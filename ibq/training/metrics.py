@@ -1,7 +1,9 @@
 """Scalars of a run: averaged over an interval, written to TensorBoard and to a JSONL file by rank 0."""
 
 import math
+import os
 import resource
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -25,54 +27,51 @@ class MetricLogger:
 
     def __init__(self, folder: Path, start_step: int):
         self.folder, self.path = folder, folder / "metrics.jsonl"
-        self._rows: list[dict] = []  # that could not be written yet
-        self._writer = None
+        self._rows: list[tuple[int, dict[str, float]]] = []  # that could not be written yet
+        self._events: EventFile | None = None
         self._warned = False
         if dist.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             # What an interrupted run logged after its last checkpoint is about to be logged again.
             keep_lines(self.path, lambda row: row["step"] <= start_step)
-            self._open_writer(start_step)
-
-    def _open_writer(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+            with self._tolerant():
+                self._events = EventFile(folder / "tensorboard", start_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log scalars at a step (the number of steps done)."""
         if not dist.is_main():
             return
-        rounded = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        self._rows.append({"step": step, **rounded})
+        self._rows.append((step, dict(values)))
         with self._tolerant():
             while self._rows:
-                append_line(self.path, self._rows[0])
+                self._write_row(*self._rows[0])
                 del self._rows[0]
-        with self._tensorboard(step) as writer:
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
+
+    def _write_row(self, step: int, values: dict[str, float]) -> None:
+        named = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        append_line(self.path, {"step": step, **named})
+        from torch.utils.tensorboard import summary  # slow to import
+
+        self._add(step, [summary.scalar(name, value) for name, value in values.items()])
 
     def images(self, step: int, name: str, rows: Tensor) -> None:
         """Log a grid of uint8 images [rows, columns, 3, H, W]."""
         if dist.is_main() and rows.numel():
+            from torch.utils.tensorboard import summary
+
             r, c, channels, height, width = rows.shape
             grid = rows.permute(2, 0, 3, 1, 4).reshape(channels, r * height, c * width)
-            with self._tensorboard(step) as writer:
-                writer.add_image(name, grid, step)
+            with self._tolerant():
+                self._add(step, [summary.image(name, grid, dataformats="CHW")])
 
-    @contextmanager
-    def _tensorboard(self, step: int) -> Iterator:
-        """The writer, flushed afterwards; one that has failed is useless, and another takes its place."""
-        with self._tolerant():
-            try:
-                if self._writer is None:
-                    self._open_writer(step - 1)
-                yield self._writer
-                self._writer.flush()
-            except Exception:
-                self._writer = None
-                raise
+    def _add(self, step: int, summaries: list) -> None:
+        if self._events is None:
+            self._events = EventFile(self.folder / "tensorboard", step)
+        try:
+            self._events.add(step, summaries)
+        except OSError:
+            self._events = None  # what follows a half-written record would not be read
+            raise
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
@@ -83,11 +82,35 @@ class MetricLogger:
                 say(f"WARNING: {self.folder}: cannot write the log ({error}); training goes on")
             self._warned = True
 
-    def close(self) -> None:
-        """Flush everything."""
-        if self._writer is not None:
-            with self._tolerant():
-                self._writer.close()
+
+class EventFile:
+    """A file that TensorBoard reads; unlike its own writer without a thread, so that errors come to the caller.
+
+    What earlier files of the folder say of `first_step` and later is void.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
+        number = sum(path.name.startswith(name) for path in folder.iterdir())
+        self._event = Event
+        self._writer = RecordWriter(open(folder / f"{name}.{number}", "wb"))  # noqa: SIM115
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self._writer.flush()
+
+    def _write(self, event) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
+
+    def add(self, step: int, summaries: list) -> None:
+        """Write the summaries of a step."""
+        for summary in summaries:
+            self._write(self._event(step=step, summary=summary))
+        self._writer.flush()
 
 
 class Interval:
