@@ -40,13 +40,18 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def append_line(path: Path, row: Mapping) -> None:
-    """Add a row to a JSONL file; a half-written last line, as a kill or a full disk leaves it, is ended first."""
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
+    """Add a row to a JSONL file, whole or not at all; a half-written last line, as a kill leaves it, is ended first."""
+    line = json.dumps(row).encode() + b"\n"
+    with open(path, "ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            line = b"\n" + line
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:  # a full disk takes a part of it
+            file.truncate(size)
+            raise
 
 
 def keep_lines(path: Path, wanted: Callable[[dict], bool]) -> list[dict]:

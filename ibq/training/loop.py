@@ -140,7 +140,8 @@ def train(
         run.resume()
         if dist.is_main():
             write_text(folder / "config.yaml", config_text)
-        write_status(folder, "running", run.state.step, total_steps)
+        if run.state.step < total_steps or run.state.validation_pending:
+            write_status(folder, "running", run.state.step, total_steps)
         try:
             _steps(run, total_steps, seed, title)
         except BaseException as error:

@@ -67,14 +67,22 @@ def write_status(folder: Path, state: Status, step: int, total_steps: int, reaso
     """Say in `status.json` how the run stands; rank 0 alone. A full disk is no reason to fail here."""
     if not dist.is_main():
         return
-    status = {
-        "state": state,
-        "step": step,
-        "total_steps": total_steps,
-        "reason": reason,
+    said = {"state": state, "step": step, "total_steps": total_steps, "reason": reason}
+    if said.items() <= read_status(folder).items() and state != "running":
+        return  # a finished run that is started again stays as it is
+    status = said | {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
     with contextlib.suppress(OSError):
         write_text(folder / STATUS_FILE, json.dumps(status, indent=1) + "\n")
+
+
+def read_status(folder: Path) -> dict:
+    """What `status.json` says; empty where there is none or it is damaged."""
+    try:
+        status = json.loads((folder / STATUS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
