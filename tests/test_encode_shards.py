@@ -290,6 +290,18 @@ def test_other_codes_in_the_same_folder_are_refused(finished, encode, name):
     assert untouched(finished) == before
 
 
+def test_another_number_of_classes_is_refused(tmp_path, encode):
+    """Labels that were written before could be out of range."""
+    write_images(tmp_path / "images", COUNT)
+    options = {"images": tmp_path / "images" / "train-*.tar"}
+    assert encode(tmp_path / "codes", **options)[0] == 0
+    before = untouched(tmp_path / "codes")
+    (tmp_path / "images" / "classes.json").write_text('["a", "b", "c", "d"]')
+    code, said = encode(tmp_path / "codes", **options)
+    assert code == 2 and "classes: 3, now 4" in said
+    assert untouched(tmp_path / "codes") == before
+
+
 def test_fresh_removes_its_own_files_alone(tmp_path, encode):
     folder = tmp_path / "codes"
     assert encode(tmp_path / "expected", "--seed", "1")[0] == 0

@@ -306,8 +306,6 @@ class LeftOut:
     def report(self, samples: Sequence[BadSample], *, first_view: bool) -> None:
         """Take note of what had to be left out of a batch; they are the same in every view, and named in the first."""
         for sample in samples:
-            if (sample.shard, sample.key) in self._known:
-                continue
             self._known.add((sample.shard, sample.key))
             if first_view and len(self._known) <= self.named:
                 more = "; further ones are only counted" if len(self._known) == self.named else ""

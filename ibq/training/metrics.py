@@ -27,7 +27,9 @@ class MetricLogger:
 
     def __init__(self, folder: Path, start_step: int):
         self.folder, self.path = folder, folder / "metrics.jsonl"
-        self._rows: list[tuple[int, dict[str, float]]] = []  # that could not be written yet
+        # Rows that could not be written yet, to the JSONL file and for TensorBoard.
+        self._rows: list[tuple[int, dict[str, float]]] = []
+        self._unshown: list[tuple[int, dict[str, float]]] = []
         self._events: EventFile | None = None
         self._warned = False
         if dist.is_main():
@@ -44,15 +46,19 @@ class MetricLogger:
         self._rows.append((step, dict(values)))
         with self._tolerant():
             while self._rows:
-                self._write_row(*self._rows[0])
-                del self._rows[0]
+                row_step, row = self._rows[0]
+                named = {name: value if math.isfinite(value) else str(value) for name, value in row.items()}
+                append_line(self.path, {"step": row_step, **named})
+                self._unshown.append(self._rows.pop(0))
+            self._show()
 
-    def _write_row(self, step: int, values: dict[str, float]) -> None:
-        named = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        append_line(self.path, {"step": step, **named})
+    def _show(self) -> None:
         from torch.utils.tensorboard import summary  # slow to import
 
-        self._add(step, [summary.scalar(name, value) for name, value in values.items()])
+        while self._unshown:
+            step, values = self._unshown[0]
+            self._add(step, [summary.scalar(name, value) for name, value in values.items()])
+            del self._unshown[0]
 
     def images(self, step: int, name: str, rows: Tensor) -> None:
         """Log a grid of uint8 images [rows, columns, 3, H, W]."""
