@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -128,6 +129,7 @@ def train_here(stage: str, argv: list[str]) -> int:
     module = importlib.import_module(f"ibq.{Path(SCRIPTS[stage]).stem}")
     sys.path[:] = path  # the script mends its own sys.path; ours is in order
     threads = torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
     torch.set_num_threads(1)
     try:
         return module.main(argv)
@@ -137,6 +139,8 @@ def train_here(stage: str, argv: list[str]) -> int:
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def run_script(*command: str, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess:

@@ -33,13 +33,17 @@ class StopSignals:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Within this context the signals are noted instead of ending the process."""
+        """Within this context the signals are noted instead of ending the process.
+
+        After a run that a signal has ended they stay without effect: the process is on its way out.
+        """
         before = {number: signal.signal(number, self._note) for number in self.numbers}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if not self.agreed:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
         self.received = self.received or number
