@@ -147,7 +147,8 @@ def test_an_epoch_of_a_damaged_set(spoilt):
         while stream.sets[0].index.key(stream.order.locate(turn).number) in BAD:
             turn += 8
         location = stream.order.locate(turn)
-        expected[position] = torch.from_numpy(stream.sets[0].pixels(location.number, location.epoch)).permute(2, 0, 1)
+        pixels = stream.sets[0].pixels(location.number, location.epoch)
+        expected[position] = torch.tensor(pixels.copy()).permute(2, 0, 1)
         assert (turn == position) == (key not in BAD)
     order = [position for start in range(0, SIZE, 8) for position in data.plan.positions(start)]
     for position, image in zip(order, images, strict=True):
@@ -236,7 +237,9 @@ def test_what_the_index_tells_is_refused_at_once(spoilt, tmp_path):
 
 
 def test_a_set_without_a_good_sample_ends(tmp_path):
-    write_shard(tmp_path / "x.tar", {f"{i}.png": b"no picture" for i in range(20)} | {f"{i}.cls": b"0" for i in range(20)})
+    write_shard(
+        tmp_path / "x.tar", {f"{i}.png": b"no picture" for i in range(20)} | {f"{i}.cls": b"0" for i in range(20)}
+    )
     write_shard(tmp_path / "val.tar", members([1]))
     config = ImageDataConfig(
         train=f"{tmp_path}/x.tar", validation=f"{tmp_path}/val.tar", workers=0, streams=4, max_bad_fraction=1

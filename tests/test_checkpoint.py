@@ -223,7 +223,9 @@ FULL = ["training.max_steps=2000", "training.validate_every=50", "checkpoint.sav
 @pytest.mark.slow
 def test_a_full_disk_costs_a_checkpoint_not_the_run(place, disk):
     """The disk fills up, the run goes on, the disk has room again, the run saves again; nothing is lost of the log."""
-    process = disk.run("ibq/train_tokenizer.py", "--config", str(place / "tokenizer.yaml"), f"output={disk.folder}/run", *FULL)
+    process = disk.run(
+        "ibq/train_tokenizer.py", "--config", str(place / "tokenizer.yaml"), f"output={disk.folder}/run", *FULL
+    )
     wait_for(lambda: saved_steps(disk), process)
     disk.fill()
     before = saved_steps(disk)

@@ -165,4 +165,6 @@ def test_a_failed_run_says_why(place, tmp_path, capsys):
 def test_status_while_running(place, tmp_path):
     assert train_here("transformer", ["--config", str(place / "transformer.yaml"), f"output={tmp_path}"]) == 0
     status = json.loads((tmp_path / "status.json").read_text())
-    assert status["state"] == "finished" and status["step"] == status["total_steps"] == 4 and status["pid"] == os.getpid()
+    assert (
+        status["state"] == "finished" and status["step"] == status["total_steps"] == 4 and status["pid"] == os.getpid()
+    )

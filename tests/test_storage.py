@@ -310,7 +310,12 @@ def test_a_run_from_urls(server, tmp_path):
     text = TOKENIZER_CONFIG.replace("DATA/train-*.tar", f"'{place_of(server)}'").replace("DATA/val-*.tar", "VAL")
     text = text.replace("VAL", str(tmp_path / "val.tar")).replace("workers: 0, in_memory: true", "workers: 2")
     (tmp_path / "config.yaml").write_text(text)
-    common = ["ibq/train_tokenizer.py", "--config", str(tmp_path / "config.yaml"), f"data.cache_folder={tmp_path}/cache"]
+    common = [
+        "ibq/train_tokenizer.py",
+        "--config",
+        str(tmp_path / "config.yaml"),
+        f"data.cache_folder={tmp_path}/cache",
+    ]
     done = run_script(*common, f"output={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"

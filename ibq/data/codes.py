@@ -173,11 +173,12 @@ class CodeDataset(torch.utils.data.Dataset):
         )
 
 
-class CodeStream(torch.utils.data.Dataset):
+class CodeStream:
     """(codes int64 [B, T], labels [B], bad samples: none) for a list of positions of an order."""
 
     def __init__(self, dataset: CodeDataset, order: Order):
         self.dataset, self.order = dataset, order
 
-    def __getitem__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list]:
+    def batch(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list]:
+        """The rows that stand at these positions."""
         return self.dataset.batch([self.order.locate(position).number for position in positions])

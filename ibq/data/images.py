@@ -63,21 +63,30 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         number, epoch = key if isinstance(key, tuple) else (key, 0)
-        return torch.from_numpy(self.pixels(number, epoch)).permute(2, 0, 1), int(self.index.label[number])
+        return torch.from_numpy(self.pixels(number, epoch).copy()).permute(2, 0, 1), int(self.index.label[number])
 
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        """(images uint8 [B, 3, S, S], labels [B], what had to be left out) of samples that are taken once each."""
-        pixels, labels, bad = [], [], []
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Of an image as `fill` writes it."""
+        return self.size, self.size, 3
+
+    def fill(self, numbers: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
+        """Write images to `out` [B, S, S, 3]; (labels of those that could be written, what had to be left out)."""
+        labels, bad = [], []
         for number in numbers:
             try:
-                pixels.append(self.pixels(number, 0))
+                out[len(labels)] = self.pixels(number, 0)
                 labels.append(int(self.index.label[number]))
             except BadSampleError as error:
                 bad.append(error.sample)
-        return _images(pixels, self.size), torch.tensor(labels, dtype=torch.int64), bad
+        return labels, bad
+
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
+        """(images uint8 [B, 3, S, S], labels [B], what had to be left out) of samples that are taken once each."""
+        return filled(self, numbers)
 
     def pixels(self, number: int, epoch: int) -> np.ndarray:
-        """One view: uint8 [S, S, 3]."""
+        """One view: uint8 [S, S, 3], read-only."""
         image = self._image(number)
         match self.augment:
             case None:
@@ -107,7 +116,7 @@ class ImageDataset(torch.utils.data.Dataset):
         raise BadSampleError(BadSample(entry.shard, self.index.key(number), problem))
 
 
-class ImageStream(torch.utils.data.Dataset):
+class ImageStream:
     """(images uint8 [B, 3, S, S], labels [B], bad samples) for a list of positions of an order.
 
     A sample that can't be used is replaced by the next good one of its stream, whatever the ranks and workers.
@@ -116,15 +125,24 @@ class ImageStream(torch.utils.data.Dataset):
     def __init__(self, sets: Sequence[ImageDataset], order: Order):
         self.sets, self.order = sets, order
 
-    def __getitem__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        pixels, labels, bad = [], [], []
-        for position in positions:
-            found, label, problem = self._first_good(position)
-            pixels.append(found)
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Of an image as `fill` writes it."""
+        return self.sets[0].sample_shape
+
+    def batch(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
+        """The images that stand at these positions."""
+        return filled(self, positions)
+
+    def fill(self, positions: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
+        """Write images to `out` [B, S, S, 3]; (their labels, the samples that were replaced)."""
+        labels, bad = [], []
+        for place, position in enumerate(positions):
+            out[place], label, problem = self._first_good(position)
             labels.append(label)
             if problem is not None:
                 bad.append(problem._replace(position=position))
-        return _images(pixels, pixels[0].shape[0]), torch.tensor(labels, dtype=torch.int64), bad
+        return labels, bad
 
     def _first_good(self, position: int) -> tuple[np.ndarray, int, BadSample | None]:
         """(pixels, label, what is wrong with the sample that stands at the position)."""
@@ -139,10 +157,12 @@ class ImageStream(torch.utils.data.Dataset):
         raise UserError(f"{GIVE_UP:,} samples in a row can't be used, the first: {BadSampleError(problem)}")
 
 
-def _images(pixels: Sequence[np.ndarray], size: int) -> Tensor:
-    """Pictures [S, S, 3] as one batch [B, 3, S, S], channels last in memory."""
-    batch = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
-    return torch.from_numpy(batch).permute(0, 3, 1, 2)
+def filled(source, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
+    """What `source.fill` gives, as tensors: images uint8 [B, 3, S, S], channels last in memory, and labels [B]."""
+    out = np.empty((len(numbers), *source.sample_shape), np.uint8)
+    labels, bad = source.fill(numbers, out)
+    images = torch.from_numpy(out[: len(labels)]).permute(0, 3, 1, 2)
+    return images, torch.tensor(labels, dtype=torch.int64), bad
 
 
 class ShardSequence(Sequence[ImageDataset]):

@@ -97,7 +97,9 @@ class ShardIndex:
                 raise ValueError("its columns differ in length")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error) or type(error).__name__
-            raise UserError(f"{source}: not an index of a shard ({reason}); remove it or index the shard again") from error
+            raise UserError(
+                f"{source}: not an index of a shard ({reason}); remove it or index the shard again"
+            ) from error
         return index
 
     def cut_off(self, size: int) -> "ShardIndex":
@@ -408,4 +410,3 @@ def folder_shards(folder: Path, files: Sequence[tuple[Path, int]]) -> list[tuple
         )
         for path, label in files
     ]
-

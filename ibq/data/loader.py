@@ -1,16 +1,22 @@
 """Batches for training and validation, on the device."""
 
+import math
+import mmap
 import signal
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ibq.config import UserError
-from ibq.data.images import BadSample, ImageDataset
+from ibq.data.codes import CodeDataset, CodeStream
+from ibq.data.images import BadSample, ImageDataset, ImageStream
 from ibq.data.order import BatchPlan
 
+PREFETCH = 4  # batches that a worker is ahead
+SLOTS = PREFETCH + 2
 Report = Callable[[Sequence[BadSample]], None]
 
 
@@ -25,7 +31,7 @@ class MicroBatchSampler:
 
 
 def training_batches(
-    stream: Dataset,
+    stream: ImageStream | CodeStream,
     plan: BatchPlan,
     position: int,
     steps: int,
@@ -39,8 +45,8 @@ def training_batches(
     The batches do not depend on the number of workers, nor on what was read before. `report` is told of samples that
     were replaced, when the batch with them is given out.
     """
-    loader = _loader(stream, MicroBatchSampler(plan, position, steps), workers, device)
-    micro_batches = _ahead(_read(loader), device)
+    sampler = MicroBatchSampler(plan, position, steps)
+    micro_batches = _ahead(_read(stream, sampler, plan.micro_batch, workers), device)
     for _ in range(steps):
         step = []
         for _ in range(plan.accumulation):
@@ -50,18 +56,8 @@ def training_batches(
         yield step
 
 
-class _Batches(Dataset):
-    """The batches of lists of sample numbers."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        return self.dataset.batch(numbers)
-
-
 def validation_batches(
-    dataset: ImageDataset,
+    dataset: ImageDataset | CodeDataset,
     batch_size: int,
     *,
     rank: int = 0,
@@ -73,39 +69,63 @@ def validation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every sample once over all ranks: rank r takes samples r, r + world_size, ...
 
-    `dataset` has `__len__` and `batch(numbers)`. Samples that can't be used are left out, and `report` is told.
+    Samples that can't be used are left out, and `report` is told.
     """
     numbers = range(len(dataset))[:limit][rank::world_size]
     batches = [list(numbers[i : i + batch_size]) for i in range(0, len(numbers), batch_size)]
-    for inputs, labels, bad in _ahead(_read(_loader(_Batches(dataset), batches, workers, device)), device):
+    for inputs, labels, bad in _ahead(_read(dataset, batches, batch_size, workers), device):
         report(bad)
         if len(inputs):
             yield inputs, labels
 
 
-def _loader(dataset: Dataset, batches, workers: int, device: torch.device) -> DataLoader:
-    return DataLoader(
-        dataset,
+class _Source(Dataset):
+    """The batches of a data set for lists of numbers, with images in memory that all processes share.
+
+    Passing every batch in memory of its own, as DataLoader does by itself, costs as much as a tenth of the decoding.
+    A worker has `SLOTS` places for batches and uses them in turn; when it comes to one again, the batch that was there
+    has been copied out (see `_read`), as a worker is never asked for more than `PREFETCH` batches ahead.
+    """
+
+    def __init__(self, dataset, batch_size: int, workers: int):
+        self.dataset, self.taken = dataset, 0
+        self.shape = getattr(dataset, "sample_shape", None)
+        self.slots = None
+        if self.shape is not None and workers:
+            shape = (workers * SLOTS, batch_size, *self.shape)
+            # Anonymous, so that a container's small /dev/shm does not matter.
+            self.slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+
+    def __getitem__(self, numbers: Sequence[int]) -> tuple[Tensor | int, Tensor | list[int], list[BadSample]]:
+        worker = torch.utils.data.get_worker_info()
+        if self.slots is None or worker is None:
+            return self.dataset.batch(numbers)
+        slot = worker.id * SLOTS + self.taken % SLOTS
+        self.taken += 1
+        return slot, *self.dataset.fill(numbers, self.slots[slot])
+
+    def copy_out(self, slot: int, labels: list[int]) -> tuple[Tensor, Tensor]:
+        """(images uint8 [B, 3, S, S], labels [B]) of a batch that a worker has put into a slot."""
+        images = torch.from_numpy(self.slots[slot, : len(labels)].copy())
+        return images.permute(0, 3, 1, 2), torch.tensor(labels, dtype=torch.int64)
+
+
+def _read(dataset, batches, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[BadSample]]]:
+    """(inputs, labels, bad samples) of every batch; a user's error in a worker comes without the worker's traceback."""
+    source = _Source(dataset, batch_size, workers)
+    loader = DataLoader(
+        source,
         sampler=batches,
         batch_size=None,  # the data set makes whole batches
         num_workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_ignore_signals,
+        multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # a loader draws a number: not from the generator of the step's dropout
     )
-
-
-def _ignore_signals(_worker: int) -> None:
-    """What stops a run is meant for its main process, which still wants its batches; workers end when it does."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _read(loader: DataLoader) -> Iterator[tuple]:
-    """The loader's batches; a user's error in a worker comes without the worker's traceback."""
     try:
-        yield from loader
+        for inputs, labels, bad in loader:
+            yield *((inputs, labels) if isinstance(inputs, Tensor) else source.copy_out(inputs, labels)), bad
     except UserError as error:
         raise UserError(str(error).rsplit(f"{UserError.__name__}: ", 1)[-1].strip()) from error
     except RuntimeError as error:
@@ -117,6 +137,12 @@ def _read(loader: DataLoader) -> Iterator[tuple]:
         ) from error
 
 
+def _ignore_signals(_worker: int) -> None:
+    """What stops a run is meant for its main process, which still wants its batches; workers end when it does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _ahead(batches: Iterator[tuple], device: torch.device) -> Iterator[tuple]:
     """The batches on the device; on CUDA the next one is copied while the last is worked on."""
     if device.type != "cuda":
@@ -126,7 +152,7 @@ def _ahead(batches: Iterator[tuple], device: torch.device) -> Iterator[tuple]:
     waiting = None
     for inputs, labels, bad in batches:
         with torch.cuda.stream(copies):
-            coming = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            coming = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in (inputs, labels))
             arrived = copies.record_event()
         if waiting is not None:
             yield _handed_over(*waiting, current)

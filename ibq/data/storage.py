@@ -178,9 +178,7 @@ class ShardStore:
                     total -= size
         own = part.stat().st_size if part.exists() else 0
         if total + wanted > self.limit_bytes and total <= own:
-            raise UserError(
-                f"data.cache_gib: {self.limit_bytes / 2**30:.2f} GiB do not hold a single shard; raise it"
-            )
+            raise UserError(f"data.cache_gib: {self.limit_bytes / 2**30:.2f} GiB do not hold a single shard; raise it")
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:

@@ -98,7 +98,7 @@ def random_square(image: Image.Image, size: int, config: AugmentConfig, rng: np.
 
 
 def view(image: Image.Image, size: int, *, zoom: float, x: float, y: float, flip: bool) -> np.ndarray:
-    """The square of side min(width, height) / zoom at the relative position (x, y), resized to `size`."""
+    """The square of side min(width, height) / zoom at the relative position (x, y), resized to `size`; read-only."""
     side = min(image.size) / zoom
     left, top = (image.width - side) * x, (image.height - side) * y
     box = (left, top, left + side, top + side)
@@ -108,7 +108,7 @@ def view(image: Image.Image, size: int, *, zoom: float, x: float, y: float, flip
     else:
         image = image.resize((size, size), resample, box=box)
     pixels = np.asarray(image)
-    return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels.copy()
+    return pixels[:, ::-1] if flip else pixels
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ class BadSamples:
             return
         texts = dist.gather_texts(json.dumps(self._new))
         self._new = []
-        samples = sorted((BadSample(*fields) for text in texts for fields in json.loads(text)), key=lambda s: s.position)
+        samples = sorted(
+            (BadSample(*fields) for text in texts for fields in json.loads(text)), key=lambda s: s.position
+        )
         for sample in samples:
             self.by_epoch[str(sample.position // self.size if self.size else 0)] += 1
             if dist.is_main():

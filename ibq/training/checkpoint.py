@@ -129,7 +129,9 @@ def _write_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensors, s
 
 def _finish(temporary: Path, target: Path) -> None:
     """Add the manifest and put the checkpoint in its place."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
+    }
     write_text(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
     sync_folder(temporary)
     replace_folder(temporary, target)

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ibq import dist
 from ibq.config import UserError
 from ibq.data.codes import CodeDataConfig, CodeDataset, CodeStream
-from ibq.data.images import ArrivalOrder, BadSample, ImageDataset, ImageStream, ShardSequence
+from ibq.data.images import ArrivalOrder, BadSample, ImageDataset, ImageStream, ShardSequence, filled
 from ibq.data.index import ImageIndex, ShardIndex
 from ibq.data.loader import training_batches, validation_batches
 from ibq.data.order import BatchPlan, MixedOrder, Order, StreamOrder
@@ -26,9 +25,9 @@ Report = Callable[[Sequence[BadSample]], None]
 class RunData:
     """The data of one run, as its loop sees it."""
 
-    stream: Dataset
+    stream: ImageStream | CodeStream
     order: Order
-    validation_set: Dataset
+    validation_set: "ConcatenatedSets | CodeDataset"
     classes: list[str]
     validation_classes: list[str]
     workers: int
@@ -43,9 +42,7 @@ class RunData:
         """Set how the data is batched. ValueError that begins with the setting if it can't be."""
         size = self.order.size
         if size is not None and size < batch_size:
-            raise ValueError(
-                f"batch_size: the global batch {batch_size} exceeds the {size} training samples; lower it"
-            )
+            raise ValueError(f"batch_size: the global batch {batch_size} exceeds the {size} training samples; lower it")
         self.plan = BatchPlan(
             batch_size=batch_size,
             micro_batch=micro_batch,
@@ -160,7 +157,7 @@ def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size
     return ConcatenatedSets([ImageDataset(i, size, in_memory=config.in_memory, store=store) for i in indexes])
 
 
-class ConcatenatedSets(Dataset):
+class ConcatenatedSets:
     """Several image sets, one after the other."""
 
     def __init__(self, sets: Sequence[ImageDataset]):
@@ -170,16 +167,25 @@ class ConcatenatedSets(Dataset):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Of an image as `fill` writes it."""
+        return self.sets[0].sample_shape
+
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        """The samples of these numbers; see ImageDataset.batch."""
-        parts = np.searchsorted(self._ends, numbers, side="right")
-        first = self._ends - [len(part) for part in self.sets]
-        found = [
-            self.sets[part].batch([n - int(first[part]) for n, of in zip(numbers, parts, strict=True) if of == part])
-            for part in np.unique(parts).tolist()
-        ]
-        images, labels, bad = zip(*found, strict=True)
-        return torch.cat(images), torch.cat(labels), [sample for samples in bad for sample in samples]
+        """The images of these numbers; see ImageDataset.batch."""
+        return filled(self, numbers)
+
+    def fill(self, numbers: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
+        """Write the images of these numbers; see ImageDataset.fill."""
+        labels, bad = [], []
+        for number in numbers:
+            part = int(np.searchsorted(self._ends, number, side="right"))
+            first = int(self._ends[part]) - len(self.sets[part])
+            found, problems = self.sets[part].fill([number - first], out[len(labels) :])
+            labels += found
+            bad += problems
+        return labels, bad
 
 
 def _common_classes(indexes: Sequence[ImageIndex]) -> list[str]:
