@@ -388,7 +388,7 @@ def test_shards_that_are_none(tmp_path):
     garbage.write_bytes(b"no tar" * 200)
     empty.write_bytes(b"")
     index = open_images(f"{tmp_path}/*.tar")
-    problems = dict((index[number].shard, reason) for number, reason in index.problems())
+    problems = {index[number].shard: reason for number, reason in index.problems()}
     assert set(problems) == {str(garbage), str(empty)} and len(index) == 92
     assert all("cannot read shard" in reason for reason in problems.values())
 

@@ -10,16 +10,12 @@ import torch
 from PIL import Image
 from training_support import (
     CLASSES,
-    CONFIGS,
     picture,
     png,
-    run_script,
-    train_here,
     write_images,
     write_shard,
 )
 
-import ibq
 from ibq.config import UserError
 from ibq.data.codes import CodeDataset, CodesMeta, write_codes
 from ibq.data.images import ImageDataset

@@ -49,10 +49,10 @@ class Run:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         for rank in range(self.ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
-            log_file = open(self.output.with_suffix(f".log{rank}"), "ab")
-            self.processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment | own, stdout=log_file, stderr=log_file)
-            )
+            with open(self.output.with_suffix(f".log{rank}"), "ab") as log:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment | own, stdout=log, stderr=log)
+                )
 
     def finish(self) -> None:
         codes = [process.wait(120) for process in self.processes]
@@ -88,7 +88,9 @@ def live_and_die(run: Run, moment: str, rng: random.Random) -> bool:
 
     def wait_for(condition) -> None:
         while not condition():
-            assert run.alive(), "it ended before it could be killed: " + run.output.with_suffix(".log0").read_text()[-2000:]
+            assert run.alive(), (
+                "it ended before it could be killed: " + run.output.with_suffix(".log0").read_text()[-2000:]
+            )
             assert time.monotonic() < deadline
             time.sleep(0.0005)
 

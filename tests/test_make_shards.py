@@ -650,7 +650,10 @@ def press_ctrl_c(job):
 
 def test_ctrl_c_is_the_main_process_s_matter():
     results = []
-    make_shards.in_processes(press_ctrl_c, range(4), 2, done=results.append, tick=lambda count: None)
+    try:
+        make_shards.in_processes(press_ctrl_c, range(4), 2, done=results.append, tick=lambda count: None)
+    except KeyboardInterrupt:
+        pytest.fail("a process was interrupted by itself")
     assert sorted(results) == [0, 1, 2, 3]
 
 
@@ -787,6 +790,20 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(make, tmp_path, words, 
     err = make(*(places.sub(rf"{tmp_path}/\1", word) for word in arguments), check=2)
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and words in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_class_folder_that_cannot_be_read_shifts_no_labels(source, make, tmp_path, monkeypatch):
+    def scandir(path="."):
+        if Path(path) == source / "apple":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    real = os.scandir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        err = make(source, tmp_path / "out", check=2)
+    assert f"cannot read {source}/apple: Permission denied" in error_line(err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_script_ends_with_code_2_and_one_line(tmp_path):

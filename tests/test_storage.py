@@ -256,7 +256,7 @@ def test_s3_goes_through_the_aws_command(server, tmp_path, monkeypatch):
 
 def test_an_unknown_kind_of_url(tmp_path):
     chosen = config(tmp_path, "nfs3://host/x.tar", retries=0)
-    with pytest.raises(UserError, match="nfs3://host/x.tar"):
+    with pytest.raises(UserError, match=r"nfs3://host/x\.tar"):
         open_images(chosen.train, chosen)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ibq.api import load_tokenizer
 from ibq.config import exit_on_user_error
+from ibq.data.images import BadSample, ImageDataset
 from ibq.data.loader import validation_batches
-from ibq.data.images import ImageDataset
 from ibq.evaluation.reconstruction import MIN_TOKENS_PER_CODE, ReconstructionReport, evaluate_reconstruction
 from ibq.files import write_text
 from ibq.models.perceptual import PerceptualConfig, build_perceptual, vgg_was_downloaded
@@ -84,9 +84,17 @@ def perceptual_of(arguments: argparse.Namespace) -> torch.nn.Module | None:
 def reconstruct(tokenizer: Tokenizer, perceptual, arguments: argparse.Namespace) -> ReconstructionReport:
     """Encode and decode all images, with a progress bar."""
     dataset = ImageDataset(open_images_of(arguments), tokenizer.config.resolution)
-    batches = validation_batches(dataset, arguments.batch_size, workers=arguments.workers, device=device_of(arguments))
+    batches = validation_batches(
+        dataset, arguments.batch_size, workers=arguments.workers, device=device_of(arguments), report=say_left_out
+    )
     with progress_bar("reconstruct", len(dataset), "image") as progress, autocast_of(arguments):
         return evaluate_reconstruction(tokenizer, advancing(batches, progress), perceptual=perceptual, keep=24)
+
+
+def say_left_out(samples: Sequence[BadSample]) -> None:
+    """Name the images that the figures are without."""
+    for sample in samples:
+        say(f"note: left out: shard {sample.shard}, image {sample.key!r}: {sample.reason}")
 
 
 def advancing(batches: Iterable[tuple[Tensor, Tensor]], progress) -> Iterator[tuple[Tensor, Tensor]]:

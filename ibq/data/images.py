@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ibq.config import UserError
-from ibq.data.index import ImageIndex, ShardIndex
+from ibq.data.index import ImageIndex
 from ibq.data.order import Location, Order
 from ibq.data.storage import ShardStore
 from ibq.data.transforms import AugmentConfig, FixedView, decode_rgb, random_square, square, view
@@ -166,11 +166,11 @@ def filled(source, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSamp
 
 
 class ShardSequence(Sequence[ImageDataset]):
-    """The shards of an unindexed place, each a set of its own that is fetched when it is first asked for."""
+    """The shards of an unindexed place, each a set of its own that `build` makes when it is first asked for."""
 
-    def __init__(self, shards: Sequence[str], read: Callable[[str], ShardIndex], build: Callable[[str, ShardIndex], ImageDataset]):  # fmt: skip
+    def __init__(self, shards: Sequence[str], build: Callable[[str], ImageDataset]):
         self.shards = list(shards)
-        self._build = lru_cache(maxsize=None)(lambda number: build(self.shards[number], read(self.shards[number])))
+        self._build = lru_cache(maxsize=None)(lambda number: build(self.shards[number]))
 
     def __len__(self) -> int:
         return len(self.shards)

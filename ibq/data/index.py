@@ -321,7 +321,8 @@ class ImageIndex:
             if at not in self._problems:
                 label, key = int(self.label[number]), self.key(number)
                 missing = f"no label ({key}.cls)"
-                beyond = f"{LABEL_PROBLEM} {label} ({key}.cls) is out of range: there are {len(self.classes)} classes (classes.json)"
+                known = f"there are {len(self.classes)} classes (classes.json)"
+                beyond = f"{LABEL_PROBLEM} {label} ({key}.cls) is out of range: {known}"
                 self._problems[at] = missing if label == NO_LABEL else beyond
 
     def __len__(self) -> int:

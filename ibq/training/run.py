@@ -81,7 +81,7 @@ def _lock(folder: Path) -> IO:
         raise UserError(f"output: '{folder}' is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK_FILE, "w")
+        file = open(folder / LOCK_FILE, "w")  # noqa: SIM115 (it is open as long as the run)
     except OSError as error:
         raise UserError(f"output: '{folder}' cannot be written ({error}); give another folder") from error
     try:

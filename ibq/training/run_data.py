@@ -11,7 +11,7 @@ from ibq import dist
 from ibq.config import UserError
 from ibq.data.codes import CodeDataConfig, CodeDataset, CodeStream
 from ibq.data.images import ArrivalOrder, BadSample, ImageDataset, ImageStream, ShardSequence, filled
-from ibq.data.index import ImageIndex, ShardIndex
+from ibq.data.index import ImageIndex
 from ibq.data.loader import training_batches, validation_batches
 from ibq.data.order import BatchPlan, MixedOrder, Order, StreamOrder
 from ibq.data.shards import ImageDataConfig, class_names, expand_place, is_unindexed, read_index, split_sources
@@ -204,11 +204,11 @@ def _images_in_order(config: ImageDataConfig, size: int, seed: int) -> RunData:
     shards, store = expand_place(config.train), config.store()
     classes = class_names(shards[0], 0) or validation[0].classes
 
-    def build(shard: str, index: ShardIndex) -> ImageDataset:
-        part = ImageIndex([(shard, index)], classes, labelled=config.labels)
+    def build(shard: str) -> ImageDataset:
+        part = ImageIndex([(shard, read_index(shard, config, store))], classes, labelled=config.labels)
         return ImageDataset(part, size, augment=config.augment, seed=seed, in_memory=config.in_memory, store=store)
 
-    sets = ShardSequence(shards, lambda shard: read_index(shard, config, store), build)
+    sets = ShardSequence(shards, build)
     order = ArrivalOrder(sets, config.streams, config.train)
     return RunData(
         stream=ImageStream(sets, order),
