@@ -65,9 +65,7 @@ def code_nlls(output: Path) -> dict[str, float]:
     return {
         "val_nll": best["metrics"]["nll"],
         "unigram_nll": unigram_nll(plain_codes(output), meta.num_codes),
-        "bigram_nll": bigram_nll(
-            train.codes(), validation.codes(), meta.num_codes, meta.tokens_per_side
-        ),
+        "bigram_nll": bigram_nll(train.codes(), validation.codes(), meta.num_codes, meta.tokens_per_side),
     }
 
 

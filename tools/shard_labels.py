@@ -143,8 +143,7 @@ def _scan(folder: Path) -> dict[str, list[Source]]:
     found = {}
     with progress_bar("scan", len(names), "folder", disable=len(names) < BARS_FROM) as progress:
         for name in names:
-            if not os.access(folder / name, os.R_OK | os.X_OK):  # it would look empty, and shift all later labels
-                raise UserError(f"cannot read the folder {folder / name}; allow it or move the folder away")
+            os.scandir(folder / name).close()  # one that can't be read would look empty, and shift all later labels
             found[name] = _sources(folder, ((path, None) for path in images_below(folder / name)))
             progress.update()
     empty = [name for name in names if not found[name]]
