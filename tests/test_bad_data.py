@@ -359,6 +359,20 @@ def test_a_stale_index_is_passed_over(tmp_path):
         read_shard_index(path)
 
 
+def test_a_truncated_shard_with_labels_first(tmp_path):
+    path = tmp_path / "a.tar"
+    write_shard(path, dict(reversed(members(range(9, -1, -1)).items())))
+    index = index_shard(path, checksums=False)
+    for cut, lost in (
+        (index.offsets[6] + 10, "0006"),
+        (index.offsets[6] - 600, "0006"),
+        (index.offsets[6] - 1100, "(end)"),
+    ):
+        path.write_bytes(path.read_bytes()[:cut])
+        found = read_shard_index(path)
+        assert [found.keys[number] for number in found.problems] == [lost] and "cut off" in found.problems[6]
+
+
 @pytest.mark.parametrize("at", ["picture", "label", "header", "padding", "between"])
 def test_truncated_shards_without_an_index(tmp_path, at):
     path = tmp_path / "a.tar"

@@ -181,8 +181,8 @@ def index_shard(path: Path, *, checksums: bool) -> ShardIndex:
     Pictures and labels (`KEY.cls`, a whole number) belong together by the member's name up to the first dot of its last
     part, as in webdataset. Other members are passed over, unread.
     """
-    walk = _Walk(path, checksums)
     try:
+        walk = _Walk(path, checksums)
         walk.run()
     except (tarfile.TarError, OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read shard {path}: {error}; write it again or leave it out") from error
@@ -239,6 +239,8 @@ class _Walk:
             return
         cut = offset + 512 > self.size
         last = next(reversed(self.order), "(end)")
+        if last in self.problems:
+            return
         if not cut or (last in self.images and last in self.labels):
             last = "(end)"  # a sample of which nothing is left
         self.order[last] = None

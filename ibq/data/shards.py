@@ -224,6 +224,11 @@ def _index_folder(folder: Path, labelled: bool) -> ImageIndex:
 def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     """(class names, (file, label) of every image) of a folder of class folders; classes are in sorted order."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for name in names:  # one that can't be read would be no class, and all later labels others
+        try:
+            os.scandir(folder / name).close()
+        except OSError as error:
+            raise UserError(f"the class folder '{folder / name}' cannot be read ({error.strerror})") from error
     images = {name: images_below(folder / name) for name in names}
     classes = [name for name in names if images[name]]
     return classes, [(path, label) for label, name in enumerate(classes) for path in images[name]]
