@@ -1,4 +1,4 @@
-"""What a run remembers of its data: codes of another tokenizer are refused, changed data are noticed, ranks may change."""
+"""What a run remembers of its data: other codes are refused, changed data are noticed, ranks may change."""
 
 import json
 import shutil
