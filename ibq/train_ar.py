@@ -46,6 +46,7 @@ class TokenizedImagesConfig(ImageDataConfig):
 
     kind: Literal["images"] = "images"
     tokenizer: str  # what ibq.load_tokenizer reads
+    allow_other_tokenizer: bool = False  # go on with another tokenizer than the run began with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,7 @@ def _open_images(config: ARRunConfig, device: torch.device) -> tuple[RunData, To
         classes=data.classes,
     )
     data.provenance = {"tokenizer": weights_hash(tokenizer.state_dict())}
+    data.allow_other = config.data.allow_other_tokenizer
     return data, tokenizer
 
 

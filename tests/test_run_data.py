@@ -37,7 +37,7 @@ def test_codes_of_another_tokenizer_are_refused(place, tmp_path, capsys):
     config = (tmp_path / "run/config.yaml").read_bytes()
     assert train(place, tmp_path / "run", *other) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "data.train: made with another tokenizer" in error and "data.allow_other_tokenizer=true" in error
+    assert "data.train: codes of another tokenizer" in error and "data.allow_other_tokenizer=true" in error
     assert (tmp_path / "run/config.yaml").read_bytes() == config
     assert train(place, tmp_path / "run", *other, "data.allow_other_tokenizer=true") == 0
     assert "other tokenizer" in capsys.readouterr().err

@@ -169,7 +169,7 @@ class CodeDataset(torch.utils.data.Dataset):
             seed=seed,
             streams=streams,
             window=CODE_WINDOW,
-            identity={"tokenizer": self.meta.tokenizer, "rows": self.meta.rows},
+            identity={"rows": self.meta.rows},
         )
 
 

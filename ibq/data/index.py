@@ -312,6 +312,20 @@ class ImageIndex:
         }
         self._check_labels(labelled)
 
+    @classmethod
+    def of_files(cls, folder: Path, files: Sequence[tuple[Path, int]], classes: Sequence[str]) -> "ImageIndex":
+        """The image files of a folder, (path, label) each: every file is a shard of its own."""
+        index, count = cls([], classes), len(files)
+        index.shards = [str(path) for path, _ in files]
+        index.shard = np.arange(count, dtype=np.int32)
+        index.place = np.zeros(count, np.int32)
+        index.offset = np.zeros(count, np.int64)
+        index.size = np.fromiter((path.stat().st_size for path, _ in files), np.int64, count)
+        index.label = np.fromiter((label for _, label in files), np.int32, count)
+        index.crc32 = np.full(count, NO_CHECKSUM, np.int64)
+        index._keys = [str(path.relative_to(folder)) for path, _ in files]
+        return index
+
     def _check_labels(self, labelled: bool) -> None:
         if not labelled:
             self.label[self.label == NO_LABEL] = 0
@@ -393,23 +407,3 @@ def _id(shard, place):
 def _column(indexes: Sequence[ShardIndex], name: str, dtype) -> np.ndarray:
     parts = [np.asarray(getattr(index, name), dtype=dtype) for index in indexes]
     return np.concatenate(parts or [np.zeros(0, dtype)])
-
-
-def folder_shards(folder: Path, files: Sequence[tuple[Path, int]]) -> list[tuple[str, ShardIndex]]:
-    """Every image file of a folder as a shard of its own; `files` are (path, label)."""
-    return [
-        (
-            str(path),
-            ShardIndex(
-                name=str(path.relative_to(folder)),
-                bytes=(size := path.stat().st_size),
-                sha256=None,
-                keys=[str(path.relative_to(folder))],
-                offsets=[0],
-                sizes=[size],
-                labels=[label],
-                crc32=[NO_CHECKSUM],
-            ),
-        )
-        for path, label in files
-    ]

@@ -17,7 +17,6 @@ from ibq.data.index import (
     NO_LABEL,
     ImageIndex,
     ShardIndex,
-    folder_shards,
     index_file,
     index_shard,
     read_shard_index,
@@ -218,7 +217,7 @@ def _index_folder(folder: Path, labelled: bool) -> ImageIndex:
         images = [(path, 0) for path in images_below(folder)]
     if not images:
         raise UserError(f"no images in {str(folder)!r}: expected one sub-folder a class with JPEG, PNG or WebP files")
-    return ImageIndex(folder_shards(folder, images), classes or ["0"], labelled=labelled)
+    return ImageIndex.of_files(folder, images, classes or ["0"])
 
 
 def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:

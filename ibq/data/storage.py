@@ -150,7 +150,9 @@ class ShardStore:
             if expected is not None and written != expected:
                 raise OSError(f"{url}: {written:,} bytes came instead of {expected:,}")
             if sha256 is not None and sha256_of(part) != sha256:
-                raise OSError(f"{url}: its bytes are not those that were indexed (SHA-256 differs)")
+                raise OSError(
+                    f"{url}: its bytes are not those that were indexed (SHA-256 differs); index it again if it is new"
+                )
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

@@ -135,7 +135,7 @@ def train(
     A signal (see CheckpointConfig) ends the run after the step: it saves once, and the same command goes on from there.
     """
     signals = StopSignals(checkpoint.signal)
-    run = _Run(task, data, folder, config, checkpoint, device, signals)
+    run = _Run(task, data, folder, config, checkpoint, device, signals, total_steps)
     with signals.noted():
         run.resume()
         if dist.is_main():
@@ -196,10 +196,12 @@ class _Run:
         checkpoint: CheckpointConfig,
         device: torch.device,
         signals: StopSignals,
+        total_steps: int,
     ):
+        self.total_steps = total_steps
         self.task, self.data, self.folder, self.device, self.signals = task, data, folder, device, signals
         self.config, self.checkpoint = config, checkpoint
-        self.state = TrainingState(order=data.order.describe())
+        self.state = TrainingState(order=data.describe())
         self.stopwatch, self.interval = Stopwatch(device), Interval(device)
         self.bad_samples = BadSamples(folder, data.order.size, data.max_bad_fraction)
         self.bad_in_a_row = 0
@@ -251,6 +253,7 @@ class _Run:
                 folder = self.folder / "checkpoints"
                 save_checkpoint(folder, self.task.engines, tensors, self.state, self.checkpoint.keep)
                 self._saved, self.unsaved = (self.state.step, self.state.validation_pending), ""
+                write_status(self.folder, "running", self.state.step, self.total_steps)
             except CheckpointError as error:
                 self._not_saved(str(error))
 

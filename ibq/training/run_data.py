@@ -52,6 +52,10 @@ class RunData:
         )
         self.validation_limit, self.device = validation_limit, device
 
+    def describe(self) -> dict:
+        """What the order of the data and their meaning depend on, for the checkpoint."""
+        return {**self.order.describe(), **self.provenance}
+
     @property
     def steps_per_epoch(self) -> float:
         """Global batches in one pass over the data; infinite where its size is not known."""
@@ -78,17 +82,16 @@ class RunData:
 
     def resume_position(self, saved: TrainingState) -> int:
         """Where a run goes on: where it was, or at the next epoch if its data or their order are others now."""
-        now = self.order.describe()
-        then = saved.order
+        now, then = self.describe(), saved.order
         if then == now:
             return saved.position
         if then.get("tokenizer") != now.get("tokenizer") and not self.allow_other:
             raise UserError(
-                "data.train: made with another tokenizer than the codes that this run has trained on; give those, "
+                "data.train: codes of another tokenizer than this run has trained on; give those, "
                 "start over with --fresh, or set data.allow_other_tokenizer=true"
             )
         epoch = saved.position // then["size"] + 1 if then.get("size") else 0
-        changed = ", ".join(name for name in now if now[name] != then.get(name))
+        changed = ", ".join(name for name in now if now[name] != then.get(name)) or "settings"
         if dist.is_main():
             say(f"note: the data are not those of the checkpoint (other {changed}); going on with epoch {epoch + 1}")
         return epoch * (self.order.size or 0)
