@@ -1,6 +1,7 @@
 """Loading trained models and generating images: what `import ibq` offers."""
 
 import contextlib
+import json
 import numbers
 import textwrap
 from collections.abc import Callable, Sequence
@@ -63,6 +64,17 @@ def pretrained_folder(path: str | Path) -> Path:
         if (folder / "model.safetensors").exists():
             return folder
     raise UserError(f"no model at {str(path)!r}: give a run folder, its `best` folder, or a published .ckpt file")
+
+
+def trained_on(path: str | Path) -> str | None:
+    """The hash of the tokenizer whose codes a transformer was trained on, where its run tells."""
+    if _is_reference_checkpoint(path):
+        return None
+    info = pretrained_folder(path) / "info.json"
+    try:
+        return json.loads(info.read_text()).get("tokenizer")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _is_reference_checkpoint(path: str | Path) -> bool:

@@ -323,9 +323,18 @@ class Chunk:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Of an image as `fill` writes it."""
+        return self.dataset.sample_shape
+
     def batch(self, places: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        """Images, labels and what had to be left out."""
+        """What `ImageDataset.batch` gives for the images at these places of the chunk."""
         return self.dataset.batch([self.numbers[place] for place in places])
+
+    def fill(self, places: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
+        """The same for `ImageDataset.fill`."""
+        return self.dataset.fill([self.numbers[place] for place in places], out)
 
 
 def encode_own_shards(job: Job) -> None:

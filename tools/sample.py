@@ -14,9 +14,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import numpy as np
 from PIL import Image
 
-from ibq.api import generate, load_tokenizer, load_transformer
+from ibq.api import generate, load_tokenizer, load_transformer, trained_on
 from ibq.config import UserError, exit_on_user_error
-from ibq.progress import progress_bar
+from ibq.progress import progress_bar, say
+from ibq.training.checkpoint import weights_hash
 from ibq.training.run import set_up_torch
 from tools.options import add_device_options, autocast_of, device_of
 
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{arguments.transformer}: knows {transformer.config.vocab_size} codes, the tokenizer "
             f"{tokenizer.quantizer.num_codes}; give the tokenizer that the transformer was trained on"
         )
+    wanted = trained_on(arguments.transformer)
+    if wanted is not None and wanted != weights_hash(tokenizer.state_dict()):
+        say(f"WARNING: {arguments.transformer} was trained on codes of another tokenizer than {arguments.tokenizer}")
     classes = arguments.classes if arguments.classes is not None else range(transformer.config.num_classes)
     labels = [label for label in classes for _ in range(arguments.count)]
     seeds = [arguments.seed + i for _ in classes for i in range(arguments.count)]
