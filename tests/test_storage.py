@@ -1,5 +1,6 @@
 """Shards behind URLs: a real server on loopback, real commands, a cache of bounded size, retries."""
 
+import contextlib
 import http.server
 import json
 import multiprocessing
@@ -187,6 +188,46 @@ def test_processes_of_a_machine_fetch_a_shard_once(server, tmp_path):
     assert [process.exitcode for process in processes] == [0] * 4
     assert set(server.of().values()) == {1}
     assert not list((tmp_path / "cache/shards").glob("*.part"))
+
+
+def test_the_cache_is_bounded_also_for_several_processes(server, tmp_path):
+    """Each reads all shards in an order of its own, all at once."""
+    index_all(server)
+    size = max(path.stat().st_size for path in server.folder.glob("*.tar"))
+    limit = 3.2 * size
+    context = multiprocessing.get_context("fork")
+    arguments = place_of(server), str(tmp_path / "cache"), limit / 2**30
+    processes = [context.Process(target=read_shards_in_turn, args=(*arguments, n)) for n in range(4)]
+    for process in processes:
+        process.start()
+    most = 0
+    while any(process.is_alive() for process in processes):
+        sizes = []
+        for path in [*(tmp_path / "cache/shards").glob("*.tar"), *(tmp_path / "cache/shards").glob("*.part")]:
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(path.stat().st_blocks * 512)
+        most = max(most, sum(sizes))
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert size < most <= limit
+
+
+def test_what_a_killed_process_was_fetching_is_cleared_away(server, tmp_path):
+    index_all(server)
+    size = max(path.stat().st_size for path in server.folder.glob("*.tar"))
+    chosen = config(tmp_path, place_of(server), cache_gib=1.2 * size / 2**30)
+    (tmp_path / "cache/shards").mkdir(parents=True)
+    left = tmp_path / "cache/shards/0123.part"
+    left.write_bytes(bytes(size))
+    index = open_images(chosen.train, chosen)
+    assert ImageDataset(index, 32, store=chosen.store([index]))[0][1] == 0
+    assert not left.exists()
+
+
+def read_shards_in_turn(place, folder, gib, start):
+    chosen = ImageDataConfig(train=place, cache_folder=folder, cache_gib=gib, workers=0)
+    dataset = ImageDataset(index := open_images(place, chosen), 32, store=chosen.store([index]))
+    for turn in range(3 * SHARDS):
+        dataset[(start + turn) % SHARDS * SAMPLES]
 
 
 @pytest.mark.parametrize("fault", ["hang up", "cut", "garble"])

@@ -20,6 +20,7 @@ from ibq.data.index import NO_CHECKSUM, ImageEntry, sha256_of
 T = TypeVar("T")
 OPEN_FILES = 256  # kept open per process
 COPY_BYTES = 2**22
+ROOM_TRIES = 300  # a tenth of a second apart, while other processes fill the cache
 FIRST_WAIT_SECONDS = 0.5  # before the first retry; doubled for every other
 LOST_SECONDS = 300.0  # a shard that could not be read is tried again after this time
 _SCHEME = re.compile(r"(pipe:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
@@ -140,47 +141,65 @@ class ShardStore:
         part = path.with_suffix(".part")
         try:
             with open_url(url) as stream, open(part, "wb") as file:
-                self._make_room(expected or 0, part)
+                self._reserve(part, expected or COPY_BYTES)
                 written = 0
                 while data := stream.read(COPY_BYTES):
-                    if written + len(data) > (expected or 0):
-                        self._make_room(len(data), part)
+                    if written + len(data) > (expected or COPY_BYTES):
+                        self._reserve(part, written + len(data))
                     file.write(data)
                     written += len(data)
+                file.truncate(written)
             if expected is not None and written != expected:
                 raise OSError(f"{url}: {written:,} bytes came instead of {expected:,}")
             if sha256 is not None and sha256_of(part) != sha256:
-                raise OSError(
-                    f"{url}: its bytes are not those that were indexed (SHA-256 differs); index it again if it is new"
-                )
+                raise OSError(f"{url}: its bytes are not those that were indexed (SHA-256 differs); index it again")
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
 
-    def _make_room(self, wanted: int, part: Path) -> None:
-        """Remove the least recently used shards until `wanted` more bytes fit."""
-        if wanted > self.limit_bytes:
-            raise UserError(
-                f"data.cache_gib: a shard of {wanted / 2**30:.2f} GiB does not fit into {self.limit_bytes / 2**30:.2f} "
-                "GiB; raise it"
-            )
-        with self._lock("room"):
-            files = {}
-            for file in self.cache.glob("*.*"):
-                if file.suffix in (".tar", ".part"):
-                    with contextlib.suppress(FileNotFoundError):
-                        status = file.stat()
-                        files[file] = status.st_mtime_ns, status.st_size
-            total = sum(size for _, size in files.values())
-            for file, (_, size) in sorted(files.items(), key=lambda item: item[1]):
-                if total + wanted <= self.limit_bytes:
+    def _reserve(self, part: Path, size: int) -> None:
+        """Set aside `size` bytes for a file that is being fetched, which other processes then count with."""
+        for _ in range(ROOM_TRIES):
+            with self._lock("room"):
+                others = self._make_room(size, part)
+                if others is None:
+                    os.truncate(part, size)  # sparse: it takes the space on the disk only as it is filled
                     return
-                if file.suffix == ".tar":
-                    file.unlink(missing_ok=True)
-                    total -= size
-        own = part.stat().st_size if part.exists() else 0
-        if total + wanted > self.limit_bytes and total <= own:
-            raise UserError(f"data.cache_gib: {self.limit_bytes / 2**30:.2f} GiB do not hold a single shard; raise it")
+            if not others:
+                raise UserError(
+                    f"data.cache_gib: {self.limit_bytes / 2**30:.3g} GiB do not hold a shard of {size / 2**30:.3g} GiB "
+                    "or more; raise it"
+                )
+            time.sleep(0.1)
+        raise OSError("the cache is full of shards that are being fetched; raise data.cache_gib")
+
+    def _make_room(self, size: int, part: Path) -> int | None:
+        """Remove the least recently used shards until `size` bytes fit; else how many others are being fetched."""
+        files = {}
+        for file in [*self.cache.glob("*.tar"), *self.cache.glob("*.part")]:
+            with contextlib.suppress(FileNotFoundError):
+                files[file] = file.stat()
+        files.pop(part, None)
+        for file in [file for file in files if file.suffix == ".part" and self._is_abandoned(file)]:
+            file.unlink(missing_ok=True)
+            del files[file]
+        total = sum(status.st_size for status in files.values())
+        for file in sorted(files, key=lambda file: files[file].st_mtime_ns):
+            if total + size > self.limit_bytes and file.suffix == ".tar":
+                file.unlink(missing_ok=True)
+                total -= files[file].st_size
+        if total + size <= self.limit_bytes:
+            return None
+        return sum(file.suffix == ".part" for file in files)
+
+    def _is_abandoned(self, part: Path) -> bool:
+        """Whether the process that was fetching a shard is no more: it would hold the lock."""
+        with open(self.cache / f"{part.stem}.tar.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
