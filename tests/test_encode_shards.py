@@ -359,7 +359,7 @@ def test_damaged_images_are_left_out_of_every_view(place, tmp_path, encode):
     assert codes.labels().tolist() == [i % CLASSES for i in kept] * 2
     tokenizer = ibq.load_tokenizer(place / "tokenizer", device="cpu")
     for row, i in enumerate(kept):
-        images = torch.from_numpy(square(picture(i), SIZE)).permute(2, 0, 1)[None]
+        images = torch.from_numpy(np.stack([square(picture(i), SIZE)])).permute(0, 3, 1, 2)
         expected = tokenizer.encode(to_unit_range(images)).flatten()
         # A batch without a damaged image has another shape, where near ties may round otherwise.
         assert (codes[row][0] == expected).float().mean() >= 0.9, i

@@ -132,8 +132,8 @@ def _read(dataset, batches, batch_size: int, workers: int) -> Iterator[tuple[Ten
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"a process that decodes images has died ({str(error).splitlines()[0]}); if memory ran out, lower "
-            "data.workers; the run goes on from its last checkpoint when it is started again"
+            f"a process that decodes images has died ({str(error).splitlines()[0]}); if memory ran out, take fewer "
+            "workers; the same command goes on from what was saved"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """From files to uint8 arrays: decoding, resizing, cropping, flipping."""
 
 import io
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class AugmentConfig:
     max_zoom: float = 1.0  # the crop covers down to 1 / max_zoom of the shorter side
 
     def __post_init__(self):
-        if self.max_zoom < 1:
+        if not 1 <= self.max_zoom < math.inf:
             raise ValueError(f"max_zoom: must be at least 1, got {self.max_zoom}; 1 crops at full size")
 
 
