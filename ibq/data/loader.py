@@ -93,8 +93,9 @@ class _Source(Dataset):
         self.slots = None
         if self.shape is not None and workers:
             shape = (workers * SLOTS, batch_size, *self.shape)
-            # Anonymous, so that a container's small /dev/shm does not matter.
-            self.slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+            # Anonymous, so that a container's small /dev/shm does not matter; its pages are made now, not one by one.
+            flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+            self.slots = np.frombuffer(mmap.mmap(-1, math.prod(shape), flags=flags), np.uint8).reshape(shape)
 
     def __getitem__(self, numbers: Sequence[int]) -> tuple[Tensor | int, Tensor | list[int], list[BadSample]]:
         worker = torch.utils.data.get_worker_info()
