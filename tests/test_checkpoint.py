@@ -296,7 +296,7 @@ def test_a_second_run_in_the_same_folder_is_refused(place, tmp_path):
     finally:
         first.kill()
         first.wait()
-    assert run_script(*command, "training.max_steps=1", "--fresh").returncode == 0
+    assert go_on(place, tmp_path / "run", "training.max_steps=1", "--fresh", stage="transformer") == 0
 
 
 # --- Trust: nothing of somebody else's is unpickled ---
