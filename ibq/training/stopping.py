@@ -41,9 +41,9 @@ class StopSignals:
         try:
             yield
         finally:
-            if not self.agreed:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+            for number, handler in before.items():
+                # Not the handler of this class: Python takes that away again while it ends.
+                signal.signal(number, signal.SIG_IGN if self.agreed else handler)
 
     def _note(self, number: int, _frame) -> None:
         self.received = self.received or number
