@@ -19,7 +19,7 @@ from training_support import (
 from ibq.config import UserError
 from ibq.data.codes import CodeDataset, CodesMeta, write_codes
 from ibq.data.images import ImageDataset
-from ibq.data.shards import ImageDataConfig, open_images, split_images
+from ibq.data.shards import ImageDataConfig, open_images, split_sources
 from ibq.data.transforms import AugmentConfig, decode_rgb, random_square, square, to_uint8, to_unit_range
 
 
@@ -222,11 +222,11 @@ def test_a_shard_without_labels(tmp_path):
 
 def test_validation_is_held_out(shards):
     place = str(shards / "train-*.tar")
-    train, validation = split_images(ImageDataConfig(train=place, validation_every=5))
+    (train,), (validation,) = split_sources(ImageDataConfig(train=place, validation_every=5))
     assert (len(train), len(validation)) == (32, 8)
     keys = [{(e.shard, e.offset) for e in index} for index in (train, validation, open_images(place))]
     assert keys[0] | keys[1] == keys[2] and not keys[0] & keys[1]
-    train, validation = split_images(ImageDataConfig(train=place, validation=str(shards / "val-*.tar")))
+    (train,), (validation,) = split_sources(ImageDataConfig(train=place, validation=str(shards / "val-*.tar")))
     assert (len(train), len(validation)) == (40, 8)
 
 

@@ -290,9 +290,7 @@ def _no_report(_place: str):
     return lambda done, total: None
 
 
-def split_sources(
-    config: ImageDataConfig, report: Report = _no_report
-) -> tuple[list[ImageIndex], ImageIndex | list[ImageIndex]]:
+def split_sources(config: ImageDataConfig, report: Report = _no_report) -> tuple[list[ImageIndex], list[ImageIndex]]:
     """(training sets, validation sets) as the config says; one validation set of each source where none is given."""
     names = ["train"] if config.train is not None else [f"sources[{i}].train" for i in range(len(config.sources))]
     places = zip(names, config.places, strict=True)
@@ -307,12 +305,6 @@ def hold_out(index: ImageIndex, every: int) -> tuple[ImageIndex, ImageIndex]:
     """(the rest, every so many-th image) of a set."""
     held_out = range(0, len(index), every)
     return index.subset([i for i in range(len(index)) if i % every]), index.subset(list(held_out))
-
-
-def split_images(config: ImageDataConfig) -> tuple[ImageIndex, ImageIndex]:
-    """(training, validation) images of a config with a single source."""
-    (train,), (validation,) = split_sources(config)
-    return train, validation
 
 
 def open_split(place: str, split: str, validation_every: int, config: ImageDataConfig | None = None) -> ImageIndex:

@@ -12,13 +12,11 @@ from ibq.config import UserError
 from ibq.data.codes import CodeDataConfig, CodeDataset, CodeStream
 from ibq.data.images import ArrivalOrder, BadSample, ImageDataset, ImageStream, ShardSequence, filled
 from ibq.data.index import ImageIndex
-from ibq.data.loader import training_batches, validation_batches
+from ibq.data.loader import Report, training_batches, validation_batches
 from ibq.data.order import BatchPlan, MixedOrder, Order, StreamOrder
 from ibq.data.shards import ImageDataConfig, class_names, expand_place, is_unindexed, read_index, split_sources
 from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import TrainingState
-
-Report = Callable[[Sequence[BadSample]], None]
 
 
 @dataclass(kw_only=True)
