@@ -22,6 +22,7 @@ from ibq.ops import index_backprop_tiles as tiles
 from ibq.ops.textbook import IndexBackpropResult
 
 Precision = Literal["float32", "bfloat16"]
+BetaWeighs = Literal["codebook", "commitment"]
 Backend = Literal["auto", "torch", "triton"]
 
 
@@ -40,7 +41,7 @@ def index_backprop(
     beta: float,
     temperature: float,
     selection_temperature: float = 1.0,
-    beta_weighs: Literal["codebook", "commitment"] = "codebook",
+    beta_weighs: BetaWeighs = "codebook",
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
     precision: Precision = "float32",
     backend: Backend = "auto",
@@ -89,10 +90,12 @@ def softmax_entropies(
 
 
 @torch.no_grad()
-def best_codes(tokens: Tensor, codebook: Tensor, bias: Tensor | None = None) -> Tensor:
+def best_codes(
+    tokens: Tensor, codebook: Tensor, bias: Tensor | None = None, *, precision: Precision = "float32"
+) -> Tensor:
     """The code [N] with the largest tokens . codebook + bias [K] for each token; the lowest index wins a tie."""
     check_sizes(tokens, codebook)
-    return tiles.best_codes(tokens, codebook, bias)
+    return tiles.best_codes(tokens, codebook, bias, dot_precision=precision)
 
 
 def check_sizes(tokens: Tensor, codebook: Tensor) -> None:
@@ -130,15 +133,13 @@ def _quantize(tokens, codebook, temperature, selection_temperature, precision, b
     """The operator on operands of one precision."""
     double = torch.float64 in (tokens.dtype, codebook.dtype)
     dtype = torch.float64 if double else torch.float32
-    arguments = (float(temperature), float(selection_temperature), precision, _backend(tokens, dtype, backend))
-    return _operator(tokens.to(dtype), codebook.to(dtype), *arguments)[:5]
-
-
-def _backend(tokens: Tensor, dtype: torch.dtype, wanted: Backend) -> str:
-    possible = tokens.is_cuda and dtype == torch.float32 and triton_is_installed()
-    if wanted == "auto":
-        return "triton" if possible else "torch"
-    return wanted
+    possible = tokens.is_cuda and not double and triton_is_installed()
+    if backend == "auto":
+        backend = "triton" if possible else "torch"
+    # Stated to Triton, whose default on GPUs is tf32; as PyTorch's own matrix products are set.
+    product = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    settings = (float(temperature), float(selection_temperature), product if precision == "float32" else precision)
+    return _operator(tokens.to(dtype), codebook.to(dtype), *settings, backend)[:5]
 
 
 @cache
@@ -158,39 +159,36 @@ def _kernels(backend: str):
     return tiles
 
 
-def _operands(precision: str, *tensors: Tensor) -> list[Tensor]:
-    """The tensors as the matrix products take them. Sums and softmaxes are of float32 products either way."""
-    if precision == "bfloat16":
-        tensors = tuple(x.bfloat16().to(x.dtype) for x in tensors)
-    return [x.contiguous() for x in tensors]
-
-
 @torch.library.custom_op("ibq::index_backprop", mutates_args=())
 def _operator(
-    tokens: Tensor, codebook: Tensor, temperature: float, selection_temperature: float, precision: str, backend: str
+    tokens: Tensor, codebook: Tensor, temperature: float, selection_temperature: float, dot_precision: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Latents [N, D], selected rows [N, D], codes [N], usage [K], sample entropies [N] and what is saved [S, N].
+    """Latents [N, D], selected rows [N, D], codes [N], usage [K], sample entropies [N] and what else is saved [S, N].
 
     Latents and selected rows have the same values: the gradient of the first goes through the straight-through one-hot
     to every code, that of the second to the selected rows alone.
     """
     with torch.autocast(tokens.device.type, enabled=False):
         found = _kernels(backend).forward(
-            *_operands(precision, tokens, codebook),
+            tokens.contiguous(),
+            codebook.contiguous(),
             temperature=temperature,
             selection_temperature=selection_temperature,
-            precision=precision,
+            dot_precision=dot_precision,
         )
     selected = codebook.index_select(0, found.codes)
+    saved = [found.top, found.log_sum_entropy]
+    if found.log_sum_selection is not None:
+        saved.append(found.log_sum_selection)
     usage, sample_entropy = found.usage.double(), found.sample_entropy.double()
-    return selected.clone(), selected, found.codes, usage, sample_entropy, found.saved
+    return selected.clone(), selected, found.codes, usage, sample_entropy, torch.stack(saved)
 
 
 @_operator.register_fake
-def _(tokens, codebook, temperature, selection_temperature, precision, backend):
+def _(tokens, codebook, temperature, selection_temperature, dot_precision, backend):
     count = len(tokens)
     latents = tokens.new_empty(count, codebook.shape[1])
-    saved = tokens.new_empty(_kernels(backend).SAVED, count)
+    saved = tokens.new_empty(3 if backend == "triton" else 2, count)
     codes = tokens.new_empty(count, dtype=torch.int64)
     usage, entropy = (tokens.new_empty(size, dtype=torch.float64) for size in (len(codebook), count))
     return latents, torch.empty_like(latents), codes, usage, entropy, saved
@@ -198,35 +196,38 @@ def _(tokens, codebook, temperature, selection_temperature, precision, backend):
 
 @torch.library.custom_op("ibq::index_backprop_backward", mutates_args=())
 def _backward_operator(
-    inputs: list[Tensor],
+    tokens: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    sample_entropy: Tensor,
+    saved: Tensor,
     grad_latents: Tensor | None,
     grad_selected: Tensor | None,
     grad_usage: Tensor | None,
     grad_sample_entropy: Tensor | None,
     temperature: float,
     selection_temperature: float,
-    precision: str,
+    dot_precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of tokens and codebook; inputs are tokens, codebook, codes, sample entropies and what was saved."""
-    tokens, codebook, codes, sample_entropy, saved = inputs
-    entropies = None
-    if grad_usage is not None or grad_sample_entropy is not None:
-        entropies = (
-            torch.zeros_like(sample_entropy) if grad_sample_entropy is None else grad_sample_entropy,
-            tokens.new_zeros(len(codebook), dtype=torch.float64) if grad_usage is None else grad_usage,
-        )
-    if grad_latents is None and entropies is None:
+    """Gradients of tokens [N, D] and codebook [K, D]."""
+    if grad_latents is None and grad_usage is None:
         grad_tokens, grad_codebook = torch.zeros_like(tokens), torch.zeros_like(codebook)
     else:
+        top, log_sum, *selection = saved
+        statistics = tiles.ForwardStatistics(codes, top, *(selection or [None]), log_sum, sample_entropy, None)
         with torch.autocast(tokens.device.type, enabled=False):
-            upstream = None if grad_latents is None else _operands(precision, grad_latents)[0]
             grad_tokens, grad_codebook = _kernels(backend).backward(
-                *_operands(precision, tokens, codebook), sample_entropy, saved, upstream, entropies,
+                tokens.contiguous(),
+                codebook.contiguous(),
+                statistics,
+                None if grad_latents is None else grad_latents.contiguous(),
+                grad_sample_entropy,
+                grad_usage,
                 temperature=temperature,
                 selection_temperature=selection_temperature,
-                precision=precision,
-            )  # fmt: skip
+                dot_precision=dot_precision,
+            )
     for hard in (grad_latents, grad_selected):
         if hard is not None:
             grad_codebook.index_add_(0, codes, hard)
@@ -234,8 +235,8 @@ def _backward_operator(
 
 
 @_backward_operator.register_fake
-def _(inputs, *_):
-    return torch.empty_like(inputs[0]), torch.empty_like(inputs[1])
+def _(tokens, codebook, *_):
+    return torch.empty_like(tokens), torch.empty_like(codebook)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -247,8 +248,16 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_latents, grad_selected, _codes, grad_usage, grad_sample_entropy, _saved):
-    upstream = (grad_latents, grad_selected, grad_usage, grad_sample_entropy)
-    return *_backward_operator(list(ctx.saved_tensors), *upstream, *ctx.settings), None, None, None, None
+    tokens, codebook, codes, sample_entropy, saved = ctx.saved_tensors
+    if grad_usage is None and grad_sample_entropy is not None:
+        grad_usage = tokens.new_zeros(len(codebook), dtype=torch.float64)
+    if grad_sample_entropy is None and grad_usage is not None:
+        grad_sample_entropy = torch.zeros_like(sample_entropy)
+    gradients = _backward_operator(
+        tokens, codebook, codes, sample_entropy, saved,
+        grad_latents, grad_selected, grad_usage, grad_sample_entropy, *ctx.settings,
+    )  # fmt: skip
+    return *gradients, None, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

@@ -20,21 +20,29 @@ LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 STRIP_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 MIN_STRIP, USUAL_STRIP = 16, 256  # tokens
-SAVED = 2  # numbers a token that the backward pass needs
 BLOCK = 256  # codes among which the first best is looked for
 
 
 class ForwardStatistics(NamedTuple):
-    """What the forward pass gives, and what the backward pass needs of it."""
+    """The softmax of each token over the codes, and of all tokens together."""
 
-    codes: Tensor  # [N] int64
-    usage: Tensor  # [K] float64, mean over the tokens of P, the softmax at the entropies' temperature
-    sample_entropy: Tensor  # [N] float64, of P, in nats
-    saved: Tensor  # [2, N]: the largest logit; log of the sum over k of exp((logit - largest) / temperature)
+    codes: Tensor  # [N] int64, the lowest index among equal logits
+    top: Tensor  # [N], largest logit
+    log_sum_selection: Tensor | None  # [N], log sum_k exp((l - top) / selection_temperature); only the kernels need it
+    log_sum_entropy: Tensor  # [N], log sum_k exp((l - top) / temperature)
+    sample_entropy: Tensor  # [N] nats, entropy of P, the softmax at `temperature`
+    usage: Tensor  # [K], mean of P over the tokens
 
 
-def forward(tokens: Tensor, codebook: Tensor, *, temperature: float, **_) -> ForwardStatistics:
-    """Codes and softmax statistics of tokens [N, D] over a codebook [K, D]."""
+def forward(
+    tokens: Tensor, codebook: Tensor, *, temperature: float, selection_temperature: float, dot_precision: str
+) -> ForwardStatistics:
+    """Codes and softmax statistics of tokens [N, D] over a codebook [K, D].
+
+    Of `dot_precision` only "bfloat16" matters here: operands rounded to it, added up in float32. The entropies and the
+    usage are float64.
+    """
+    tokens, codebook = _operands(dot_precision, tokens, codebook)
     usage = tokens.new_zeros(len(codebook), dtype=torch.float64)
     strips = []
     for strip, logits, scratch in _strips(tokens, codebook):
@@ -48,51 +56,59 @@ def forward(tokens: Tensor, codebook: Tensor, *, temperature: float, **_) -> For
             weighted += x.mul_(p).sum(dim=0)
             x.copy_(p)
         usage += logits.mv((1 / total).to(logits.dtype))
-        log_sum = total.log()
-        entropy = log_sum - weighted / (total * temperature)
-        strips.append((codes, entropy, torch.stack([top, log_sum.to(top.dtype)])))
-    codes, entropy, saved = zip(*strips, strict=True)
-    return ForwardStatistics(torch.cat(codes), usage / len(tokens), torch.cat(entropy), torch.cat(saved, dim=1))
+        strips.append((codes, top, total.log().to(top.dtype), total.log() - weighted / (total * temperature)))
+    codes, top, log_sum, entropy = (torch.cat(parts) for parts in zip(*strips, strict=True))
+    return ForwardStatistics(codes, top, None, log_sum, entropy, usage / len(tokens))
 
 
 def backward(
     tokens: Tensor,
     codebook: Tensor,
-    sample_entropy: Tensor,
-    saved: Tensor,
+    statistics: ForwardStatistics,
     grad_latents: Tensor | None,
-    grad_entropies: tuple[Tensor, Tensor] | None,
+    grad_sample_entropy: Tensor | None,
+    grad_usage: Tensor | None,
     *,
     temperature: float,
     selection_temperature: float,
-    **_,
+    dot_precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients [N, D] and [K, D] of what goes through the softmaxes; without the part of the hard one-hot.
 
-    With p and P the softmaxes at the selection's and the entropies' temperature, tau and T, G = grad_latents .
-    codebook^T, H the sample entropies, and `grad_entropies` = (grad_H [N], grad_usage [K]):
+    `grad_latents` may be None, and so may the gradients of the entropies [N] and the usage [K], both at once. With p
+    and P the softmaxes at the selection's and the entropies' temperature, tau and T, G = grad_latents . codebook^T, and
+    H the sample entropies:
 
         d logits = p (G - sum_k p G) / tau + P (-grad_H (log P + H) + grad_usage / N - sum_k P grad_usage / N) / T
     """
+    tokens, codebook = _operands(dot_precision, tokens, codebook)
+    if grad_latents is not None:
+        (grad_latents,) = _operands(dot_precision, grad_latents)
     grad_tokens, grad_codebook = torch.empty_like(tokens), torch.zeros_like(codebook)
     buffer = None
     for strip, logits, scratch in _strips(tokens, codebook):
         torch.mm(codebook, tokens[strip].t(), out=logits)
-        top, log_sum = saved[:, strip]
-        logits.sub_(top)
+        logits.sub_(statistics.top[strip])
         gradient = logits
         if grad_latents is not None:
             buffer = torch.empty_like(logits) if buffer is None else _shortened(buffer, logits.shape[1])
             gradient = torch.mm(codebook, grad_latents[strip].t(), out=buffer)
             _through_selection(gradient, logits, scratch, selection_temperature)
-        if grad_entropies is not None:
-            entropy, grad_entropy, weights = sample_entropy[strip], grad_entropies[0][strip], grad_entropies[1]
-            _through_entropies(logits, scratch, entropy, log_sum, grad_entropy, weights / len(tokens), temperature)
+        if grad_usage is not None:
+            own = (statistics.sample_entropy[strip], statistics.log_sum_entropy[strip], grad_sample_entropy[strip])
+            _through_entropies(logits, scratch, *own, grad_usage / len(tokens), temperature)
             if gradient is not logits:
                 gradient.add_(logits)
         torch.mm(gradient.t(), codebook, out=grad_tokens[strip])
         grad_codebook.addmm_(gradient, tokens[strip])
     return grad_tokens, grad_codebook
+
+
+def _operands(dot_precision: str, *matrices: Tensor) -> list[Tensor]:
+    """The matrices as they are multiplied."""
+    if dot_precision == "bfloat16":
+        return [matrix.bfloat16().to(matrix.dtype) for matrix in matrices]
+    return list(matrices)
 
 
 def _through_selection(gradient: Tensor, logits: Tensor, scratch: Tensor, temperature: float) -> None:
@@ -138,8 +154,9 @@ def _through_entropies(
         torch.mul(log2_p, slope, out=x).add_(constant).add_(weights[chunk]).mul_(log2_p.exp2_())
 
 
-def best_codes(tokens: Tensor, codebook: Tensor, bias: Tensor | None = None) -> Tensor:
+def best_codes(tokens: Tensor, codebook: Tensor, bias: Tensor | None, *, dot_precision: str) -> Tensor:
     """The code [N] with the largest product plus bias [K] for each token; the lowest of equal ones."""
+    tokens, codebook = _operands(dot_precision, tokens, codebook)
     found = []
     for strip, logits, _ in _strips(tokens, codebook):
         torch.mm(codebook, tokens[strip].t(), out=logits)

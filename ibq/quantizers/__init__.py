@@ -2,15 +2,38 @@
 
 from ibq.quantizers.base import Quantizer, QuantizerOutput
 from ibq.quantizers.ibq import IBQConfig, IndexBackpropQuantizer
+from ibq.quantizers.lookup_free import (
+    BinarySphericalQuantizer,
+    BSQConfig,
+    FiniteScalarQuantizer,
+    FSQConfig,
+    LFQConfig,
+    LookupFreeBinaryQuantizer,
+)
+from ibq.quantizers.projector import LinearProjectorConfig, ProjectorConfig, VQBridgeConfig
+from ibq.quantizers.vq import SimVectorQuantizer, SimVQConfig, VectorQuantizer, VQConfig
 
-QuantizerConfig = IBQConfig
+QuantizerConfig = IBQConfig | VQConfig | LFQConfig | BSQConfig | FSQConfig | SimVQConfig
 
 __all__ = [
+    "BSQConfig",
+    "BinarySphericalQuantizer",
+    "FSQConfig",
+    "FiniteScalarQuantizer",
     "IBQConfig",
     "IndexBackpropQuantizer",
+    "LFQConfig",
+    "LinearProjectorConfig",
+    "LookupFreeBinaryQuantizer",
+    "ProjectorConfig",
     "Quantizer",
     "QuantizerConfig",
     "QuantizerOutput",
+    "SimVQConfig",
+    "SimVectorQuantizer",
+    "VQBridgeConfig",
+    "VQConfig",
+    "VectorQuantizer",
     "build_quantizer",
 ]
 
@@ -20,5 +43,15 @@ def build_quantizer(config: QuantizerConfig) -> Quantizer:
     match config:
         case IBQConfig():
             return IndexBackpropQuantizer(config)
+        case VQConfig():
+            return VectorQuantizer(config)
+        case LFQConfig():
+            return LookupFreeBinaryQuantizer(config)
+        case BSQConfig():
+            return BinarySphericalQuantizer(config)
+        case FSQConfig():
+            return FiniteScalarQuantizer(config)
+        case SimVQConfig():
+            return SimVectorQuantizer(config)
         case _:
             raise ValueError(f"no quantizer for {type(config).__name__}")

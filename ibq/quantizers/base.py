@@ -1,7 +1,9 @@
-"""The contract that every quantizer keeps."""
+"""The contract that every quantizer keeps, and the checks that their configurations share."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ class QuantizerOutput:
 class Quantizer(nn.Module):
     """Maps latents to codes and back.
 
+    Every kind gives the loss "quantization", and "entropy" where it has an entropy term. All of them compute in
+    float32 also under autocast; a quantizer in float64 stays in float64.
+
     `mean_over_ranks` (tensor -> its mean over all ranks, autograd-aware) makes batch statistics global; None keeps
     them per rank.
     """
@@ -27,7 +32,11 @@ class Quantizer(nn.Module):
     num_codes: int
     dim: int
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None
-    passthrough: bool = False  # hand on the latents unquantized: before the codebook is initialised from them
+    spherical: bool = False  # latents and codes are unit vectors, compared by their angle
+    # Whether the codes are a parameter `codebook` [K, D] that can be set to vectors like `tokens` gives (k-means). Only
+    # then is there a `passthrough`: to hand on the latents unquantized until the codebook is initialised from them.
+    learned_codebook: bool = False
+    passthrough: bool = False
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize z [B, D, h, w]."""
@@ -74,3 +83,49 @@ class Quantizer(nn.Module):
                     f"codes lie in [{low}, {high}] but the codebook has {self.num_codes} codes; "
                     "were they made with another tokenizer?"
                 )
+
+
+# --- Tokens and grids --------------------------------------------------------
+
+
+def to_tokens(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """The vectors [N, D] of z [B, D, h, w], images one after the other in raster order."""
+    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(dtype)
+
+
+def to_grid(tokens: Tensor, z: Tensor) -> Tensor:
+    """Tokens [N, D] as [B, D, h, w], or codes [N] as [B, h, w], in the places that they have in z [B, D, h, w]."""
+    batch, _, height, width = z.shape
+    grid = tokens.view(batch, height, width, *tokens.shape[1:])
+    return grid if tokens.dim() == 1 else grid.permute(0, 3, 1, 2)
+
+
+def straight_through(tokens: Tensor, rows: Tensor) -> Tensor:
+    """The values of `rows`, to the last bit, with the gradient going to `tokens` alone (arXiv 1308.3432)."""
+    return rows.detach() + (tokens - tokens.detach())
+
+
+# --- Checks of configurations: errors are named after the field --------------
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise ValueError for a field that is not positive and finite."""
+    for name in names:
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}: must be positive, got {value}; the paper's settings are the defaults")
+
+
+def require_not_negative(config: Any, *names: str) -> None:
+    """Raise ValueError for a field that is negative or not finite."""
+    for name in names:
+        value = getattr(config, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name}: must be at least 0 and finite, got {value}; the paper's is the default")
+
+
+def require_choice(config: Any, name: str, literal: Any) -> None:
+    """Raise ValueError for a field that is not among the values of a Literal type."""
+    value, choices = getattr(config, name), get_args(literal)
+    if value not in choices:
+        raise ValueError(f"{name}: there is no {value!r}; use {' or '.join(choices)}")

@@ -1,15 +1,15 @@
 """Index Backpropagation Quantization (arXiv 2412.02692)."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from ibq.ops.textbook import index_backprop
-from ibq.quantizers.base import Quantizer, QuantizerOutput
+from ibq.ops.index_backprop import BetaWeighs, Precision, best_codes, index_backprop
+from ibq.quantizers.base import QuantizerOutput, require_choice, require_not_negative, require_positive
+from ibq.quantizers.codebook import CodebookQuantizer, Init
+from ibq.quantizers.projector import ProjectorConfig, build_projector, check_projector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,62 +19,43 @@ class IBQConfig:
     kind: Literal["ibq"] = "ibq"
     num_codes: int = 16_384
     dim: int = 256
-    beta: float = 0.25  # weight of the codebook's pull in the quantization loss
+    beta: float = 0.25  # weight in the quantization loss of one of its one-sided terms:
+    beta_weighs: BetaWeighs = "codebook"  # its pull of codes to latents (reference code), or the commitment (the paper)
     entropy_temperature: float = 0.01
     sample_entropy_weight: float = 1.0  # each token should be certain of its code
     batch_entropy_weight: float = 1.0  # all codes should be in use
     selection_temperature: float = 1.0  # of the softmax whose gradient reaches the encoder and every code
+    logits: Precision = "float32"  # or bfloat16: of the operands of the matrix products; the sums are float32
     l2_normalize: bool = False  # compare and hand on unit vectors; then the selection wants a low temperature
-    init: Literal["normal", "uniform"] = "normal"
+    init: Init = "normal"
     init_scale: float = 1.0  # standard deviation (normal) or half-width (uniform) of the codebook's entries
+    projector: ProjectorConfig | None = None  # makes the codes of the codebook, so that all move together
 
     def __post_init__(self):
-        for name in ("num_codes", "dim", "entropy_temperature", "selection_temperature", "init_scale"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: must be positive, got {value}; the paper's settings are the defaults")
-        for name in ("beta", "sample_entropy_weight", "batch_entropy_weight"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: must be at least 0 and finite, got {value}; the paper's is the default")
-        if self.init not in ("normal", "uniform"):
-            raise ValueError(f"init: no initialisation {self.init!r}; use normal or uniform")
+        require_positive(self, "num_codes", "dim", "entropy_temperature", "selection_temperature", "init_scale")
+        require_not_negative(self, "beta", "sample_entropy_weight", "batch_entropy_weight")
+        require_choice(self, "init", Init)
+        require_choice(self, "beta_weighs", BetaWeighs)
+        require_choice(self, "logits", Precision)
+        check_projector(self.projector, self.num_codes)
 
 
-class IndexBackpropQuantizer(Quantizer):
+class IndexBackpropQuantizer(CodebookQuantizer):
     """Inner-product codebook whose every row gets a gradient; losses "quantization" and "entropy".
 
-    Always runs in float32 (float64 stays float64): under autocast the softmax over hundreds of thousands of codes
-    would not survive bf16.
+    Under autocast too its softmaxes run in float32 (float64 stays float64): over hundreds of thousands of codes they
+    would not survive bf16. Only the operands of the matrix products may be rounded to it (`logits: bfloat16`).
     """
 
+    config: IBQConfig
+
     def __init__(self, config: IBQConfig):
-        super().__init__()
-        self.config = config
-        self.num_codes = config.num_codes
-        self.dim = config.dim
-        self.codebook = nn.Parameter(torch.empty(config.num_codes, config.dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the codebook anew."""
-        scale = self.config.init_scale
-        match self.config.init:
-            case "normal":
-                nn.init.normal_(self.codebook, std=scale)
-            case "uniform":
-                nn.init.uniform_(self.codebook, -scale, scale)
-
-    def code_vectors(self) -> Tensor:
-        """The rows [K, D] that codes stand for, in float32 or float64."""
-        codebook = self.codebook if self.codebook.dtype == torch.float64 else self.codebook.float()
-        return F.normalize(codebook, dim=1) if self.config.l2_normalize else codebook
-
-    def tokens(self, z: Tensor) -> Tensor:
-        """The vectors [N, D] that are compared with the codes, of z [B, D, h, w]."""
-        dtype = torch.float64 if self.codebook.dtype == torch.float64 else torch.float32
-        tokens = z.permute(0, 2, 3, 1).reshape(-1, self.dim).to(dtype)
-        return F.normalize(tokens, dim=1) if self.config.l2_normalize else tokens
+        super().__init__(
+            config,
+            init_scale=config.init_scale,
+            spherical=config.l2_normalize,
+            projector=build_projector(config.projector, config.num_codes, config.dim),
+        )
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize z [B, D, h, w]."""
@@ -84,14 +65,16 @@ class IndexBackpropQuantizer(Quantizer):
         with torch.autocast(z.device.type, enabled=False):
             codebook, tokens = self.code_vectors(), self.tokens(z)
             if self.passthrough:
-                return self._pass(z, tokens, codebook)
+                return self._pass(z, tokens, codebook, ("quantization", "entropy"))
             result = index_backprop(
                 tokens,
                 codebook,
                 beta=config.beta,
+                beta_weighs=config.beta_weighs,
                 temperature=config.entropy_temperature,
                 selection_temperature=config.selection_temperature,
                 mean_over_ranks=self.mean_over_ranks,
+                precision=config.logits,
             )
             entropy = (
                 config.sample_entropy_weight * result.sample_entropy
@@ -107,28 +90,5 @@ class IndexBackpropQuantizer(Quantizer):
             },
         )
 
-    def _pass(self, z: Tensor, tokens: Tensor, codebook: Tensor) -> QuantizerOutput:
-        batch, _, height, width = z.shape
-        nothing = 0.0 * codebook.sum()  # data parallelism wants a gradient for every parameter
-        return QuantizerOutput(
-            latents=tokens.view(batch, height, width, self.dim).permute(0, 3, 1, 2),
-            codes=self._best(tokens.detach(), codebook.detach()).view(batch, height, width),
-            losses={"quantization": nothing, "entropy": nothing},
-        )
-
     def _best(self, tokens: Tensor, codebook: Tensor) -> Tensor:
-        logits = tokens @ codebook.t()  # [N, K]
-        return (logits / self.config.selection_temperature).softmax(dim=1).argmax(dim=1)
-
-    @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        """Codes [B, h, w] of z [B, D, h, w], without the losses."""
-        self.check_latents(z)
-        batch, _, height, width = z.shape
-        with torch.autocast(z.device.type, enabled=False):
-            return self._best(self.tokens(z), self.code_vectors()).view(batch, height, width)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Latents [B, D, h, w] of codes [B, h, w]."""
-        self.check_codes(codes)
-        return F.embedding(codes, self.code_vectors()).permute(0, 3, 1, 2)
+        return best_codes(tokens, codebook, precision=self.config.logits)

@@ -169,6 +169,12 @@ class TokenizerTask:
         self.codebook_start = codebook_start or CodebookStartConfig()
         self.first_batches = first_batches
         self.tokenizer: Tokenizer = generator.module
+        if self.codebook_start.kmeans and not self.tokenizer.quantizer.learned_codebook:
+            kind = self.tokenizer.config.quantizer.kind
+            raise UserError(
+                f"codebook_start.kmeans: model.quantizer.kind {kind} has no trained codebook to start from latents; "
+                "set codebook_start.kmeans=false and codebook_start.warmup_steps=0"
+            )
         device = next(self.tokenizer.parameters()).device
         self.reduce = dist.statistics_reduction(statistics)
         self.tokenizer.quantizer.mean_over_ranks = self.reduce
@@ -257,7 +263,7 @@ class TokenizerTask:
                 torch.cat(latents),
                 quantizer.num_codes,
                 iterations=start.iterations,
-                spherical=getattr(quantizer.config, "l2_normalize", False),
+                spherical=quantizer.spherical,
                 generator=torch.Generator().manual_seed(0),
             )
         except ValueError as error:
