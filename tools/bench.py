@@ -13,9 +13,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ibq.config import exit_on_user_error
 from ibq.files import write_text
-from tools import bench_loader
+from tools import bench_head_loss, bench_loader, bench_quantizer
 
-BENCHES = {"loader": bench_loader}
+BENCHES = {"loader": bench_loader, "quantizer": bench_quantizer, "head-loss": bench_head_loss}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

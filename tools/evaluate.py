@@ -5,6 +5,7 @@ python tools/evaluate.py reconstruction --tokenizer runs/tokenizer --images 'sha
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for name, value in report.metrics.items():
         print(f"{name:20s} {value:12.4f}")
+    print_histogram(report.codes_by_use)
     write_results(tokenizer, report, arguments)
 
 
@@ -104,10 +106,19 @@ def advancing(batches: Iterable[tuple[Tensor, Tensor]], progress) -> Iterator[tu
         progress.update(len(images))
 
 
+def print_histogram(codes_by_use: dict[str, int]) -> None:
+    """How many codes occur how often, with bars."""
+    most = max(codes_by_use.values())
+    print("codes that occur ... times:")
+    for occurrences, codes in codes_by_use.items():
+        print(f"{occurrences:>20s} {codes:12,d} {'#' * math.ceil(40 * codes / most)}")
+
+
 def write_results(tokenizer: Tokenizer, report: ReconstructionReport, arguments: argparse.Namespace) -> None:
     """Write the files that were asked for."""
     figures = {
         "metrics": report.metrics,
+        "codes_by_use": report.codes_by_use,
         "num_codes": tokenizer.quantizer.num_codes,
         "dim": tokenizer.quantizer.dim,
         "tokens_per_image": tokenizer.config.tokens_per_side**2,

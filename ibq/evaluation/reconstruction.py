@@ -12,6 +12,7 @@ from ibq import dist
 from ibq.data.transforms import to_uint8, to_unit_range
 
 SSIM_WINDOW, SSIM_K1, SSIM_K2 = 7, 0.01, 0.03
+RANK_PIECE = 16_384  # codes at a time
 MIN_TOKENS_PER_CODE = 20  # fewer tokens say little about which codes a codebook uses
 
 
@@ -87,13 +88,22 @@ class CodeUsage:
         """Boolean [num_codes]: which codes occur."""
         return self.counts > 0
 
+    def histogram(self) -> dict[str, int]:
+        """How many codes occur how often: never, once, 2 to 3 times, 4 to 7, ... (the key is the range)."""
+        bins = torch.zeros_like(self.counts)
+        bins[self.used()] = 1 + self.counts[self.used()].double().log2().floor().long()
+        sizes = torch.bincount(bins).tolist()
+        ranges = ["0", "1"] + [f"{2**n}-{2 ** (n + 1) - 1}" for n in range(1, max(len(sizes) - 1, 1))]
+        return dict(zip(ranges, sizes, strict=False))
+
 
 @torch.no_grad()
 def effective_rank(vectors: Tensor) -> float:
     """exp of the entropy of the normalised singular values of vectors [K, D] (Roy & Vetterli, 2007)."""
     if vectors.shape[0] == 0:
         return 0.0
-    gram = vectors.double().t() @ vectors.double()  # [D, D]: K may be 262,144
+    # [D, D], in pieces: K may be 262,144, which in float64 is another half a gigabyte.
+    gram = sum(piece.double().t() @ piece.double() for piece in vectors.split(RANK_PIECE))
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = singular / singular.sum().clamp_min(1e-300)
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
@@ -104,7 +114,8 @@ class ReconstructionReport:
     """Figures over a whole image set, and its first images."""
 
     metrics: dict[str, float]
-    histogram: Tensor  # [num_codes] int64
+    histogram: Tensor  # [num_codes] int64, how often each code occurs
+    codes_by_use: dict[str, int]  # how many codes occur how often
     originals: Tensor  # uint8 [n, 3, H, W]
     reconstructions: Tensor
 
@@ -151,6 +162,7 @@ def evaluate_reconstruction(
     return ReconstructionReport(
         metrics=metrics,
         histogram=usage.counts.cpu(),
+        codes_by_use=usage.histogram(),
         originals=torch.cat(originals)[:keep] if originals else torch.empty(0),
         reconstructions=torch.cat(reconstructions)[:keep] if originals else torch.empty(0),
     )
