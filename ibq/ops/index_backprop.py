@@ -205,14 +205,18 @@ def _backward_operator(
     grad_selected: Tensor | None,
     grad_usage: Tensor | None,
     grad_sample_entropy: Tensor | None,
+    for_codebook: bool,
     temperature: float,
     selection_temperature: float,
     dot_precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of tokens [N, D] and codebook [K, D]."""
+    """Gradients of tokens [N, D] and codebook [K, D], which is empty unless `for_codebook`."""
     if grad_latents is None and grad_usage is None:
-        grad_tokens, grad_codebook = torch.zeros_like(tokens), torch.zeros_like(codebook)
+        grad_tokens, grad_codebook = (
+            torch.zeros_like(tokens),
+            torch.zeros_like(codebook[: len(codebook) * for_codebook]),
+        )
     else:
         top, log_sum, *selection = saved
         statistics = tiles.ForwardStatistics(codes, top, *(selection or [None]), log_sum, sample_entropy, None)
@@ -224,19 +228,20 @@ def _backward_operator(
                 None if grad_latents is None else grad_latents.contiguous(),
                 grad_sample_entropy,
                 grad_usage,
+                for_codebook=for_codebook,
                 temperature=temperature,
                 selection_temperature=selection_temperature,
                 dot_precision=dot_precision,
             )
     for hard in (grad_latents, grad_selected):
-        if hard is not None:
+        if hard is not None and for_codebook:
             grad_codebook.index_add_(0, codes, hard)
     return grad_tokens, grad_codebook
 
 
 @_backward_operator.register_fake
-def _(tokens, codebook, *_):
-    return torch.empty_like(tokens), torch.empty_like(codebook)
+def _(tokens, codebook, codes, sample_entropy, saved, g1, g2, g3, g4, for_codebook, *_):
+    return torch.empty_like(tokens), torch.empty_like(codebook[: len(codebook) * for_codebook])
 
 
 def _save(ctx, inputs, output) -> None:
@@ -253,11 +258,12 @@ def _differentiate(ctx, grad_latents, grad_selected, _codes, grad_usage, grad_sa
         grad_usage = tokens.new_zeros(len(codebook), dtype=torch.float64)
     if grad_sample_entropy is None and grad_usage is not None:
         grad_sample_entropy = torch.zeros_like(sample_entropy)
-    gradients = _backward_operator(
+    for_codebook = ctx.needs_input_grad[1]
+    grad_tokens, grad_codebook = _backward_operator(
         tokens, codebook, codes, sample_entropy, saved,
-        grad_latents, grad_selected, grad_usage, grad_sample_entropy, *ctx.settings,
+        grad_latents, grad_selected, grad_usage, grad_sample_entropy, for_codebook, *ctx.settings,
     )  # fmt: skip
-    return *gradients, None, None, None, None
+    return grad_tokens, grad_codebook if for_codebook else None, None, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

@@ -69,22 +69,23 @@ def backward(
     grad_sample_entropy: Tensor | None,
     grad_usage: Tensor | None,
     *,
+    for_codebook: bool,
     temperature: float,
     selection_temperature: float,
     dot_precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients [N, D] and [K, D] of what goes through the softmaxes; without the part of the hard one-hot.
 
-    `grad_latents` may be None, and so may the gradients of the entropies [N] and the usage [K], both at once. With p
-    and P the softmaxes at the selection's and the entropies' temperature, tau and T, G = grad_latents . codebook^T, and
-    H the sample entropies:
+    Without `for_codebook` the second is empty. `grad_latents` may be None, and so may the gradients of the entropies [N]
+    and the usage [K], both at once. With p and P the softmaxes at the selection's and the entropies' temperature, tau
+    and T, G = grad_latents . codebook^T, and H the sample entropies:
 
         d logits = p (G - sum_k p G) / tau + P (-grad_H (log P + H) + grad_usage / N - sum_k P grad_usage / N) / T
     """
     tokens, codebook = _operands(dot_precision, tokens, codebook)
     if grad_latents is not None:
         (grad_latents,) = _operands(dot_precision, grad_latents)
-    grad_tokens, grad_codebook = torch.empty_like(tokens), torch.zeros_like(codebook)
+    grad_tokens, grad_codebook = torch.empty_like(tokens), torch.zeros_like(codebook[: len(codebook) * for_codebook])
     buffer = None
     for strip, logits, scratch in _strips(tokens, codebook):
         torch.mm(codebook, tokens[strip].t(), out=logits)
@@ -100,7 +101,8 @@ def backward(
             if gradient is not logits:
                 gradient.add_(logits)
         torch.mm(gradient.t(), codebook, out=grad_tokens[strip])
-        grad_codebook.addmm_(gradient, tokens[strip])
+        if for_codebook:
+            grad_codebook.addmm_(gradient, tokens[strip])
     return grad_tokens, grad_codebook
 
 

@@ -250,14 +250,15 @@ def backward(
     grad_sample_entropy: Tensor | None,
     grad_usage: Tensor | None,
     *,
+    for_codebook: bool = True,
     temperature: float,
     selection_temperature: float,
     dot_precision: DotPrecision,
 ) -> tuple[Tensor, Tensor]:
     """Gradients (tokens [N, D], codebook [K, D]) through the softmax alone, not through the selected rows.
 
-    Takes the gradients of the latents [N, D] (None leaves their term out), of each token's entropy [N] and of the
-    usage [K]. With G = grad_latents . codebook^T, the gradient of the logits is
+    Without `for_codebook` the second is empty. Takes the gradients of the latents [N, D] (None leaves their term out),
+    and of each token's entropy [N] and the usage [K] (None for both leaves theirs out). With G = grad_latents . codebook^T, the gradient of the logits is
     p (G - sum_k p G) / selection_temperature
     + P (grad_usage / N - sum_k P grad_usage / N - grad_entropy (log P + entropy)) / temperature.
     Its chunks pass through a buffer of bounded size (`triton_common.WORKSPACE_BYTES`).
@@ -265,7 +266,7 @@ def backward(
     (num_tokens, width), num_codes = tokens.shape, codebook.shape[0]
     tokens, codebook = _operands(dot_precision, tokens, codebook)
     grad_tokens = torch.zeros_like(tokens, dtype=torch.float32)
-    grad_codebook = torch.zeros_like(codebook, dtype=torch.float32)
+    grad_codebook = torch.zeros_like(codebook[: num_codes * for_codebook], dtype=torch.float32)
     if grad_latents is not None:
         (grad_latents,) = _operands(dot_precision, grad_latents.contiguous())
     if grad_usage is None or grad_sample_entropy is None:
@@ -289,7 +290,10 @@ def backward(
                     [values[rows] for values in per_token], grad_usage[columns], inverse, dot_precision,
                 )  # fmt: skip
                 add_product(grad_tokens[rows], chunk, codebook[columns], dot_precision=dot_precision)
-                add_product(grad_codebook[columns], chunk, tokens[rows], transposed=True, dot_precision=dot_precision)
+                if for_codebook:
+                    add_product(
+                        grad_codebook[columns], chunk, tokens[rows], transposed=True, dot_precision=dot_precision
+                    )
     return grad_tokens[:, :width].contiguous(), grad_codebook[:, :width].contiguous()
 
 
