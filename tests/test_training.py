@@ -299,7 +299,7 @@ def test_tensorboard_and_jsonl_carry_the_same_scalars(train, stage):
 
 def test_a_collapsed_codebook_raises_the_alarm(train, capsys):
     # A codebook of equal rows (zeros in float32): the lowest code wins every tie.
-    folder = train("tokenizer", "model.quantizer.init_scale=1e-300", "optimizer.learning_rate=0", "training.max_steps=1")
+    folder = train("tokenizer", "model.quantizer.init_scale=1e-99", "optimizer.learning_rate=0", "training.max_steps=1")
     lines = [line for line in capsys.readouterr().err.splitlines() if "ALARM" in line]
     assert len(lines) == 1 and "step 1" in lines[0] and "codebook collapse" in lines[0]
     assert scalars(folder)["codebook/usage"] == {1: 1 / CODES}

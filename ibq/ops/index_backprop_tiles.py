@@ -76,9 +76,9 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients [N, D] and [K, D] of what goes through the softmaxes; without the part of the hard one-hot.
 
-    Without `for_codebook` the second is empty. `grad_latents` may be None, and so may the gradients of the entropies [N]
-    and the usage [K], both at once. With p and P the softmaxes at the selection's and the entropies' temperature, tau
-    and T, G = grad_latents . codebook^T, and H the sample entropies:
+    Without `for_codebook` the second is empty. `grad_latents` may be None, and so may the gradients of entropies [N]
+    and usage [K], both at once. With p and P the softmaxes at the selection's and the entropies' temperature, tau and
+    T, G = grad_latents . codebook^T, and H the sample entropies:
 
         d logits = p (G - sum_k p G) / tau + P (-grad_H (log P + H) + grad_usage / N - sum_k P grad_usage / N) / T
     """

@@ -258,7 +258,8 @@ def backward(
     """Gradients (tokens [N, D], codebook [K, D]) through the softmax alone, not through the selected rows.
 
     Without `for_codebook` the second is empty. Takes the gradients of the latents [N, D] (None leaves their term out),
-    and of each token's entropy [N] and the usage [K] (None for both leaves theirs out). With G = grad_latents . codebook^T, the gradient of the logits is
+    and of each token's entropy [N] and the usage [K] (None for both leaves theirs out). With
+    G = grad_latents . codebook^T, the gradient of the logits is
     p (G - sum_k p G) / selection_temperature
     + P (grad_usage / N - sum_k P grad_usage / N - grad_entropy (log P + entropy)) / temperature.
     Its chunks pass through a buffer of bounded size (`triton_common.WORKSPACE_BYTES`).
