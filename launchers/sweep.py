@@ -1,0 +1,186 @@
+"""Train several variants of a model and compare them: a table, curves and pictures on one page.
+
+python launchers/sweep.py --config yaml/ablation_quantizers.yaml
+"""
+
+# ruff: noqa: E402 (a script first mends sys.path, then imports)
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from ibq.config import UserError, exit_on_user_error, load_config
+from ibq.training.run import run_folder
+from launchers.executor import ROOT, Ended, Executor, LocalExecutor, StopRequest, shown
+from launchers.sweep_plan import Run, SweepConfig, plan
+from launchers.sweep_results import write_results
+from launchers.sweep_state import LOG_FILE, RunState, last_words, open_run
+from launchers.sweep_table import SweepTable
+
+POLL_SECONDS = 0.2
+HELP = """\
+The sweep file names what all runs share and what makes each different:
+
+  name: learning_rate
+  script: ibq/train_tokenizer.py
+  base: yaml/ablation_tokenizer.yaml      # the config of every run
+  overrides: [training.max_steps=600]     # common settings over it
+  runs:                                   # either each run with its own settings ...
+    low: [optimizer.learning_rate=1e-4]
+    high: [optimizer.learning_rate=1e-3]
+  grid:                                   # ... or every combination of values
+    optimizer.learning_rate: [1e-4, 1e-3]
+  output: runs/learning_rate
+
+Every run is one of the project's own commands, which is printed, in OUTPUT/RUN; what it says goes to
+OUTPUT/RUN/sweep.log. Interrupted (Ctrl-C, SIGTERM) or killed, the same command goes on where it was. Runs that
+are finished are not run again. The results: OUTPUT/report.html, results.md, results.csv, results.json, pictures.
+"""
+
+
+class Sweep:
+    """Brings the runs to their end, as many at a time as the executor takes."""
+
+    def __init__(self, states: Sequence[RunState], executor: Executor, table: SweepTable, retries: int):
+        self.states, self.executor, self.table, self.retries = states, executor, table, retries
+        self.started = time.monotonic()
+
+    def run(self) -> int:
+        """Run what is left to do; 0, or the number of the signal that has ended it."""
+        with StopRequest() as stop:
+            passed_on = False
+            while True:
+                for ended in self.executor.ended():
+                    self._end(ended, stopping=bool(stop.number))
+                if stop.number and not passed_on:
+                    self._say(f"stopping {len(self._of('running'))} runs; the same command goes on from there")
+                    self.executor.signal(stop.number)
+                    passed_on = True
+                while not stop.number and self.executor.free() and self._of("queued"):
+                    self._start(self._of("queued")[0])
+                if not self._of("running"):
+                    break
+                self.table.update(time.monotonic())
+                time.sleep(POLL_SECONDS)
+            self.table.update(time.monotonic(), last=True)
+        return stop.number
+
+    def _of(self, kind: str) -> list[RunState]:
+        return [state for state in self.states if state.state == kind]
+
+    def _say(self, message: str) -> None:
+        self.table.say(f"[{time.monotonic() - self.started:4.0f} s] {message}")
+
+    def _start(self, state: RunState) -> None:
+        part, log = state.next_part(), state.run.folder / LOG_FILE
+        state.save()
+        self._say(f"{state.run.name}: {part.name}\n$ {shown(part.command)}")
+        state.begin(part, time.monotonic())
+        self.executor.start(state.run.name, part.command, log)
+
+    def _end(self, ended: Ended, *, stopping: bool) -> None:
+        state = next(state for state in self.states if state.run.name == ended.key)
+        part, log = state.part, state.run.folder / LOG_FILE
+        state.end(ended.seconds, done=ended.code == 0)
+        if ended.code == 0 and state.next_part() is not part:
+            state.state = "queued" if state.next_part() else "done"
+            if state.state == "done":
+                self._say(f"{state.run.name}: done")
+            return
+        if stopping:
+            state.state = "stopped"
+            return
+        state.failures += 1
+        # Exit code 2 is a mistake that only the user can mend.
+        again = ended.code != 2 and state.failures <= self.retries
+        state.state = "queued" if again else "failed"
+        state.reason = f"{part.name} ended with exit code {ended.code}: {last_words(log)}"
+        self._say(f"{state.run.name}: {state.reason}" + ("; once more" if again else f"; see {log}"))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="the sweep file; see yaml/ablation_*.yaml")
+    add(
+        "--max-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time, which share the cores and slow "
+        "each other down: times are compared among sweeps with the same N (default: 1)",
+    )
+    add("--retries", type=int, default=1, metavar="N", help="how often a run that fails is tried again (default: 1)")
+    add("--only", action="append", metavar="RUN", help="run only this one (may be repeated); results show all")
+    add("--fresh", action="store_true", help="train all runs, or those of --only, again from the start")
+    add("--collect", action="store_true", help="run nothing, only write the results of what is done")
+    add("overrides", nargs="*", metavar="key=value", help="settings over the sweep file's, such as output=runs/other")
+    arguments = parser.parse_intermixed_args(argv)
+    for name, least in (("max_parallel", 1), ("retries", 0)):
+        if getattr(arguments, name) < least:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} must be at least {least}, got {getattr(arguments, name)}")
+    return arguments
+
+
+def chosen(runs: Sequence[Run], names: Sequence[str] | None) -> list[Run]:
+    """The runs that --only names, or all; UserError for a name that is none."""
+    known = [run.name for run in runs]
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"--only: there is no run {name!r}; the sweep has {', '.join(known)}")
+    return [run for run in runs if not names or run.name in names]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sweep as the command line says; the exit code."""
+    arguments = parse(argv)
+    config_file = os.path.abspath(arguments.config)
+    os.chdir(ROOT)  # paths in a sweep file are relative to the project, and so are the commands that are printed
+    source = os.path.relpath(config_file) if Path(config_file).is_relative_to(ROOT) else config_file
+    config = load_config(SweepConfig, source, arguments.overrides)
+    runs = plan(config, source)
+    selected = chosen(runs, arguments.only)
+    if arguments.collect and arguments.fresh:
+        raise UserError("--collect runs nothing and removes nothing; leave out --fresh")
+    with contextlib.ExitStack() as locks:
+        if not arguments.collect:
+            for run in selected:  # not the whole sweep: --only may run beside it
+                locks.enter_context(run_folder(str(config.folder / ".locks" / run.name), fresh=False))
+        states = [open_run(run, fresh=arguments.fresh) for run in selected]
+        number = 0 if arguments.collect else execute(states, arguments)
+    if number:
+        return 128 + number
+    write_results(config, runs, shlex.join(["--config", source, *arguments.overrides]))
+    failed = [state for state in states if state.state == "failed"]
+    if failed:
+        said = "; ".join(f"{state.run.name} ({state.reason})" for state in failed)
+        print(f"{len(failed)} of {len(states)} runs failed: {said}; the same command tries again", file=sys.stderr)
+        return 1
+    return 0
+
+
+def execute(states: Sequence[RunState], arguments: argparse.Namespace) -> int:
+    """Run what is left to do; 0, or the number of the signal that has ended it."""
+    executor = LocalExecutor(arguments.max_parallel)
+    done = sum(state.state == "done" for state in states)
+    if done == len(states):
+        print(f"all {done} runs are done; --fresh trains them again")
+        return 0
+    share = f"{executor.slots} at a time, threads each: {executor.threads}"
+    print(f"{len(states)} runs, {done} done; {share}", flush=True)
+    return Sweep(states, executor, SweepTable(states, executor.slots), arguments.retries).run()
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
