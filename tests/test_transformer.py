@@ -94,6 +94,14 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     torch.testing.assert_close(transformer(codes.int(), classes.int()), nll)
 
 
+def test_training_makes_no_logits():
+    transformer = small_transformer().train()
+    called = []
+    transformer.head.register_forward_hook(lambda module, arguments, output: called.append(output))
+    transformer(*random_batch(3, transformer.config)).mean().backward()
+    assert not called and transformer.head.weight.grad.any()
+
+
 def test_head_loss_replaces_head_and_cross_entropy():
     transformer = small_transformer()
     codes, classes = random_batch(3, transformer.config)

@@ -23,6 +23,7 @@ from ibq.models.transformer_blocks import (
     linear,
     rotary_table,
 )
+from ibq.ops.linear_cross_entropy import linear_cross_entropy
 
 INIT_STD = 0.02
 FFN_MULTIPLE = 256
@@ -136,12 +137,12 @@ class Condition:
 class Transformer(nn.Module):
     """Next-code model: position i sees the class and the codes before i, and predicts code i.
 
-    `head_loss`, where set, replaces head and cross-entropy in `forward`: a callable (hidden [N, C], head
-    weight [V, C], codes [N]) -> negative log likelihood [N] in float32. It is how a fused or a
-    vocabulary-parallel loss comes in.
+    `head_loss` is head and cross-entropy in `forward`: a callable (hidden [N, C], head weight [V, C], codes
+    [N]) -> negative log likelihood [N] in float32. By default it makes no table of tokens x vocabulary; set
+    another where the vocabulary is split over ranks.
     """
 
-    head_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    head_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(linear_cross_entropy)
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -192,11 +193,7 @@ class Transformer(nn.Module):
         """
         hidden = self._hidden(codes, classes).flatten(0, 1)
         targets = codes.flatten().long()
-        if self.head_loss is not None:
-            return self.head_loss(hidden, self.head.weight, targets).view(codes.shape)
-        logits = self.head(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits, targets, reduction="none").view(codes.shape)
+        return self.head_loss(hidden, self.head.weight, targets).view(codes.shape)
 
     def logits(self, codes: Tensor, classes: Tensor) -> Tensor:
         """Logits [B, T, V]: those at i predict code i. Modes and errors as in `forward`."""

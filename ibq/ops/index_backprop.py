@@ -137,7 +137,7 @@ def _quantize(tokens, codebook, temperature, selection_temperature, precision, b
     if backend == "auto":
         backend = "triton" if possible else "torch"
     # Stated to Triton, whose default on GPUs is tf32; as PyTorch's own matrix products are set.
-    product = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    product = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     settings = (float(temperature), float(selection_temperature), product if precision == "float32" else precision)
     return _operator(tokens.to(dtype), codebook.to(dtype), *settings, backend)[:5]
 
