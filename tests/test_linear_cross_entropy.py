@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ibq.ops import backend as backends
 from ibq.ops import linear_cross_entropy as module
 from ibq.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -298,7 +299,7 @@ def test_triton_kernels_are_called_as_agreed(monkeypatch, autocast):
     kernels.seen = []
     monkeypatch.setitem(sys.modules, name, kernels)
     monkeypatch.setattr(sys.modules["ibq.ops"], "triton_linear_cross_entropy", kernels, raising=False)
-    monkeypatch.setattr(module, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(backends, "triton_is_installed", lambda: True)
     batch = inputs(20, 30, 8)
 
     def through_kernels(*arguments):
@@ -355,10 +356,10 @@ def test_bad_backends(monkeypatch):
     hidden, weight, targets, _ = inputs(4, 5, 3)
     with pytest.raises(ValueError, match="backend: 'fast' is unknown; use auto"):
         linear_cross_entropy(hidden, weight, targets, backend="fast")
-    monkeypatch.setattr(module, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(backends, "triton_is_installed", lambda: True)
     with pytest.raises(ValueError, match=r"backend: triton takes .* not torch.float64; use"):
         linear_cross_entropy(hidden.double(), weight.double(), targets, backend="triton")
-    monkeypatch.setattr(module, "_triton_is_installed", lambda: False)
+    monkeypatch.setattr(backends, "triton_is_installed", lambda: False)
     with pytest.raises(ValueError, match="backend: triton is not installed; pip install triton"):
         linear_cross_entropy(hidden, weight, targets, backend="triton")
 

@@ -8,10 +8,8 @@ What needs all codes of all tokens is one operator with a hand-written gradient,
 (the squared distances, the entropy of the batch and its mean over ranks) is plain PyTorch around it.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -19,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ibq.ops import index_backprop_tiles as tiles
+from ibq.ops.backend import Backend, float32_products, use_triton
 from ibq.ops.textbook import IndexBackpropResult
 
 Precision = Literal["float32", "bfloat16"]
 BetaWeighs = Literal["codebook", "commitment"]
-Backend = Literal["auto", "torch", "triton"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,19 +131,10 @@ def _quantize(tokens, codebook, temperature, selection_temperature, precision, b
     """The operator on operands of one precision."""
     double = torch.float64 in (tokens.dtype, codebook.dtype)
     dtype = torch.float64 if double else torch.float32
-    possible = tokens.is_cuda and not double and triton_is_installed()
-    if backend == "auto":
-        backend = "triton" if possible else "torch"
-    # Stated to Triton, whose default on GPUs is tf32; as PyTorch's own matrix products are set.
-    product = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    settings = (float(temperature), float(selection_temperature), product if precision == "float32" else precision)
-    return _operator(tokens.to(dtype), codebook.to(dtype), *settings, backend)[:5]
-
-
-@cache
-def triton_is_installed() -> bool:
-    """Whether the Triton kernels can be had."""
-    return importlib.util.find_spec("triton") is not None
+    backend = "triton" if use_triton(tokens, dtype, backend) else "torch"
+    product = float32_products() if precision == "float32" else precision
+    settings = (float(temperature), float(selection_temperature), product, backend)
+    return _operator(tokens.to(dtype), codebook.to(dtype), *settings)[:5]
 
 
 # --- The operator ---------------------------------------------------------------------------

@@ -9,22 +9,18 @@ Tiles have codes as rows and tokens as columns: sums over the codes then run alo
 all tiles. Exponentials are taken to the base 2, which CPUs do several times faster than to the base e.
 """
 
-import importlib.util
 import math
 from collections.abc import Iterator
-from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "triton"]
+from ibq.ops.backend import Backend, float32_products, use_triton
 
 LOG2_E = math.log2(math.e)
 # (codes, tokens) of a tile: on a CPU it stays in the cache, and fewer tokens would make products that only move memory.
 TILES = {"cpu": (2048, 512)}
 GPU_TILE = (2048, 2048)
-TRITON_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -89,12 +85,12 @@ def _operator(
         if low < 0 or high >= len(weight):
             raise ValueError(f"targets: values {low} to {high} outside 0 to {len(weight) - 1}; the head is too small")
     with torch.autocast(hidden.device.type, enabled=False):
-        if not _use_triton(hidden, dtype, backend):
+        if not use_triton(hidden, dtype, backend):
             return _forward(hidden.to(dtype), weight, targets)
         from ibq.ops import triton_linear_cross_entropy as kernels
 
         operands = (x.to(dtype).contiguous() for x in (hidden, weight))
-        nll, log_sum = kernels.forward(*operands, targets.contiguous(), dot_precision=_dot_precision())
+        nll, log_sum = kernels.forward(*operands, targets.contiguous(), dot_precision=float32_products())
         return nll, torch.stack([log_sum, torch.zeros_like(log_sum)])
 
 
@@ -116,13 +112,13 @@ def _backward_operator(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and weight, in their dtypes; one that is not wanted is empty."""
     with torch.autocast(hidden.device.type, enabled=False):
-        if not _use_triton(hidden, dtype, backend):
+        if not use_triton(hidden, dtype, backend):
             return _backward(hidden, weight, targets, log_sum, grad_nll, wanted, dtype)
         from ibq.ops import triton_linear_cross_entropy as kernels
 
         operands = (x.to(dtype).contiguous() for x in (hidden, weight))
         rest = (x.contiguous() for x in (targets, log_sum.sum(dim=0), grad_nll))
-        gradients = kernels.backward(*operands, *rest, dot_precision=_dot_precision())
+        gradients = kernels.backward(*operands, *rest, dot_precision=float32_products())
         parts = zip((hidden, weight), gradients, wanted, strict=True)
         return tuple(grad.to(like.dtype) if want else like.new_empty(0) for like, grad, want in parts)
 
@@ -156,31 +152,6 @@ _operator.register_autograd(_differentiate, setup_context=_save)
 def _exact(dtype: torch.dtype) -> torch.dtype:
     """The dtype of everything but the products' operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _use_triton(hidden: Tensor, dtype: torch.dtype, backend: str) -> bool:
-    match backend:
-        case "torch":
-            return False
-        case "auto":
-            return hidden.is_cuda and dtype in TRITON_DTYPES and _triton_is_installed()
-        case "triton":
-            if not _triton_is_installed():
-                raise ValueError("backend: triton is not installed; pip install triton, or use auto or torch")
-            if dtype not in TRITON_DTYPES:
-                raise ValueError(f"backend: triton takes float32 and bfloat16, not {dtype}; use auto or torch")
-            return True
-    raise ValueError(f"backend: {backend!r} is unknown; use auto, torch or triton")
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _dot_precision() -> str:
-    """How float32 is multiplied, as PyTorch's own products on CUDA would; other operands leave no choice."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 # --- In plain PyTorch -----------------------------------------------------------------------------------
