@@ -1,0 +1,69 @@
+"""The benches of numeric cores run, and write what the README says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import bench_quantizer
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the memory of a process is read from Linux's /proc"
+)
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/bench.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_quantizer(tmp_path):
+    file = tmp_path / "q.json"
+    size = ("--codes", "3000", "--dim", "16", "--images", "2", "--tokens", "400", "--repeats", "1")
+    done = bench("quantizer", *size, "--no-picture", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    ours, plain, ratio = figures["ours"], figures["textbook"], figures["ratio"]
+    assert ratio["speedup"] == pytest.approx(plain["seconds"] / ours["seconds"])
+    assert ratio["speedup_flushed"] == pytest.approx(plain["seconds_flushed"] / ours["seconds"])
+    assert ratio["memory"] == pytest.approx(plain["extra_peak_gib"] / ours["extra_peak_gib"])
+    tables = plain["extra_peak_gib"] * 2**30 / (4 * 3000 * 800)
+    assert 5 < tables < 12, "the textbook form holds some eight tables of tokens x codes"
+    assert 0 < ours["gemm_share"] < 1.2 and "textbook" in done.stdout
+
+
+def test_head_loss(tmp_path):
+    file = tmp_path / "h.json"
+    done = bench("head-loss", "--codes", "500", "--dim", "16", "--tokens", "300", "--repeats", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert figures["ratio"]["memory"] > 1 and figures["ours"]["gemm_share"] > 0 and figures["textbook"]["seconds"] > 0
+
+
+@pytest.mark.parametrize("option", ["--codes=0", "--images=-1", "--device=cuda"])
+def test_bad_options_are_one_line(option, tmp_path):
+    import torch
+
+    if option == "--device=cuda" and torch.cuda.is_available():
+        option = "--repeats=0"
+    done = bench("quantizer", option)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and option.split("=")[0] in done.stderr
+
+
+def test_growth_and_its_picture(tmp_path):
+    growth = [
+        {"codes": codes, "images": images, "ours": form(codes * images), "textbook": form(4 * codes * images)}
+        for codes, images in [(1024, 4), (4096, 4), (16384, 1), (16384, 2), (16384, 4)]
+    ]
+    assert bench_quantizer.exponents(growth) == pytest.approx({"seconds_over_tokens_times_codes": 1.0})
+    figures = {"growth": growth, "settings": {"codes": 16384, "images": 4}}
+    path = bench_quantizer.draw(figures, tmp_path / "picture.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def form(size: int) -> dict[str, float]:
+    return {"seconds": size / 1000, "extra_peak_gib": size / 10_000}
