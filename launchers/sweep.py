@@ -3,8 +3,6 @@
 python launchers/sweep.py --config yaml/ablation_quantizers.yaml
 """
 
-# ruff: noqa: E402 (a script first mends sys.path, then imports)
-
 import argparse
 import contextlib
 import os
