@@ -186,7 +186,10 @@ def first_best(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _strips(tokens: Tensor, codebook: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Slices of tokens, each with a buffer [K, n] for its logits and a scratch tile for a chunk of them."""
+    """Slices of tokens, each with a buffer [K, n] for its logits and a scratch tile for a chunk of them.
+
+    The forward and the backward pass are cut alike: products of equal shapes give equal logits, to the last bit.
+    """
     count, num_codes = len(tokens), len(codebook)
     kind = "cuda" if tokens.is_cuda else "cpu"
     fitting = STRIP_BYTES[kind] // (num_codes * tokens.element_size())
