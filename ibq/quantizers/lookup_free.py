@@ -209,8 +209,7 @@ class LookupFreeBinaryQuantizer(LookupFreeQuantizer):
             temperature=self.config.entropy_temperature,
             mean_over_ranks=self.mean_over_ranks,
         )
-        sample, batch = (x.to(tokens.dtype) for x in (entropies.sample_entropy, entropies.batch_entropy))
-        entropy, metrics = self._entropy_loss(sample, batch)
+        entropy, metrics = self._entropy_loss(entropies.sample_entropy, entropies.batch_entropy)
         return {"quantization": self.config.beta * F.mse_loss(tokens, rows), "entropy": entropy}, metrics
 
 
@@ -257,7 +256,7 @@ class BinarySphericalQuantizer(LookupFreeQuantizer):
                 temperature=self.config.entropy_temperature,
                 mean_over_ranks=self.mean_over_ranks,
             )
-            total = total + entropies.batch_entropy.to(tokens.dtype)
+            total = total + entropies.batch_entropy
         return total
 
 

@@ -139,7 +139,7 @@ class VectorQuantizer(CodebookQuantizer):
             temperature=self.config.entropy_temperature,
             mean_over_ranks=self.mean_over_ranks,
         )
-        sample, batch = (x.to(tokens.dtype) for x in (entropies.sample_entropy, entropies.batch_entropy))
+        sample, batch = entropies.sample_entropy, entropies.batch_entropy
         weights = self.entropy_weights
         metrics = {"sample_entropy": sample.detach(), "batch_entropy": batch.detach()}
         return weights[0] * sample - weights[1] * batch, metrics
