@@ -228,7 +228,7 @@ def test_under_torch_compile_and_checkpointing():
 
 def test_the_operator_keeps_pytorchs_rules():
     z, codebook, _ = draw(6, 9, 4)
-    torch.library.opcheck(torch.ops.ibq.index_backprop, (z, codebook, 0.1, 1.0, "ieee", "torch"))
+    torch.library.opcheck(torch.ops.ibq.index_backprop, (z, codebook, 0.1, 1.0, "float32", "torch"))
 
 
 def test_a_frozen_codebook_and_unused_outputs():

@@ -132,8 +132,7 @@ def _quantize(tokens, codebook, temperature, selection_temperature, precision, b
     double = torch.float64 in (tokens.dtype, codebook.dtype)
     dtype = torch.float64 if double else torch.float32
     backend = "triton" if use_triton(tokens, dtype, backend) else "torch"
-    product = float32_products() if precision == "float32" else precision
-    settings = (float(temperature), float(selection_temperature), product, backend)
+    settings = (float(temperature), float(selection_temperature), precision, backend)
     return _operator(tokens.to(dtype), codebook.to(dtype), *settings)[:5]
 
 
@@ -148,9 +147,13 @@ def _kernels(backend: str):
     return tiles
 
 
+def _dot_precision(precision: str) -> str:
+    return float32_products() if precision == "float32" else precision
+
+
 @torch.library.custom_op("ibq::index_backprop", mutates_args=())
 def _operator(
-    tokens: Tensor, codebook: Tensor, temperature: float, selection_temperature: float, dot_precision: str, backend: str
+    tokens: Tensor, codebook: Tensor, temperature: float, selection_temperature: float, precision: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Latents [N, D], selected rows [N, D], codes [N], usage [K], sample entropies [N] and what else is saved [S, N].
 
@@ -163,7 +166,7 @@ def _operator(
             codebook.contiguous(),
             temperature=temperature,
             selection_temperature=selection_temperature,
-            dot_precision=dot_precision,
+            dot_precision=_dot_precision(precision),
         )
     selected = codebook.index_select(0, found.codes)
     saved = [found.top, found.log_sum_entropy]
@@ -174,7 +177,7 @@ def _operator(
 
 
 @_operator.register_fake
-def _(tokens, codebook, temperature, selection_temperature, dot_precision, backend):
+def _(tokens, codebook, temperature, selection_temperature, precision, backend):
     count = len(tokens)
     latents = tokens.new_empty(count, codebook.shape[1])
     saved = tokens.new_empty(3 if backend == "triton" else 2, count)
@@ -197,7 +200,7 @@ def _backward_operator(
     for_codebook: bool,
     temperature: float,
     selection_temperature: float,
-    dot_precision: str,
+    precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of tokens [N, D] and codebook [K, D], which is empty unless `for_codebook`."""
@@ -220,7 +223,7 @@ def _backward_operator(
                 for_codebook=for_codebook,
                 temperature=temperature,
                 selection_temperature=selection_temperature,
-                dot_precision=dot_precision,
+                dot_precision=_dot_precision(precision),
             )
     for hard in (grad_latents, grad_selected):
         if hard is not None and for_codebook:
