@@ -38,8 +38,9 @@ def setup(device: str = "auto") -> torch.device:
 
 
 def shutdown() -> None:
-    """Leave the process group."""
+    """Leave the process group, all ranks at a time: gloo has been seen to abort a process that left early."""
     if torch_dist.is_initialized():
+        torch_dist.barrier()
         torch_dist.destroy_process_group()
 
 

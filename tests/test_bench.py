@@ -31,7 +31,7 @@ def test_quantizer(tmp_path):
     assert ratio["speedup_flushed"] == pytest.approx(plain["seconds_flushed"] / ours["seconds"])
     assert ratio["memory"] == pytest.approx(plain["extra_peak_gib"] / ours["extra_peak_gib"])
     tables = plain["extra_peak_gib"] * 2**30 / (4 * 3000 * 800)
-    assert 5 < tables < 12, "the textbook form holds some eight tables of tokens x codes"
+    assert 5 < tables < 20, "the textbook form holds some eight tables, and the process a little more"
     assert 0 < ours["gemm_share"] < 1.2 and "textbook" in done.stdout
 
 

@@ -360,7 +360,7 @@ def test_sweeps_that_come_with_the_project(file, tmp_path, monkeypatch):
         load_config(TokenizerRunConfig, file)
         return
     runs = plan_module.plan(load_config(plan_module.SweepConfig, file), str(file))
-    assert len(runs) > 2
+    assert len(runs) > 1
     for run in runs:
         config = load_config(TokenizerRunConfig, run.parts[0].command[2], run.parts[0].command[3:])
         assert config.output == str(run.folder) and not config.loss.gan.enabled

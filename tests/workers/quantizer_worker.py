@@ -40,7 +40,6 @@ def main() -> None:
     found = {name: value for kind in KINDS for name, value in quantize(kind).items()}
     if dist.is_main():
         save_file(found, f"{sys.argv[1]}.safetensors")
-    dist.barrier()  # nobody leaves while another still talks
     dist.shutdown()
 
 
