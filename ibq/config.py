@@ -8,6 +8,7 @@ is one line that names the file (with its line) or the command line, the key, an
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import types
@@ -97,6 +98,12 @@ def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # One process of several: all files are closed by now, and gloo's threads have been seen to abort the
+        # interpreter's own way out, which a launcher would take for a failure.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
     sys.exit(code or 0)
 
 

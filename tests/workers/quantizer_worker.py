@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from ibq import dist
+from ibq.config import exit_on_user_error
 
 
 def quantize(kind: str) -> dict[str, torch.Tensor]:
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)
