@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+DTYPES = {"f32": torch.float32, "f64": torch.float64}
 FLOAT32_FACTOR = 20  # times the reference's own float32-against-float64 difference
 FLOAT32_FLOOR = 1e-6  # of the largest absolute value
 FLOAT64_TOLERANCE = 1e-9  # of the largest absolute value
@@ -33,6 +34,20 @@ def golden_json(name: str) -> dict:
 def golden_tensors(name: str) -> dict[str, Tensor]:
     """The tensors of `name`.safetensors."""
     return load_file(golden_dir() / f"{name}.safetensors")
+
+
+def stored_quantities(file: str, name: str) -> dict[str, dict[str, Tensor]]:
+    """quantity -> precision -> value, for every scalar and tensor that the golden data has of a case."""
+    case, tensors = golden_json(file)["cases"][name], golden_tensors(file)
+    found: dict[str, dict[str, Tensor]] = {}
+    for precision in DTYPES:
+        for key, value in case[precision].items():
+            found.setdefault(key, {})[precision] = torch.tensor(value, dtype=torch.float64)
+        prefix = f"{name}/{precision}/"
+        for key, value in tensors.items():
+            if key.startswith(prefix):
+                found.setdefault(key.removeprefix(prefix), {})[precision] = value
+    return found
 
 
 def float32_tolerance(name: str, key: str, expected: Tensor, default_relative: float = 1e-5) -> float:

@@ -14,6 +14,7 @@ from functools import cache
 import pytest
 import torch
 from golden_support import (
+    DTYPES,
     FLOAT32_FACTOR,
     FLOAT32_FLOOR,
     FLOAT64_TOLERANCE,
@@ -21,6 +22,7 @@ from golden_support import (
     assert_equal_codes,
     golden_json,
     golden_tensors,
+    stored_quantities,
 )
 from torch import Tensor
 
@@ -28,7 +30,6 @@ from ibq.ops.textbook import index_backprop
 from ibq.quantizers import IBQConfig, IndexBackpropQuantizer
 
 NAME = "quantizer_ibq"
-DTYPES = {"f32": torch.float32, "f64": torch.float64}
 ENTROPIES = ("sample_entropy", "avg_entropy", "entropy_loss")
 WITHOUT_CODES = (*ENTROPIES, "grad_entropy")  # prefixes of what does not depend on the codes
 INFORMATIONAL_FLOAT32 = 1e-5  # of the largest value, where the reference's two precisions took other codes
@@ -154,20 +155,6 @@ def tolerance(quantity: str, precision: str, same_codes: bool, stored: dict[str,
     return max(FLOAT32_FACTOR * error, FLOAT32_FLOOR * scale)
 
 
-def stored_quantities(name: str) -> dict[str, dict[str, Tensor]]:
-    """quantity -> precision -> value, for every scalar and tensor that the golden data has of a case."""
-    case, tensors = golden_json(NAME)["cases"][name], golden_tensors(NAME)
-    found: dict[str, dict[str, Tensor]] = {}
-    for precision in DTYPES:
-        for key, value in case[precision].items():
-            found.setdefault(key, {})[precision] = torch.tensor(value, dtype=torch.float64)
-        prefix = f"{name}/{precision}/"
-        for key, value in tensors.items():
-            if key.startswith(prefix):
-                found.setdefault(key.removeprefix(prefix), {})[precision] = value
-    return found
-
-
 def actual_quantity(quantity: str, got: Run, rows: Tensor | None) -> tuple[Tensor, float]:
     """Our value of a stored quantity, and the size of the terms that are summed in it (0: of the value)."""
     if quantity in got.scalars:
@@ -191,7 +178,7 @@ def actual_quantity(quantity: str, got: Run, rows: Tensor | None) -> tuple[Tenso
 def test_every_stored_quantity(name: str, precision: str, implementation: Implementation):
     case, tensors = golden_json(NAME)["cases"][name], golden_tensors(NAME)
     got = run(name, DTYPES[precision], implementation)
-    stored = stored_quantities(name)
+    stored = stored_quantities(NAME, name)
     indices = stored.pop("indices")[precision]
     binding = case["indices_same_f32_f64"]
     if binding:

@@ -15,6 +15,7 @@ from functools import cache
 import pytest
 import torch
 from golden_support import (
+    DTYPES,
     FLOAT32_FACTOR,
     FLOAT32_FLOOR,
     FLOAT64_TOLERANCE,
@@ -22,13 +23,13 @@ from golden_support import (
     assert_equal_codes,
     golden_json,
     golden_tensors,
+    stored_quantities,
 )
 from torch import Tensor
 
 from ibq.quantizers import LFQConfig, QuantizerOutput, VQConfig, build_quantizer
 from ibq.quantizers.base import Quantizer
 
-DTYPES = {"f32": torch.float32, "f64": torch.float64}
 FILES = ("quantizer_vq2", "quantizer_vq_lfq", "quantizer_vq_llamagen")
 CASES = [(file, case) for file in FILES for case in golden_json(file)["cases"]]
 OF_CODES = "max_abs_zq_minus_codebook_row"
@@ -137,20 +138,6 @@ def actual_quantities(file: str, name: str, dtype: torch.dtype, case: dict) -> t
         )
         found |= {f"grad_{key}_{of}": gradient for of, gradient in zip(where, gradients, strict=True)}
     return found, out.codes
-
-
-def stored_quantities(file: str, name: str) -> dict[str, dict[str, Tensor]]:
-    """quantity -> precision -> value, for every scalar and tensor that the golden data has of a case."""
-    case, tensors = golden_json(file)["cases"][name], golden_tensors(file)
-    found: dict[str, dict[str, Tensor]] = {}
-    for precision in DTYPES:
-        for key, value in case[precision].items():
-            found.setdefault(key, {})[precision] = torch.tensor(value, dtype=torch.float64)
-        prefix = f"{name}/{precision}/"
-        for key, value in tensors.items():
-            if key.startswith(prefix):
-                found.setdefault(key.removeprefix(prefix), {})[precision] = value
-    return found
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from ibq.evaluation.charts import NUM_COLORS, line_chart
 from ibq.evaluation.figures import BETTER, FIELDS, as_number, number
 from ibq.evaluation.reconstruction import MIN_TOKENS_PER_CODE
-from ibq.evaluation.report import image
+from ibq.evaluation.report import image, page
 from ibq.evaluation.report_style import STYLE
 from ibq.files import whole_file, write_text
 
@@ -163,18 +163,7 @@ def render(data: AblationData) -> str:
         "What the figures are": _explanations(data),
     }
     body = "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text)
-    # The policy makes browsers refuse whatever is not in this file.
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(data.title)}</title>
-<style>{STYLE}{LINE_STYLE}{TABLE_STYLE}</style></head>
-<body><header><h1>{escape(data.title)}</h1><p class="lead">{escape(data.about)}</p></header>
-<main>{body}</main></body></html>
-"""
+    return page(data.title, data.about, body, f"{STYLE}{LINE_STYLE}{TABLE_STYLE}")
 
 
 def _table(data: AblationData) -> str:

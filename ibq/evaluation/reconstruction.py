@@ -91,7 +91,8 @@ class CodeUsage:
     def histogram(self) -> dict[str, int]:
         """How many codes occur how often: never, once, 2 to 3 times, 4 to 7, ... (the key is the range)."""
         bins = torch.zeros_like(self.counts)
-        bins[self.used()] = 1 + self.counts[self.used()].double().log2().floor().long()
+        used = self.used()
+        bins[used] = 1 + self.counts[used].double().log2().floor().long()
         sizes = torch.bincount(bins).tolist()
         ranges = ["0", "1"] + [f"{2**n}-{2 ** (n + 1) - 1}" for n in range(1, max(len(sizes) - 1, 1))]
         return dict(zip(ranges, sizes, strict=False))

@@ -85,6 +85,12 @@ def render(data: ReportData) -> str:
     anchors = {name: name.lower().replace(" ", "-") for name in sections}
     links = "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections)
     body = "".join(f'<section id="{anchors[name]}"><h2>{name}</h2>{body}</section>' for name, body in sections.items())
+    navigation = f'<nav aria-label="Sections">{links}</nav>'
+    return page(data.title, data.subtitle, f"{_cards(data)}{navigation}{body}", STYLE)
+
+
+def page(title: str, lead: str, main: str, style: str) -> str:
+    """A self-contained HTML page around the HTML `main`."""
     # The policy makes browsers refuse whatever is not in this file.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>
@@ -92,10 +98,10 @@ def render(data: ReportData) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{escape(data.title)}</title>
-<style>{STYLE}</style></head>
-<body><header><h1>{escape(data.title)}</h1><p class="lead">{escape(data.subtitle)}</p></header>
-<main>{_cards(data)}<nav aria-label="Sections">{links}</nav>{body}</main></body></html>
+<title>{escape(title)}</title>
+<style>{style}</style></head>
+<body><header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p></header>
+<main>{main}</main></body></html>
 """
 
 
