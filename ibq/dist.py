@@ -13,6 +13,7 @@ from ibq.config import UserError
 
 TIMEOUT = timedelta(minutes=30)
 T = TypeVar("T")
+_sharing = 1  # neighbouring ranks that work on the same samples
 
 
 def setup(device: str = "auto") -> torch.device:
@@ -37,6 +38,13 @@ def setup(device: str = "auto") -> torch.device:
     return chosen
 
 
+def ensure_group() -> None:
+    """A process group of one, for engines that want a group, where no launcher has made a larger one."""
+    if not torch_dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
+
+
 def shutdown() -> None:
     """Leave the process group, all ranks at a time: gloo has been seen to abort a process that left early."""
     if torch_dist.is_initialized():
@@ -52,6 +60,22 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def share_data(ranks: int) -> None:
+    """Say that so many neighbouring ranks work on the same samples, each on a part of the model."""
+    global _sharing
+    _sharing = ranks
+
+
+def data_rank() -> int:
+    """The number of this rank's share of the data; ranks that work on the same samples have one."""
+    return rank() // _sharing
+
+
+def data_world_size() -> int:
+    """Number of shares of the data."""
+    return world_size() // _sharing
 
 
 def is_main() -> bool:
@@ -100,6 +124,12 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         torch_dist.all_reduce(tensor)
     return tensor
+
+
+def sum_over_data(tensor: Tensor) -> Tensor:
+    """In-place sum in which each share of the data counts once, without a gradient."""
+    all_reduce_sum(tensor)
+    return tensor.div_(_sharing) if _sharing > 1 else tensor
 
 
 def all_gather_rows(tensor: Tensor) -> Tensor:

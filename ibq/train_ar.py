@@ -21,7 +21,7 @@ from ibq.api import load_tokenizer
 from ibq.config import UserError, dump_config, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
 from ibq.data.shards import ImageDataConfig
-from ibq.engine import EngineConfig, LocalEngineConfig, OptimizerConfig, build_engine
+from ibq.engine import Blueprint, EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.ar_task import ARScheduleConfig, ARTask
@@ -29,7 +29,6 @@ from ibq.training.checkpoint import CheckpointConfig, weights_hash
 from ibq.training.loop import TrainingConfig, train
 from ibq.training.run import (
     bind_data,
-    build_seeded,
     check_schedule,
     check_seed_and_average,
     naming,
@@ -163,12 +162,15 @@ def build_task(config: ARRunConfig, data: RunData, device: torch.device, tokeniz
 
     engine = build_engine(
         config.engine,
-        build_seeded("transformer", lambda: Transformer(config.model), config.seed).to(device),
-        config.optimizer,
-        precision=config.precision,
-        accumulation=data.plan.accumulation,
-        ema_decay=config.ema_decay,
-        ema_warmup=config.ema_warmup,
+        Blueprint(name="transformer", build=lambda: Transformer(config.model), seed=config.seed),
+        EngineSettings(
+            optimizer=config.optimizer,
+            device=device,
+            precision=config.precision,
+            accumulation=data.plan.accumulation,
+            ema_decay=config.ema_decay,
+            ema_warmup=config.ema_warmup,
+        ),
     )
     return ARTask(
         engine,

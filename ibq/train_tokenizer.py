@@ -20,7 +20,7 @@ import torch
 from ibq import dist
 from ibq.config import UserError, dump_config, exit_on_user_error
 from ibq.data.shards import ImageDataConfig
-from ibq.engine import EngineConfig, LocalEngineConfig, OptimizerConfig, build_engine
+from ibq.engine import Blueprint, EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.perceptual import build_perceptual
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
@@ -28,7 +28,6 @@ from ibq.training.checkpoint import CheckpointConfig
 from ibq.training.loop import TrainingConfig, train
 from ibq.training.run import (
     bind_data,
-    build_seeded,
     check_schedule,
     check_seed_and_average,
     naming,
@@ -129,15 +128,18 @@ def build_task(config: TokenizerRunConfig, data: RunData, device: torch.device, 
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
     def engine(name, build, ema_decay):
-        module = build_seeded(name, build, config.seed).to(device, memory_format=memory_format)
         return build_engine(
             config.engine,
-            module,
-            config.optimizer,
-            precision=config.precision,
-            accumulation=data.plan.accumulation,
-            ema_decay=ema_decay,
-            ema_warmup=config.ema_warmup,
+            Blueprint(name=name, build=build, seed=config.seed),
+            EngineSettings(
+                optimizer=config.optimizer,
+                device=device,
+                precision=config.precision,
+                accumulation=data.plan.accumulation,
+                ema_decay=ema_decay,
+                ema_warmup=config.ema_warmup,
+                memory_format=memory_format,
+            ),
         )
 
     return TokenizerTask(

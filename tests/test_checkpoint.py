@@ -56,10 +56,10 @@ def flip_a_bit(data: bytes) -> bytes:
 
 
 DAMAGE = {
-    "a bit of the weights": ("tokenizer.safetensors", flip_a_bit),
-    "weights cut off": ("tokenizer.safetensors", lambda data: data[: len(data) // 2]),
-    "weights empty": ("tokenizer.safetensors", lambda data: b""),
-    "no discriminator": ("discriminator.safetensors", None),
+    "a bit of the weights": ("tokenizer-0000.safetensors", flip_a_bit),
+    "weights cut off": ("tokenizer-0000.safetensors", lambda data: data[: len(data) // 2]),
+    "weights empty": ("tokenizer-0000.safetensors", lambda data: b""),
+    "no discriminator": ("discriminator-0000.safetensors", None),
     "a rank's own tensors": ("rank-0.safetensors", flip_a_bit),
     "step tampered with": ("state.json", lambda data: data.replace(b'"step": 4', b'"step": 9')),
     "no state": ("state.json", None),
@@ -100,7 +100,7 @@ def test_all_damaged_is_an_error_and_nothing_is_touched(place, run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     assert go_on(place, run, "seed=5") == 2
     error = capsys.readouterr().err
-    assert "step-00000004: tokenizer.safetensors is not what was written" in error and "--fresh" in error
+    assert "step-00000004: tokenizer-0000.safetensors is not what was written" in error and "--fresh" in error
     assert {path: path.read_bytes() for path in before} == before, "not even its config.yaml"
 
 
@@ -108,7 +108,7 @@ def test_another_version_is_no_damage(place, run, capsys):
     for step in (2, 4):
         folder = run / f"checkpoints/step-{step:08d}"
         state = folder / "state.json"
-        state.write_text(state.read_text().replace('"format": 2', '"format": 99'))
+        state.write_text(state.read_text().replace('"format": 3', '"format": 99'))
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"]["state.json"] = {"bytes": state.stat().st_size, "sha256": sha256_of(state)}
         (folder / "manifest.json").write_text(json.dumps(manifest))

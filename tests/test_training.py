@@ -117,11 +117,11 @@ def test_a_bad_step_is_skipped_by_all_ranks(place, tmp_path):
 def test_a_bad_step_is_skipped(place, tmp_path, name, monkeypatch, capsys):
     import workers.train_worker as worker
 
-    from ibq.engine.local import LocalEngine
+    from ibq.engine.torch_engine import TorchEngine
     from ibq.training import loop
 
     stage = "transformer" if name == "transformer" else "tokenizer"
-    monkeypatch.setattr(LocalEngine, "backward", worker.backward)
+    monkeypatch.setattr(TorchEngine, "backward", worker.backward)
     monkeypatch.setattr(loop, "seed_step", worker.seed_step)
     task = without_step_two(place, tmp_path / "run", stage, name, [])
     worker.plant(task["fault"])

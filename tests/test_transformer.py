@@ -96,10 +96,11 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 
 def test_training_makes_no_logits():
     transformer = small_transformer().train()
-    called = []
-    transformer.head.register_forward_hook(lambda module, arguments, output: called.append(output))
-    transformer(*random_batch(3, transformer.config)).mean().backward()
-    assert not called and transformer.head.weight.grad.any()
+    shapes = []
+    transformer.head.register_forward_hook(lambda module, arguments, output: shapes.append(tuple(output.shape)))
+    codes, classes = random_batch(3, transformer.config)
+    transformer(codes, classes).mean().backward()
+    assert shapes == [(codes.numel(),)] and transformer.head.weight.grad.any()
 
 
 def test_head_loss_replaces_head_and_cross_entropy():
@@ -111,7 +112,7 @@ def test_head_loss_replaces_head_and_cross_entropy():
         logits = hidden @ weight.T
         return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
 
-    transformer.head_loss = head_loss
+    transformer.head.loss = head_loss
     torch.testing.assert_close(transformer(codes, classes), expected)
 
 
@@ -193,11 +194,44 @@ def test_parameters_can_be_initialized_one_by_one():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def saved_bytes(transformer: Transformer) -> int:
+    """Bytes that autograd keeps for the backward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in transformer.parameters()}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = transformer(*random_batch(3, transformer.config)).mean()
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+def test_recomputation_keeps_less():
+    """Nothing recomputed keeps the most, then every second block, and all blocks the least."""
+    sizes = [
+        saved_bytes(small_transformer(depth=4, heads=4, **options).train())
+        for options in ({}, RECOMPUTED["every second block"], RECOMPUTED["all"])
+    ]
+    assert sizes[0] > 1.2 * sizes[1] > 1.2 * 1.2 * sizes[2], sizes
+
+
+RECOMPUTED = {
+    "all": {"gradient_checkpointing": True},
+    "every second block": {"gradient_checkpointing": True, "checkpoint_every": 2},
+    "the cheap rest": {"gradient_checkpointing": True, "checkpoint_selective": True},
+}
+
+
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradient_checkpointing_gives_equal_gradients(variant):
+def test_gradient_checkpointing_gives_equal_gradients(variant, recomputed):
     gradients = []
-    for checkpointing in (False, True):
-        transformer = small_transformer(**VARIANTS[variant], gradient_checkpointing=checkpointing).train()
+    for options in ({}, RECOMPUTED[recomputed]):
+        transformer = small_transformer(**VARIANTS[variant], **options).train()
         torch.manual_seed(3)  # dropout must be recomputed with the same masks
         transformer(*random_batch(3, transformer.config)).mean().backward()
         gradients.append({name: p.grad for name, p in transformer.named_parameters()})

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ibq.config import UserError
 from ibq.data.codes import CodesMeta, write_codes
+from ibq.training.checkpoint_shards import ShardReader
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"tokenizer": "ibq/train_tokenizer.py", "transformer": "ibq/train_ar.py"}
@@ -165,10 +166,17 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def checkpoint_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of a run's checkpoint, prefixed with their file's name."""
-    files = sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
-    assert files
-    return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    """All tensors of a run's checkpoint, whole: ENGINE/PART/PARAMETER, and those that each rank keeps, rank-0/NAME."""
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    tensors = {}
+    for index in checkpoint.glob("*.index.json"):
+        engine = index.name.removesuffix(".index.json")
+        with ShardReader(checkpoint, engine) as reader:
+            tensors |= {f"{engine}/{part}/{n}": reader.full(part, n) for n in reader.shapes for part in reader.parts}
+    assert tensors
+    for file in checkpoint.glob("rank-*.safetensors"):
+        tensors |= {f"{file.stem}/{name}": tensor for name, tensor in load_file(file).items()}
+    return dict(sorted(tensors.items()))
 
 
 def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], floor=1e-12) -> float:

@@ -1,19 +1,30 @@
 """Engines, chosen in a config by `kind`."""
 
-from torch import nn
-
-from ibq.engine.base import Engine, OptimizerConfig
+from ibq.engine.base import Engine, EngineSettings, OptimizerConfig
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.fsdp import FsdpEngine, FsdpEngineConfig
 from ibq.engine.local import LocalEngine, LocalEngineConfig
 
-EngineConfig = LocalEngineConfig
+EngineConfig = LocalEngineConfig | FsdpEngineConfig
 
-__all__ = ["Engine", "EngineConfig", "LocalEngineConfig", "OptimizerConfig", "build_engine"]
+__all__ = [
+    "Blueprint",
+    "Engine",
+    "EngineConfig",
+    "EngineSettings",
+    "FsdpEngineConfig",
+    "LocalEngineConfig",
+    "OptimizerConfig",
+    "build_engine",
+]
 
 
-def build_engine(config: EngineConfig, module: nn.Module, optimizer: OptimizerConfig, **settings) -> Engine:
-    """The engine that `config` describes, training `module`; `settings` as for LocalEngine."""
+def build_engine(config: EngineConfig, blueprint: Blueprint, settings: EngineSettings) -> Engine:
+    """The engine that `config` describes, training the module of `blueprint`."""
     match config:
         case LocalEngineConfig():
-            return LocalEngine(module, optimizer, **settings)
+            return LocalEngine(blueprint, settings)
+        case FsdpEngineConfig():
+            return FsdpEngine(config, blueprint, settings)
         case _:
             raise ValueError(f"no engine for {type(config).__name__}")

@@ -8,12 +8,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ibq.engine.shard import Shard
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer of one module; learning rate and weight decay come from the schedule at every step."""
 
-    kind: Literal["adam", "adamw"] = "adam"
+    kind: Literal["adam", "adamw", "sgd"] = "adam"  # sgd: plain, without momentum
     learning_rate: float = 1e-4
     scale_learning_rate: bool = False  # multiply by global batch / 256, the paper's rule
     betas: tuple[float, float] = (0.5, 0.9)
@@ -54,15 +56,40 @@ class GroupHyper:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterState:
-    """One parameter in canonical form: what a checkpoint holds of it."""
+    """A rank's part of one parameter in canonical form: what a checkpoint holds of it, in float32.
 
-    weight: Tensor  # fp32
-    moment1: Tensor | None  # first and second moment of the optimizer; None before the first step
-    moment2: Tensor | None
-    ema: Tensor | None  # None where the engine keeps no average
+    Each tensor has the elements of the shard in its order, in whatever shape; none is for keeping: an engine may use
+    its memory again for the next parameter.
+    """
+
+    weight: Tensor
+    moment1: Tensor | None = None  # first and second moment of the optimizer; None before the first step
+    moment2: Tensor | None = None
+    ema: Tensor | None = None  # None where the engine keeps no average
 
 
 PARTS = tuple(part.name for part in fields(ParameterState))
+Reader = Callable[[str, Shard], ParameterState]  # (parameter, the part that is wanted) -> its state, on the CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What every engine is told beside its own config."""
+
+    optimizer: OptimizerConfig
+    device: torch.device
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accumulation: int = 1  # micro-batches per step
+    ema_decay: float | None = None  # None keeps no average
+    ema_warmup: bool = False  # average over fewer steps at first
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def decay(self, steps: int) -> float:
+        """The decay of the average at the update that makes `steps` of them."""
+        if not self.ema_warmup:
+            return self.ema_decay
+        # A short run should not remember its initial weights (the ramp of TensorFlow's moving average).
+        return min(self.ema_decay, (1 + steps) / (10 + steps))
 
 
 class Engine(Protocol):
@@ -100,11 +127,20 @@ class Engine(Protocol):
     def averaged(self) -> AbstractContextManager[None]:
         """Within this context the module carries the averaged (EMA) weights."""
 
-    def named_state(self) -> Iterator[tuple[str, ParameterState]]:
-        """Every parameter in canonical form."""
+    def shards(self) -> dict[str, Shard]:
+        """This rank's part of every trained parameter."""
 
-    def load_named_state(self, reader: Callable[[str], ParameterState], steps: int) -> None:
-        """Restore every parameter from `reader`."""
+    def state_parts(self) -> tuple[str, ...]:
+        """Which of PARTS `named_state` gives, the same for all parameters and ranks."""
+
+    def named_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """This rank's part of every parameter in canonical form, in the order of `shards`; a copy where it must be.
+
+        Every rank iterates to the end: an engine may need all of them.
+        """
+
+    def load_named_state(self, reader: Reader, steps: int) -> None:
+        """Restore this rank's part of every parameter from `reader`; `steps` is the number of updates so far."""
 
 
 @torch.no_grad()
@@ -115,7 +151,7 @@ def snapshot(engine: Engine) -> Callable[[], None]:
         name: ParameterState(**{part: None if (t := getattr(state, part)) is None else t.clone() for part in PARTS})
         for name, state in engine.named_state()
     }
-    return lambda: engine.load_named_state(copies.__getitem__, steps)
+    return lambda: engine.load_named_state(lambda name, _shard: copies[name], steps)
 
 
 @torch.no_grad()

@@ -6,24 +6,24 @@ start token and the condition of every adaptive norm. Parameter names are those 
 without the prefix `transformer.` and with `class_emb.weight` for `class_emb.embedding_table.weight`.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ibq.models.transformer_blocks import (
     Attention,
     Block,
     FeedForward,
+    Head,
     HeadNorm,
     embedding,
     linear,
     rotary_table,
 )
-from ibq.ops.linear_cross_entropy import linear_cross_entropy
 
 INIT_STD = 0.02
 FFN_MULTIPLE = 256
@@ -53,10 +53,12 @@ class TransformerConfig:
     adaln_gamma_init: float = 1e-3
     shared_adaln: bool = False
     rope_base: float = 10000.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass instead of keeping what they made
+    checkpoint_every: int = 1  # only every so many-th block
+    checkpoint_selective: bool = False  # keep matrix products and attention, recompute the cheap rest
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_classes", "tokens_per_side", "depth"):
+        for name in ("vocab_size", "num_classes", "tokens_per_side", "depth", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not positive; use at least 1")
         for name in ("heads", "width", "kv_heads", "condition_dim"):
@@ -135,14 +137,22 @@ class Condition:
 
 
 class Transformer(nn.Module):
-    """Next-code model: position i sees the class and the codes before i, and predicts code i.
+    """Next-code model: position i sees the class and the codes before i, and predicts code i."""
 
-    `head_loss` is head and cross-entropy in `forward`: a callable (hidden [N, C], head weight [V, C], codes
-    [N]) -> negative log likelihood [N] in float32. By default it makes no table of tokens x vocabulary; set
-    another where the vocabulary is split over ranks.
-    """
-
-    head_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(linear_cross_entropy)
+    # How layers may be split over ranks, by name: the rows of a weight (its outputs), its columns (its inputs), the
+    # rows of each of the packed projections, or the vocabulary.
+    tensor_parallel_plan: ClassVar[Mapping[str, str]] = {
+        "tok_emb": "vocabulary",
+        "blocks.*.attention.wqkv": "packed_rows",
+        "blocks.*.attention.wo": "columns",
+        "blocks.*.feed_forward.w1": "rows",
+        "blocks.*.feed_forward.w3": "rows",
+        "blocks.*.feed_forward.w2": "columns",
+        "blocks.*.ada_lin.1": "rows_gathered",
+        "shared_ada_lin.1": "rows_gathered",
+        "head_nm.ada_lin.1": "rows_gathered",
+        "head": "vocabulary",
+    }
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -150,14 +160,19 @@ class Transformer(nn.Module):
         width = config.model_width
         self.tok_emb = embedding(config.vocab_size, width)
         self.class_emb = embedding(config.num_classes + 1, width)
-        self.blocks = nn.ModuleList(_block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(_block(config, number) for number in range(config.depth))
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), linear(width, 6 * width, bias=True))
         self.head_nm = HeadNorm(width)
-        self.head = linear(width, config.vocab_size)
+        self.head = Head(width, config.vocab_size)
         self._rotary_tables: dict[tuple, Tensor] = {}
         for name, parameter in self.named_parameters():
-            self.initialize_parameter(name, parameter)
+            if not parameter.is_meta:
+                self.initialize_parameter(name, parameter)
+
+    def gathered_together(self) -> list[nn.Module]:
+        """The modules whose weights an engine that shards them gathers one module at a time."""
+        return [*self.blocks]
 
     @property
     def null_class(self) -> int:
@@ -192,8 +207,7 @@ class Transformer(nn.Module):
         the device), for codes and classes out of range.
         """
         hidden = self._hidden(codes, classes).flatten(0, 1)
-        targets = codes.flatten().long()
-        return self.head_loss(hidden, self.head.weight, targets).view(codes.shape)
+        return self.head(hidden, codes.flatten().long()).view(codes.shape)
 
     def logits(self, codes: Tensor, classes: Tensor) -> Tensor:
         """Logits [B, T, V]: those at i predict code i. Modes and errors as in `forward`."""
@@ -249,10 +263,7 @@ class Transformer(nn.Module):
         rope = self._rope(x)[: self.config.tokens]
         condition = self._block_condition(embedding)
         for block in self.blocks:
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, rope, use_reentrant=False)
-            else:
-                x = block(x, condition, rope)
+            x = block(x, condition, rope)
         return x
 
     def _block_condition(self, embedding: Tensor) -> Tensor:
@@ -291,11 +302,14 @@ class Transformer(nn.Module):
         _check_indices("classes", classes, limit, "num_classes must cover the labels (the last index is no class)")
 
 
-def _block(config: TransformerConfig) -> Block:
+def _block(config: TransformerConfig, number: int) -> Block:
     width = config.model_width
     attention = Attention(width, config.num_heads, config.num_kv_heads, config.residual_dropout)
     feed_forward = FeedForward(width, config.ffn_width, config.ffn_dropout)
-    return Block(width, attention, feed_forward, shared_adaln=config.shared_adaln)
+    recompute = None
+    if config.gradient_checkpointing and number % config.checkpoint_every == 0:
+        recompute = "cheap" if config.checkpoint_selective else "all"
+    return Block(width, attention, feed_forward, shared_adaln=config.shared_adaln, recompute=recompute)
 
 
 def _check_indices(name: str, indices: Tensor, limit: int, remedy: str) -> None:

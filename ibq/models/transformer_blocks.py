@@ -1,10 +1,26 @@
 """Layers of the autoregressive transformer: rotary embedding, adaptive norms, attention, feed-forward."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ibq.ops.linear_cross_entropy import linear_cross_entropy
 
 NORM_EPS = 1e-5
+# What "selective" recomputation keeps: the results that are dear to make again.
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
 
 
 def rotary_table(tokens_per_side: int, head_dim: int, base: float) -> Tensor:
@@ -110,10 +126,22 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward part, each behind an adaptive norm and a gate (adaLN-Zero of DiT)."""
+    """Attention and feed-forward part, each behind an adaptive norm and a gate (adaLN-Zero of DiT).
 
-    def __init__(self, width: int, attention: Attention, feed_forward: FeedForward, *, shared_adaln: bool):
+    `recompute`: what the backward pass makes again instead of keeping it: nothing, "all", or what is "cheap".
+    """
+
+    def __init__(
+        self,
+        width: int,
+        attention: Attention,
+        feed_forward: FeedForward,
+        *,
+        shared_adaln: bool,
+        recompute: Literal["all", "cheap"] | None = None,
+    ):
         super().__init__()
+        self.recompute = recompute
         if shared_adaln:
             self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, width))
         else:
@@ -134,6 +162,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         """x [B, T, C] -> [B, T, C]; condition as in `modulation`."""
+        if self.recompute is None or not torch.is_grad_enabled():
+            return self._forward(x, condition, rope)
+        # Within this module's call, not around it: engines gather its weights once for both.
+        kept = {"context_fn": _keep_products} if self.recompute == "cheap" else {}
+        return checkpoint(self._forward, x, condition, rope, use_reentrant=False, **kept)
+
+    def _forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition)[:, :, None].unbind(1)
         x = torch.addcmul(x, gamma1, self.attention(self.attention_norm(x, scale1, shift1), rope))
         return torch.addcmul(x, gamma2, self.feed_forward(self.ffn_norm(x, scale2, shift2)))
@@ -164,6 +199,32 @@ class HeadNorm(nn.Module):
         """x [B, T, C] -> [B, T, C]."""
         scale, shift = modulation[:, :, None].unbind(1)
         return self.rmsnorm(x, scale, shift)
+
+
+class Head(nn.Module):
+    """The linear head: logits, or with targets their negative log likelihood, without a table of the logits.
+
+    `loss` is head and cross-entropy in one: a callable (hidden [N, C], weight [V, C], targets [N]) -> negative log
+    likelihood [N] in float32. Set another where the vocabulary is split over ranks.
+    """
+
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(linear_cross_entropy)
+
+    def __init__(self, width: int, vocab_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of hidden [..., C], or with targets [N] the negative log likelihoods [N] of hidden [N, C]."""
+        return F.linear(hidden, self.weight) if targets is None else self.loss(hidden, self.weight, targets)
+
+
+def _keep_products() -> tuple:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_ctx, operator, *_args, **_kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ibq import dist
-from ibq.config import dump_config
 from ibq.data.transforms import to_unit_range
 from ibq.engine.base import Engine, GroupHyper
 from ibq.models.tokenizer import Tokenizer
@@ -129,7 +128,7 @@ class ARTask:
                 nll = self.engine(self._codes(inputs), classes)  # [B, T]
                 sums += torch.stack([nll.double().sum(), sums.new_tensor(nll.numel())])
         self.transformer.train()
-        total, count = dist.all_reduce_sum(sums).tolist()
+        total, count = dist.sum_over_data(sums).tolist()
         nll = total / max(count, 1)
         return Validation(metrics={"nll": nll, "tokens": count}, score=-nll)
 
@@ -142,5 +141,4 @@ class ARTask:
 
     def save_pretrained(self, folder: Path, info: Mapping) -> None:
         """Write the averaged weights for `ibq.load_transformer`."""
-        with self.engine.averaged():
-            save_pretrained(folder, dump_config(self.transformer.config), self.transformer.state_dict(), info)
+        save_pretrained(folder, self.engine, info)

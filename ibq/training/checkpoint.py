@@ -3,37 +3,49 @@
     step-00001000/
         manifest.json            size and SHA-256 of every other file: what tells a whole checkpoint from a damaged one
         state.json               step, position in the data, updates of each engine, best score
-        NAME.safetensors         one per engine: weight/PARAMETER, ema/PARAMETER, moment1/PARAMETER, moment2/PARAMETER
+        NAME.index.json, NAME-0000.safetensors, ...    of each engine; see `checkpoint_shards.py`
         rank-0.safetensors       what each rank keeps for itself: buffers, moving averages, the running log interval
 
-Only tensors and JSON: nothing is ever unpickled.
+All ranks write at once, each what it holds, and a run may go on with any engine and any number of ranks. Only tensors
+and JSON: nothing is ever unpickled.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
+import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ibq import dist
-from ibq.config import UserError
+from ibq.config import UserError, dump_config
 from ibq.data.index import sha256_of
-from ibq.engine.base import PARTS, Engine, ParameterState
+from ibq.engine.base import Engine
 from ibq.files import fresh_folder, recover_folder, replace_folder, sync_folder, write_text
 from ibq.progress import say
+from ibq.tensor_file import TensorFile, write_tensors
+from ibq.training.checkpoint_shards import (
+    ShardReader,
+    copied,
+    index_file,
+    owned_shards,
+    shard_file,
+    write_index,
+    write_shards,
+)
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, STATE = "manifest.json", "state.json"
+RECEIPT = "receipt-"  # what a rank has written, until rank 0 has put it all together
 OWN = "own/"  # tensors under this name are for the very rank that wrote them, not for those of a larger world
 START_OVER = "use --fresh to start over"
 
@@ -45,6 +57,7 @@ class CheckpointConfig:
     save_every: int = 5_000  # steps
     keep: int = 2  # the last so many, and the one of the best validation
     on_error: Literal["continue", "stop"] = "continue"  # when the disk is full, say
+    asynchronous: bool = False  # write while training goes on; takes memory for a copy of what a rank holds
     signal: Literal["USR1", "USR2", "none"] = "USR2"  # besides TERM and INT: save once and exit
 
     def __post_init__(self):
@@ -78,31 +91,133 @@ class DamagedError(Exception):
 # --- Writing ---
 
 
-def save_checkpoint(
-    folder: Path,
-    engines: Mapping[str, Engine],
-    rank_tensors: Mapping[str, Tensor],
-    state: TrainingState,
-    keep: int,
-) -> None:
-    """Write one checkpoint under `folder`, then remove all but the last `keep` and the best; every rank calls it.
+class CheckpointWriter:
+    """Writes checkpoints under `folder`; every rank calls the same methods.
 
-    Raises CheckpointError on every rank if any of them cannot write.
+    `asynchronous` copies the state and writes it while training goes on, where the engines allow: `poll` between the
+    steps puts a checkpoint in its place when all ranks have written their part. Methods return whether a checkpoint
+    has come into its place, and raise CheckpointError on every rank if any of them cannot write.
     """
-    target = _path(folder, state.step)
-    temporary = target.with_name(f".tmp-{target.name}")
-    _together(temporary, lambda: dist.is_main() and fresh_folder(target))
-    _together(temporary, lambda: _write_parts(temporary, engines, rank_tensors, state))
-    _together(temporary, lambda: dist.is_main() and _finish(temporary, target))
-    if dist.is_main():
-        best = None if state.best_step is None else _path(folder, state.best_step)
-        for old in _list(folder)[:-keep]:
-            if old != best:
-                shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        self.folder, self.config = folder, config
+        self._pending: _Pending | None = None
+
+    def save(self, engines: Mapping[str, Engine], rank_tensors: Mapping[str, Tensor], state: TrainingState) -> None:
+        """Begin a checkpoint; an earlier one must be done (`wait`)."""
+        assert self._pending is None
+        target = step_folder(self.folder, state.step)
+        temporary = target.with_name(f".tmp-{target.name}")
+        together(temporary, lambda: dist.is_main() and fresh_folder(target))
+        write = _plan_parts(temporary, engines, rank_tensors, copy=self.config.asynchronous)
+        summary = json.dumps({"format": FORMAT, **asdict(state), "updates": {n: e.steps for n, e in engines.items()}})
+        self._pending = _Pending(temporary, target, write, engines, summary, state.best_step)
+        if self.config.asynchronous:
+            self._pending.start()
+
+    def poll(self) -> bool:
+        """Finish the checkpoint that is being written, if every rank is ready."""
+        return self._pending is not None and not dist.largest(int(self._pending.is_busy())) and self.wait()
+
+    def wait(self) -> bool:
+        """Finish the checkpoint that is being written, if there is one."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return False
+        together(pending.temporary, pending.write)
+        together(pending.temporary, lambda: dist.is_main() and pending.finish())
+        if dist.is_main():
+            best = None if pending.best_step is None else step_folder(self.folder, pending.best_step)
+            for old in checkpoints_in(self.folder)[: -self.config.keep]:
+                if old != best:
+                    shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
+        return True
 
 
-def _together(temporary: Path, action) -> None:
+class _Pending:
+    """One checkpoint on its way to the disk."""
+
+    def __init__(self, temporary: Path, target: Path, write, engines: Mapping[str, Engine], summary: str, best_step):
+        self.temporary, self.target, self.best_step = temporary, target, best_step
+        self._write, self._summary = write, summary
+        self._engines = {name: (engine.state_parts(), _config_text(engine.module)) for name, engine in engines.items()}
+        self._thread: threading.Thread | None = None
+        self._problem: Exception | None = None
+
+    def start(self) -> None:
+        """Write in the background."""
+        self._thread = threading.Thread(target=self._guarded, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _guarded(self) -> None:
+        try:
+            self._write()
+        except Exception as error:
+            self._problem = error
+
+    def is_busy(self) -> bool:
+        """Whether this rank still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def write(self) -> None:
+        """Write this rank's part, or wait until it is written."""
+        if self._thread is None:
+            self._write()
+            return
+        self._thread.join()
+        if self._problem is not None:
+            raise self._problem
+
+    def finish(self) -> None:
+        """On rank 0: add index, state and manifest, and put the checkpoint in its place."""
+        receipts = [json.loads(path.read_text()) for path in sorted(self.temporary.glob(f"{RECEIPT}*"))]
+        for name, (parts, config_text) in self._engines.items():
+            pieces = [receipt["pieces"][name] for receipt in receipts]
+            write_index(self.temporary / index_file(name), pieces, parts, config_text)
+        write_text(self.temporary / STATE, self._summary)
+        for path in self.temporary.glob(f"{RECEIPT}*"):
+            path.unlink()
+        files = {name: entry for receipt in receipts for name, entry in receipt["files"].items()}
+        for name in (STATE, *(index_file(engine) for engine in self._engines)):
+            path = self.temporary / name
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        write_text(self.temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+        sync_folder(self.temporary)
+        replace_folder(self.temporary, self.target)
+
+
+def _plan_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensors, *, copy: bool):
+    """A function that writes this rank's part of a checkpoint; with `copy` the state as it is now."""
+    rank = dist.rank()
+    plans = {}
+    for name, engine in engines.items():
+        shards, parts = owned_shards(engine), engine.state_parts()
+        states = copied(shards, parts, engine.named_state()) if copy else None
+        plans[name] = (shards, parts, engine, states)
+    own = {name: tensor.detach().cpu().clone() for name, tensor in rank_tensors.items()}
+
+    def write() -> None:
+        receipt: dict = {"files": {}, "pieces": {}}
+        for name, (shards, parts, engine, states) in plans.items():
+            path = temporary / shard_file(name, rank)
+            states = engine.named_state() if states is None else iter(states)
+            files, receipt["pieces"][name] = write_shards(path, shards, parts, states)
+            receipt["files"] |= files
+        if own:
+            path = temporary / f"rank-{rank}.safetensors"
+            size, sha256 = write_tensors(path, own)
+            receipt["files"][path.name] = {"bytes": size, "sha256": sha256}
+        write_text(temporary / f"{RECEIPT}{rank:04d}.json", json.dumps(receipt))
+
+    return write
+
+
+def _config_text(module) -> str | None:
+    return dump_config(module.config) if is_dataclass(getattr(module, "config", None)) else None
+
+
+def together(temporary: Path, action) -> None:
     """Do something on every rank; if it fails anywhere, all give up and the unfinished folder goes."""
     problem = ""
     try:
@@ -117,41 +232,6 @@ def _together(temporary: Path, action) -> None:
     raise CheckpointError(problems[0].removeprefix("rank 0: ") if dist.world_size() == 1 else "; ".join(problems))
 
 
-def _write_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensors, state: TrainingState) -> None:
-    if rank_tensors:
-        _save(rank_tensors, temporary / f"rank-{dist.rank()}.safetensors")
-    if dist.is_main():
-        for name, engine in engines.items():
-            _save(_engine_tensors(engine), temporary / f"{name}.safetensors")
-        updates = {name: engine.steps for name, engine in engines.items()}
-        write_text(temporary / STATE, json.dumps({"format": FORMAT, **asdict(state), "updates": updates}, indent=1))
-
-
-def _finish(temporary: Path, target: Path) -> None:
-    """Add the manifest and put the checkpoint in its place."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
-    }
-    write_text(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
-    sync_folder(temporary)
-    replace_folder(temporary, target)
-
-
-def _engine_tensors(engine: Engine) -> dict[str, Tensor]:
-    tensors = {}
-    for name, state in engine.named_state():
-        for part in PARTS:
-            if (tensor := getattr(state, part)) is not None:
-                tensors[f"{part}/{name}"] = tensor
-    return tensors
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 # --- Reading ---
 
 
@@ -161,33 +241,40 @@ def find_checkpoint(folder: Path) -> Path | None:
     A damaged one is named and set aside as `damaged-step-...`, and the one before it is taken. UserError if all are
     damaged: they stay as they are.
     """
-    answer = _search(folder) if dist.is_main() else ""
-    answer = dist.text_from_main(answer)
-    if answer.startswith("error: "):
-        raise UserError(answer.removeprefix("error: "))
-    return folder / answer if answer else None
-
-
-def _search(folder: Path) -> str:
-    """The name of the checkpoint to take, "" for none, or "error: ..."."""
-    _clean_up(folder)
+    if dist.is_main():
+        _clean_up(folder)
+    names = json.loads(dist.text_from_main(json.dumps([path.name for path in reversed(checkpoints_in(folder))])))
     damaged: list[tuple[Path, str]] = []
-    for path in reversed(_list(folder)):
-        try:
-            verify_checkpoint(path)
-        except DamagedError as error:
-            damaged.append((path, str(error)))
+    for name in names:
+        if reason := _damage(folder / name):
+            damaged.append((folder / name, reason))
             continue
-        for bad, reason in damaged:
-            aside = bad.with_name(f"damaged-{bad.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            bad.rename(aside)
-            say(f"{bad}: {reason}; set aside as {aside.name}, going on from {path.name}")
-        return path.name
+        if dist.is_main():
+            _set_aside(damaged, name)
+        dist.barrier()
+        return folder / name
     if damaged:
         path, reason = damaged[0]
-        return f"error: {path}: {reason}, and there is no whole checkpoint before it; {START_OVER}"
-    return ""
+        raise UserError(f"{path}: {reason}, and there is no whole checkpoint before it; {START_OVER}")
+    return None
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint, "" if nothing; each rank looks at its share of the files."""
+    problem = ""
+    try:
+        verify_checkpoint(path, dist.rank(), dist.world_size())
+    except DamagedError as error:
+        problem = str(error)
+    return next((text for text in dist.gather_texts(problem) if text), "")
+
+
+def _set_aside(damaged: list[tuple[Path, str]], name: str) -> None:
+    for bad, reason in damaged:
+        aside = bad.with_name(f"damaged-{bad.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        bad.rename(aside)
+        say(f"{bad}: {reason}; set aside as {aside.name}, going on from {name}")
 
 
 def _clean_up(folder: Path) -> None:
@@ -200,14 +287,14 @@ def _clean_up(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def verify_checkpoint(path: Path) -> None:
-    """DamagedError, naming the file, unless a checkpoint holds what was written."""
+def verify_checkpoint(path: Path, share: int = 0, shares: int = 1) -> None:
+    """DamagedError, naming the file, unless a checkpoint holds what was written; of `shares` of its files one."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST} is missing or damaged ({str(error) or type(error).__name__})") from error
-    for name, (size, sha256) in expected.items():
+    for name, (size, sha256) in list(expected.items())[share::shares]:
         file = path / name
         if not file.is_file():
             raise DamagedError(f"{name} is missing")
@@ -230,27 +317,16 @@ def load_checkpoint(path: Path, engines: Mapping[str, Engine]) -> tuple[Training
             raise UserError(f"{path}: written by another version; {START_OVER}")
         updates = info.pop("updates")
         for name, engine in engines.items():
-            with safe_open(path / f"{name}.safetensors", "pt") as file:
-                _load_engine(engine, file, updates[name], path)
+            with ShardReader(path, name) as reader:
+                if reader.shapes != {parameter: shard.shape for parameter, shard in engine.shards().items()}:
+                    raise UserError(f"{path}: holds another model than the config describes; {START_OVER}")
+                engine.load_named_state(reader, updates[name])
         rank_tensors = _rank_tensors(path)
         state = TrainingState(**info)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{path}: not a checkpoint of this run ({reason}); {START_OVER}") from error
     return state, rank_tensors
-
-
-def _load_engine(engine: Engine, file, updates: int, path: Path) -> None:
-    names = set(file.keys())
-    expected = {f"weight/{parameter}" for parameter, _ in engine.named_state()}
-    if expected != {key for key in names if key.startswith("weight/")}:
-        raise UserError(f"{path}: holds another model than the config describes; {START_OVER}")
-
-    def read(parameter: str) -> ParameterState:
-        keys = {part: f"{part}/{parameter}" for part in PARTS}
-        return ParameterState(**{part: file.get_tensor(key) if key in names else None for part, key in keys.items()})
-
-    engine.load_named_state(read, updates)
 
 
 def _rank_tensors(path: Path) -> dict[str, Tensor]:
@@ -263,11 +339,13 @@ def _rank_tensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(OWN)}
 
 
-def _path(folder: Path, step: int) -> Path:
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, under the folder of all."""
     return folder / f"step-{step:08d}"
 
 
-def _list(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints that are in their place, the last one at the end."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
@@ -276,18 +354,49 @@ def _list(folder: Path) -> list[Path]:
 # --- Models for use ---
 
 
-def save_pretrained(
-    folder: Path, config_text: str, tensors: Mapping[str, Tensor], info: Mapping = MappingProxyType({})
-):
-    """Write a model for use, whole or not at all.
+def save_pretrained(folder: Path, engine: Engine, info: Mapping = MappingProxyType({})) -> None:
+    """Write an engine's averaged weights (raw ones where it keeps no average) for use, whole or not at all.
 
-    `model.safetensors`, the `config.yaml` that rebuilds it, and `info.json`: where the weights come from.
+    `model.safetensors`, the `config.yaml` that rebuilds it, and `info.json`: where the weights come from. Every rank
+    calls it: each writes what it holds, and rank 0 puts the pieces together, one parameter at a time. CheckpointError
+    on every rank if one cannot write.
     """
-    temporary = fresh_folder(folder)
-    _save(tensors, temporary / "model.safetensors")
-    write_text(temporary / "config.yaml", config_text)
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    part = "ema" if "ema" in engine.state_parts() else "weight"
+    together(temporary, lambda: dist.is_main() and fresh_folder(folder))
+    shards = owned_shards(engine)
+    receipts: list = []
+    together(
+        temporary,
+        lambda: receipts.append(
+            write_shards(temporary / shard_file("pieces", dist.rank()), shards, (part,), engine.named_state())[1]
+        ),
+    )
+    all_pieces = [json.loads(text) for text in dist.gather_texts(json.dumps(receipts[0]))]
+    together(temporary, lambda: dist.is_main() and _finish_model(temporary, folder, engine, part, all_pieces, info))
+
+
+def _finish_model(temporary: Path, folder: Path, engine: Engine, part: str, all_pieces, info: Mapping) -> None:
+    write_index(temporary / index_file("pieces"), all_pieces, (part,), None)
+    trained = set(engine.shards())
+    rest = {name: tensor for name, tensor in engine.module.state_dict().items() if name not in trained}
+    with ShardReader(temporary, "pieces") as reader:
+        write_model(temporary / "model.safetensors", reader, part, rest)
+    for path in temporary.glob("pieces*"):
+        path.unlink()
+    write_text(temporary / "config.yaml", dump_config(engine.module.config))
     write_text(temporary / "info.json", json.dumps(dict(info), indent=1))
     replace_folder(temporary, folder)
+
+
+def write_model(path: Path, reader: ShardReader, part: str, rest: Mapping[str, Tensor], metadata=None) -> None:
+    """Write one part of all parameters, and the tensors that are not trained, as one file, never holding it whole."""
+    layout = {name: (torch.float32, shape) for name, shape in reader.shapes.items()}
+    layout |= {name: (tensor.dtype, tensor.shape) for name, tensor in rest.items()}
+    file = TensorFile(path, layout, metadata)
+    for name in layout:
+        file.write(name, rest[name] if name in rest else reader.full(part, name))
+    file.close()
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ibq import dist
@@ -23,10 +22,10 @@ from ibq.training.bad_samples import BadSamples
 from ibq.training.checkpoint import (
     CheckpointConfig,
     CheckpointError,
+    CheckpointWriter,
     TrainingState,
     find_checkpoint,
     load_checkpoint,
-    save_checkpoint,
 )
 from ibq.training.metrics import Interval, MetricLogger, Stopwatch, peak_memory_gib
 from ibq.training.run_data import RunData
@@ -44,7 +43,7 @@ class TrainingConfig:
     batch_size: int = 256  # global
     micro_batch: int = 4  # per rank; accumulation follows from the world size
     log_every: int = 50
-    validate_every: int = 5_000
+    validate_every: int | None = 5_000  # and at the end; null never validates, and keeps no best weights
     validation_images: int | None = None  # the first so many; None takes all
     max_bad_steps: int = 20  # skipped steps (non-finite loss or gradient) in a row before the run stops
 
@@ -56,6 +55,10 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
+
+    def validates_after(self, step: int, total_steps: int) -> bool:
+        """Whether the run validates after so many steps."""
+        return self.validate_every is not None and (step % self.validate_every == 0 or step == total_steps)
 
     def total_steps(self, steps_per_epoch: float) -> int:
         """Optimizer steps of the whole run: enough for every sample of every epoch."""
@@ -112,8 +115,8 @@ class StoppedError(UserError):
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Make the random numbers of a step (dropout) a function of seed, step and rank: nothing to save or restore."""
-    state = np.random.SeedSequence([seed, step, dist.rank()]).generate_state(1, np.uint64)
+    """Make the random numbers of a step (dropout) a function of seed, step and data: nothing to save or restore."""
+    state = np.random.SeedSequence([seed, step, dist.data_rank()]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) >> 1)
 
 
@@ -176,12 +179,15 @@ def _steps(run: "_Run", total_steps: int, seed: int, title: str) -> None:
             if state.step % config.log_every == 0 or last:
                 run.log()
                 progress.set_postfix_str(run.summary())
-            state.validation_pending = state.step % config.validate_every == 0 or last
+            state.validation_pending = config.validates_after(state.step, total_steps)
             run.validate_if_due()
             if state.step % run.checkpoint.save_every == 0 or last:
                 run.save()
+            run.finish_save(wait=False)
+        run.finish_save()
         if not run.is_saved():
             run.save()
+            run.finish_save()
 
 
 class _Run:
@@ -206,6 +212,8 @@ class _Run:
         self.bad_samples = BadSamples(folder, data.order.size, data.max_bad_fraction)
         self.bad_in_a_row = 0
         self._saved: tuple[int, bool] | None = None  # step of the last checkpoint, and whether it waits for validation
+        self._saving: tuple[int, bool] | None = None  # the same of the one that is being written
+        self._writer = CheckpointWriter(folder / "checkpoints", checkpoint)
         self.unsaved = ""  # why the last checkpoint could not be written
         self._since, self._started = 0, time.perf_counter()  # of the interval between two logs
         self._aside = 0.0  # seconds of it that are no part of the steps
@@ -244,20 +252,34 @@ class _Run:
         self._aside += time.perf_counter() - start
 
     def save(self) -> None:
-        """Write a checkpoint; if that fails, say so, and go on or stop as the config says."""
+        """Write a checkpoint, or begin to."""
+        self.finish_save()
         self.bad_samples.reduce(self.state.step, self.state.position)
         self.state.bad_samples = dict(self.bad_samples.by_epoch)
         tensors = self.task.rank_tensors() | self.interval.tensors()
+        self._saving = (self.state.step, self.state.validation_pending)
         with self._besides_steps():
             try:
-                folder = self.folder / "checkpoints"
-                save_checkpoint(folder, self.task.engines, tensors, self.state, self.checkpoint.keep)
-                self._saved, self.unsaved = (self.state.step, self.state.validation_pending), ""
-                write_status(self.folder, "running", self.state.step, self.total_steps)
+                self._writer.save(self.task.engines, tensors, self.state)
             except CheckpointError as error:
                 self._not_saved(str(error))
+        if not self.checkpoint.asynchronous:
+            self.finish_save()
+
+    def finish_save(self, wait: bool = True) -> None:
+        """Put the checkpoint that is being written in its place, if it is ready or else `wait`."""
+        with self._besides_steps():
+            try:
+                done = self._writer.wait() if wait else self._writer.poll()
+            except CheckpointError as error:
+                self._not_saved(str(error))
+                return
+        if done:
+            self._saved, self.unsaved = self._saving, ""
+            write_status(self.folder, "running", self._saved[0], self.total_steps)
 
     def _not_saved(self, reason: str) -> None:
+        """Say so, and go on or stop as the config says."""
         self.unsaved = reason
         what = f"the checkpoint of step {self.state.step} could not be written ({reason})"
         if self.checkpoint.on_error == "stop":
@@ -335,16 +357,12 @@ class _Run:
         self._summary["best"] = math.nan if state.best_score is None else state.best_score
 
     def _save_best(self, info: Mapping) -> bool:
-        problem = ""
-        if dist.is_main():
-            try:
-                self.task.save_pretrained(self.folder / "best", info)
-            except (OSError, SafetensorError) as error:
-                problem = str(error) or type(error).__name__
-        problem = dist.text_from_main(problem)
-        if problem:
-            self._not_saved(f"{self.folder / 'best'}: {problem}")
-        return not problem
+        try:
+            self.task.save_pretrained(self.folder / "best", info)
+        except CheckpointError as error:
+            self._not_saved(f"{self.folder / 'best'}: {error}")
+            return False
+        return True
 
     def summary(self) -> str:
         """The few figures beside the progress bar."""

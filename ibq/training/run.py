@@ -3,14 +3,12 @@
 import argparse
 import contextlib
 import fcntl
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import torch
-from torch import nn
 
 from ibq import dist
 from ibq.config import UserError, load_config
@@ -130,25 +128,6 @@ def check_schedule(schedule: Callable[[int], object], source: str) -> None:
         schedule(0)
     except ValueError as error:
         raise UserError(f"{source}: schedule.{error}") from error
-
-
-def build_seeded(name: str, build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Build a module with initial weights that depend on its name and the seed alone, equal on every rank.
-
-    A module with `initialize_parameter` gets every parameter from a seed of its own, whatever the order of creation.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed_of(seed, name))
-        module = build()
-    if hasattr(module, "initialize_parameter"):
-        for parameter_name, parameter in module.named_parameters():
-            generator = torch.Generator().manual_seed(_seed_of(seed, f"{name}.{parameter_name}"))
-            module.initialize_parameter(parameter_name, parameter, generator)
-    return module
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return (seed << 32) + zlib.crc32(name.encode())
 
 
 def set_up_torch(*, training: bool) -> None:

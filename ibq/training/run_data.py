@@ -45,8 +45,8 @@ class RunData:
             batch_size=batch_size,
             micro_batch=micro_batch,
             streams=self.order.streams,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
+            rank=dist.data_rank(),
+            world_size=dist.data_world_size(),
         )
         self.validation_limit, self.device = validation_limit, device
 
@@ -70,8 +70,8 @@ class RunData:
         return validation_batches(
             self.validation_set,
             self.plan.micro_batch,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
+            rank=dist.data_rank(),
+            world_size=dist.data_world_size(),
             workers=self.workers,
             device=self.device,
             limit=self.validation_limit,

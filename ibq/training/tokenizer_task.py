@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ibq import dist, losses
-from ibq.config import UserError, dump_config
+from ibq.config import UserError
 from ibq.data.transforms import to_unit_range
 from ibq.engine.base import Engine, GroupHyper, snapshot
 from ibq.evaluation.reconstruction import CodeUsage, evaluate_reconstruction
@@ -394,8 +394,7 @@ class TokenizerTask:
 
     def save_pretrained(self, folder: Path, info: Mapping) -> None:
         """Write the averaged weights for `ibq.load_tokenizer`."""
-        with self.generator.averaged():
-            save_pretrained(folder, dump_config(self.tokenizer.config), self.tokenizer.state_dict(), info)
+        save_pretrained(folder, self.generator, info)
 
 
 def _add(metrics: dict[str, Tensor], name: str, value: Tensor, share: float) -> None:

@@ -15,10 +15,10 @@ import torch
 from training_support import train_here
 
 from ibq import dist
-from ibq.engine.local import LocalEngine
+from ibq.engine.torch_engine import TorchEngine
 from ibq.training import loop
 
-backward, seed_step = LocalEngine.backward, loop.seed_step
+backward, seed_step = TorchEngine.backward, loop.seed_step
 
 
 def plant(fault: dict | None) -> None:
@@ -29,7 +29,7 @@ def plant(fault: dict | None) -> None:
         state["step"] = step
         seed_step(seed, step)
 
-    def faulty(engine: LocalEngine, loss: torch.Tensor) -> None:
+    def faulty(engine: TorchEngine, loss: torch.Tensor) -> None:
         of_engine = fault.get("engine", "").lower() in type(engine.module).__name__.lower()
         if fault["kind"] == "scale":
             loss = loss * fault["factor"]
@@ -38,7 +38,7 @@ def plant(fault: dict | None) -> None:
         backward(engine, loss)
 
     loop.seed_step = note_step
-    LocalEngine.backward = faulty if fault else backward
+    TorchEngine.backward = faulty if fault else backward
 
 
 def main() -> None:

@@ -1,0 +1,195 @@
+"""Weights, gradients and optimizer sharded by PyTorch's FSDP2 (`fully_shard`), optionally with split matrices.
+
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html. The mesh has up to three dimensions: groups that
+hold the same shards ("replicate"), ranks that share one model ("shard"), ranks that share each matrix ("tensor"). Ranks
+of one tensor group are neighbours and see the same data.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method as make_forward_method
+from torch.distributed.tensor import DTensor
+
+from ibq import dist
+from ibq.config import UserError
+from ibq.engine.base import EngineSettings, Reader
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.shard import Shard, part, take, whole
+from ibq.engine.torch_engine import Held, TorchEngine
+
+DIMENSIONS = ("replicate", "shard", "tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FsdpEngineConfig:
+    """Sharding by FSDP2; `hybrid` keeps one copy of the model on every `shard_ranks` ranks (by default a machine)."""
+
+    kind: Literal["fsdp"] = "fsdp"
+    shard: Literal["full", "hybrid"] = "full"
+    shard_ranks: int | None = None  # of hybrid: ranks that share one copy
+    offload: Literal["none", "cpu"] = "none"  # of shards, gradients and optimizer
+    tensor_parallel: int = 1  # ranks that share each matrix
+    sequence_parallel: bool = False  # they also share the tokens between the matrices
+    compile: bool = False  # torch.compile for every block
+
+    def __post_init__(self):
+        if self.tensor_parallel < 1:
+            raise ValueError(f"tensor_parallel: must be at least 1, got {self.tensor_parallel}")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel: needs tensor_parallel of at least 2")
+        if self.shard_ranks is not None and self.shard == "full":
+            raise ValueError("shard_ranks: is for shard: hybrid; leave it out")
+        if self.shard_ranks is not None and self.shard_ranks < 1:
+            raise ValueError(f"shard_ranks: must be at least 1, got {self.shard_ranks}")
+
+    def mesh_sizes(self, world_size: int) -> tuple[int, int, int]:
+        """(replicate, shard, tensor) ranks; UserError where the numbers do not divide."""
+        if world_size % self.tensor_parallel:
+            raise UserError(
+                f"engine.tensor_parallel: {self.tensor_parallel} does not divide the {world_size} processes; "
+                "start a multiple of it"
+            )
+        ranks = world_size // self.tensor_parallel
+        if self.shard == "full":
+            return 1, ranks, self.tensor_parallel
+        share = self.shard_ranks or max(1, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) // self.tensor_parallel)
+        if ranks % share:
+            raise UserError(
+                f"engine.shard_ranks: {share} ranks a copy do not divide the {ranks} that see different data; "
+                "choose a divisor"
+            )
+        return ranks // share, share, self.tensor_parallel
+
+
+class FsdpEngine(TorchEngine):
+    """Shards on this rank; see `ibq.engine.base.Engine`.
+
+    The module may offer `gathered_together()`: modules whose weights are gathered one at a time; `kept_whole()`:
+    parameters that are not sharded; `forward_methods`: (path of a module, name) of methods that use weights when they
+    are called outside `forward`; `tensor_parallel_plan`.
+    """
+
+    def __init__(self, config: FsdpEngineConfig, blueprint: Blueprint, settings: EngineSettings):
+        dist.ensure_group()
+        self.config = config
+        self._mesh = _build_mesh(config, settings.device)
+        module = blueprint.skeleton()
+        sharded_at_birth = hasattr(module, "initialize_parameter")
+        if not sharded_at_birth:
+            module = blueprint.whole().to(settings.device)
+        self._whole = {id(p) for p in module.kept_whole()} if hasattr(module, "kept_whole") else set()
+        self._wrap(module, settings)
+        if sharded_at_birth:
+            module.to_empty(device="cpu" if config.offload == "cpu" else settings.device)
+        module._get_fsdp_state()._lazy_init()  # else the first forward pass may move the shards to other memory
+        held = {name: self._hold(module, name, p) for name, p in module.named_parameters() if p.requires_grad}
+        if sharded_at_birth:
+            for name, own in held.items():
+                full = blueprint.initial(module, name, own.shard.shape)
+                own.tensor.data.copy_(take(full, own.shard).view(own.tensor.shape))
+        super().__init__(module, settings, held)
+        self._parameters = dict(module.named_parameters())
+        # Gradients that no rank has whole: used on a part of the tokens, or not sharded and so not reduced by FSDP.
+        self._partial = set()
+        if config.sequence_parallel:
+            from ibq.engine.tensor_parallel import partial_gradients
+
+            self._partial = partial_gradients(module)
+
+    def _wrap(self, module: nn.Module, settings: EngineSettings) -> None:
+        config = self.config
+        if config.tensor_parallel > 1:
+            from ibq.engine.tensor_parallel import apply_tensor_parallel
+
+            apply_tensor_parallel(module, self._mesh["tensor"], sequence_parallel=config.sequence_parallel)
+        units = module.gathered_together() if hasattr(module, "gathered_together") else []
+        if config.compile:
+            for unit in units:
+                unit.compile()
+        ignored = {p for p in module.parameters() if id(p) in self._whole}
+        mesh = self._mesh["replicate", "shard"] if "replicate" in self._mesh.mesh_dim_names else self._mesh["shard"]
+        offload = CPUOffloadPolicy(pin_memory=settings.device.type == "cuda") if config.offload == "cpu" else None
+        common = {"mesh": mesh, "offload_policy": offload or OffloadPolicy(), "ignored_params": ignored}
+        # The blocks are gathered in bf16. What is left (embeddings, final norm, head, quantizer) stays in fp32 under
+        # autocast, as in one process.
+        bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for unit in units:
+            fully_shard(unit, **common, mp_policy=bf16 if settings.precision == "bf16" else MixedPrecisionPolicy())
+        fully_shard(module, **common)
+        for path, method in getattr(module, "forward_methods", ()):
+            make_forward_method(module.get_submodule(path), method)
+
+    def _hold(self, module: nn.Module, name: str, parameter: nn.Parameter) -> Held:
+        """This rank's part of a parameter, as a plain tensor in the same memory."""
+        names = self._mesh.mesh_dim_names
+        replicate, share, tensor = (self._mesh[dim].size() if dim in names else 1 for dim in DIMENSIONS)
+        place = {dim: self._mesh.get_local_rank(dim) for dim in names}
+        split = isinstance(parameter, DTensor) and "tensor" in parameter.device_mesh.mesh_dim_names
+        shard = whole(parameter.shape)
+        if split:
+            from ibq.engine.tensor_parallel import tensor_shard
+
+            shard = tensor_shard(module, name, tuple(parameter.shape), place["tensor"], tensor)
+        copies = replicate * (1 if split else tensor)
+        owner = place.get("replicate", 0) == 0 and (split or place.get("tensor", 0) == 0)
+        local = parameter.data
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local().detach()
+            row = math.prod(local.shape[1:])  # elements; of the rows, every rank has as many as the first, or less
+            chunk = -(-shard.numel // row // share) * row
+            shard = part(shard, place["shard"] * chunk, chunk)
+        else:
+            copies, owner = copies * share, owner and place["shard"] == 0
+        assert shard.numel == local.numel(), (name, shard, tuple(local.shape))
+        shard = Shard(shard.shape, shard.runs, owner)
+        own = nn.Parameter(local, requires_grad=False)
+        return Held(tensor=own, shard=shard, decays=parameter.dim() >= 2, copies=copies)
+
+    # --- The step ---
+
+    @torch.no_grad()
+    def _collect_gradients(self) -> None:
+        for name, own in self._held.items():
+            gradient = self._parameters[name].grad
+            if isinstance(gradient, DTensor):
+                gradient = gradient.to_local()
+            elif gradient is not None:  # a parameter that FSDP does not know
+                dist.all_reduce_mean(gradient)
+            if name in self._partial and gradient is not None:
+                torch_dist.all_reduce(gradient, group=self._mesh.get_group("tensor"))
+            own.tensor.grad = gradient
+
+    # --- Weights that change otherwise than by a step: gathered ones are stale then ---
+
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """See `Engine.overwrite`."""
+        self._free_gathered()
+        super().overwrite(name, value)
+
+    def _swap(self) -> None:
+        self._free_gathered()
+        super()._swap()
+
+    def load_named_state(self, reader: Reader, steps: int) -> None:
+        """See `Engine.load_named_state`."""
+        self._free_gathered()
+        super().load_named_state(reader, steps)
+
+    def _free_gathered(self) -> None:
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _build_mesh(config: FsdpEngineConfig, device: torch.device) -> DeviceMesh:
+    sizes = dict(zip(DIMENSIONS, config.mesh_sizes(dist.world_size()), strict=True))
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))

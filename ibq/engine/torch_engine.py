@@ -1,0 +1,215 @@
+"""What the engines made of PyTorch's own parts share: gradients, moments and averages lie in this rank's memory."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ibq import dist
+from ibq.engine.base import (
+    EngineSettings,
+    GroupHyper,
+    OptimizerConfig,
+    ParameterState,
+    Reader,
+    StepResult,
+    ema_update,
+)
+from ibq.engine.shard import Shard, take
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """This rank's part of one trained parameter."""
+
+    tensor: nn.Parameter  # plain, in the memory of the module's own parameter
+    shard: Shard
+    decays: bool  # whether it is in the group "decay": decided by the whole parameter
+    copies: int  # ranks that hold these elements
+
+
+class TorchEngine:
+    """Trains `module`, of which this rank holds the given parts; see `ibq.engine.base.Engine`."""
+
+    def __init__(self, module: nn.Module, settings: EngineSettings, held: dict[str, Held]):
+        self.module = module
+        self.settings = settings
+        self.steps = 0
+        self._held = held
+        self._optimizer = _build_optimizer(settings.optimizer, held)
+        self._shadows: dict[str, Tensor] = {}
+        if settings.ema_decay is not None:
+            self._shadows = {name: own.tensor.detach().clone() for name, own in held.items()}
+        self._micro_batches = 0
+        self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=settings.device)
+
+    # --- Forward and backward ---
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision of the forward pass."""
+        dtype = PRECISIONS[self.settings.precision]
+        return torch.autocast(self.settings.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def __call__(self, *inputs):
+        """The module's forward pass in the engine's precision."""
+        with self.autocast():
+            return self.module(*inputs)
+
+    @contextlib.contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around one micro-batch's forward and backward passes."""
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's mean loss."""
+        self._loss_is_bad |= ~torch.isfinite(loss.detach())
+        (loss / self.settings.accumulation).backward()
+        self._micro_batches += 1
+
+    def _collect_gradients(self) -> None:
+        """Give every held tensor the gradient of its elements, averaged over the ranks."""
+
+    # --- The step ---
+
+    def step(self, hyper: dict[str, GroupHyper]) -> StepResult:
+        """Clip, update and average; a step with a non-finite loss or gradient is skipped by all ranks alike."""
+        self._collect_gradients()
+        for own in self._held.values():
+            if own.tensor.grad is None:  # unused in this step; moments and their step count stay those of all
+                own.tensor.grad = torch.zeros_like(own.tensor)
+        norm, skipped = self._gradient_norm()
+        if not skipped:
+            self._clip(norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = hyper[group["name"]].learning_rate
+                group["weight_decay"] = hyper[group["name"]].weight_decay
+            self._optimizer.step()
+            self.steps += 1
+            if self._shadows:
+                raw = [self._held[name].tensor.detach() for name in self._shadows]
+                ema_update(list(self._shadows.values()), raw, self.settings.decay(self.steps))
+        self.discard()
+        return StepResult(gradient_norm=norm, skipped=skipped)
+
+    def _gradient_norm(self) -> tuple[Tensor, bool]:
+        """The norm of all gradients, each element counted once, and whether it or a rank's loss is not finite."""
+        parts = [(own.tensor.grad, own.copies) for own in self._held.values() if own.tensor.numel()]
+        found = torch.zeros(2, dtype=torch.float64, device=self._loss_is_bad.device)
+        found[1] = self._loss_is_bad
+        if parts:
+            norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in parts])).double()
+            copies = torch.tensor([copies for _, copies in parts], dtype=torch.float64, device=norms.device)
+            found[0] = (norms.square() / copies).sum()
+        dist.all_reduce_sum(found)
+        squares, bad = found.tolist()
+        norm = found[0].sqrt().float()
+        return norm, bad > 0 or not squares < float("inf")
+
+    def _clip(self, norm: Tensor) -> None:
+        limit = self.settings.optimizer.clip_norm
+        gradients = [own.tensor.grad for own in self._held.values()]
+        if limit is not None:
+            share = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+            torch._foreach_mul_(gradients, share.to(gradients[0].device))
+
+    def discard(self) -> None:
+        """Forget the accumulated gradients."""
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        for own in self._held.values():
+            own.tensor.grad = None
+        self._micro_batches = 0
+        self._loss_is_bad.zero_()
+
+    # --- The average ---
+
+    @torch.no_grad()
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Set a parameter, and its average, to a value that was found otherwise than by training."""
+        if name not in self._held:
+            return
+        own = self._held[name]
+        part = take(value, own.shard).view(own.tensor.shape)
+        own.tensor.copy_(part)
+        if name in self._shadows:
+            self._shadows[name].copy_(part)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the module carries the averaged weights, if this engine keeps an average."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, shadow in self._shadows.items():
+            tensor = self._held[name].tensor
+            raw = tensor.clone()
+            tensor.copy_(shadow)
+            shadow.copy_(raw)
+
+    # --- State ---
+
+    def shards(self) -> dict[str, Shard]:
+        """This rank's part of every trained parameter."""
+        return {name: own.shard for name, own in self._held.items()}
+
+    def state_parts(self) -> tuple[str, ...]:
+        """Which of PARTS `named_state` gives."""
+        moments = ("moment1", "moment2") if self.steps and self.settings.optimizer.kind != "sgd" else ()
+        return ("weight", *moments, *(("ema",) if self._shadows else ()))
+
+    def named_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """This rank's part of every parameter in canonical form."""
+        for name, own in self._held.items():
+            moments = self._optimizer.state.get(own.tensor, {})
+            yield (
+                name,
+                ParameterState(
+                    weight=own.tensor.detach(),
+                    moment1=moments.get("exp_avg"),
+                    moment2=moments.get("exp_avg_sq"),
+                    ema=self._shadows.get(name),
+                ),
+            )
+
+    @torch.no_grad()
+    def load_named_state(self, reader: Reader, steps: int) -> None:
+        """Restore this rank's part of every parameter from `reader`; `steps` is the number of updates done so far."""
+        self.steps = steps
+        for name, own in self._held.items():
+            tensor, state = own.tensor, reader(name, own.shard)
+            tensor.copy_(state.weight.view(tensor.shape))
+            if name in self._shadows:
+                average = state.weight if state.ema is None else state.ema
+                self._shadows[name].copy_(average.view(tensor.shape))
+            self._optimizer.state.pop(tensor, None)
+            if state.moment1 is not None and self.settings.optimizer.kind != "sgd" and tensor.numel():
+                self._optimizer.state[tensor] = {
+                    "step": torch.tensor(float(steps), device=tensor.device),
+                    "exp_avg": torch.empty_like(tensor).copy_(state.moment1.view(tensor.shape)),
+                    "exp_avg_sq": torch.empty_like(tensor).copy_(state.moment2.view(tensor.shape)),
+                }
+
+
+def _build_optimizer(config: OptimizerConfig, held: dict[str, Held]) -> torch.optim.Optimizer:
+    groups: dict[str, list] = {"decay": [], "no_decay": []}
+    for own in held.values():
+        if own.tensor.numel():
+            groups["decay" if own.decays else "no_decay"].append(own.tensor)
+    settings = [{"params": tensors, "name": name} for name, tensors in groups.items() if tensors]
+    match config.kind:
+        case "sgd":
+            return torch.optim.SGD(settings, lr=0.0, weight_decay=0.0, fused=True)
+        case "adam":
+            kind: Callable = torch.optim.Adam
+        case "adamw":
+            kind = torch.optim.AdamW
+    return kind(settings, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)

@@ -1,0 +1,171 @@
+"""The engines' part of a checkpoint: every rank writes the elements that it owns, any layout can read them.
+
+    NAME-0003.safetensors   rank 3's elements of PARAMETER, as weight/PARAMETER, moment1/..., moment2/..., ema/...
+    NAME.index.json         shape of every parameter, which file holds which of its elements, and the model's config
+
+A rank that holds whole parameters writes them in their shape, else as a flat list of elements.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ibq.engine.base import PARTS, Engine, ParameterState
+from ibq.engine.shard import Runs, Shard, overlaps, whole
+from ibq.files import write_text
+from ibq.tensor_file import TensorFile
+
+Files = dict[str, dict]  # name -> {"bytes", "sha256"}
+Pieces = dict[str, dict]  # parameter -> {"shape", "file", "runs"}
+
+
+class MissingPartError(ValueError):
+    """A checkpoint does not hold what was asked of it."""
+
+
+def shard_file(engine: str, rank: int) -> str:
+    """Name of a rank's file."""
+    return f"{engine}-{rank:04d}.safetensors"
+
+
+def index_file(engine: str) -> str:
+    """Name of the file that says where everything is."""
+    return f"{engine}.index.json"
+
+
+# --- Writing ---
+
+
+def owned_shards(engine: Engine) -> dict[str, Shard]:
+    """What this rank writes."""
+    return {name: shard for name, shard in engine.shards().items() if shard.owner and shard.numel}
+
+
+def stored_shape(shard: Shard) -> tuple[int, ...]:
+    """The shape of a piece in its file."""
+    return shard.shape if shard.is_whole else (shard.numel,)
+
+
+def write_shards(
+    path: Path, shards: Mapping[str, Shard], parts: tuple[str, ...], states: Iterator[tuple[str, ParameterState]]
+) -> tuple[Files, Pieces]:
+    """Write the elements of `shards` from an engine's states, one parameter after the other.
+
+    The states are exhausted also where nothing of them is written, as an engine may need all ranks for them.
+    """
+    layout = {f"{part}/{name}": (torch.float32, stored_shape(s)) for name, s in shards.items() for part in parts}
+    file = TensorFile(path, layout) if layout else None
+    for name, state in states:
+        if name in shards:
+            for part in parts:
+                file.write(f"{part}/{name}", getattr(state, part))
+    if file is None:
+        return {}, {}
+    size, sha256 = file.close()
+    pieces = {
+        name: {
+            "shape": list(shard.shape),
+            "file": path.name,
+            "runs": [[runs.start, runs.length, runs.count, runs.stride] for runs in shard.runs],
+        }
+        for name, shard in shards.items()
+    }
+    return {path.name: {"bytes": size, "sha256": sha256}}, pieces
+
+
+def copied(
+    shards: Mapping[str, Shard], parts: tuple[str, ...], states: Iterator[tuple[str, ParameterState]]
+) -> list[tuple[str, ParameterState]]:
+    """The states of `shards`, copied to the CPU: what the next steps change is as it was."""
+    copies = []
+    for name, state in states:
+        if name in shards:
+            found = {part: torch.empty(shards[name].numel) for part in parts}
+            for part, copy in found.items():
+                copy.copy_(getattr(state, part).detach().reshape(-1))
+            copies.append((name, ParameterState(**found)))
+    return copies
+
+
+def write_index(path: Path, all_pieces: list[Pieces], parts: tuple[str, ...], config_text: str | None) -> None:
+    """Write where everything is, from what each rank has written."""
+    parameters: dict[str, dict] = {}
+    for pieces in all_pieces:
+        for name, piece in pieces.items():
+            entry = parameters.setdefault(name, {"shape": piece["shape"], "pieces": []})
+            entry["pieces"].append({"file": piece["file"], "runs": piece["runs"]})
+    write_text(path, json.dumps({"parts": list(parts), "config": config_text, "parameters": parameters}))
+
+
+# --- Reading ---
+
+
+class ShardReader:
+    """Reads any part of any parameter from the files of any layout; see `ibq.engine.base.Reader`."""
+
+    def __init__(self, folder: Path, engine: str):
+        self._folder, self._stack, self._files = folder, ExitStack(), {}
+        index = json.loads((folder / index_file(engine)).read_text())
+        self.parts: tuple[str, ...] = tuple(part for part in PARTS if part in index["parts"])
+        self.config_text: str | None = index["config"]
+        self._entries: dict[str, dict] = index["parameters"]
+
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter."""
+        return {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+
+    def __call__(self, name: str, shard: Shard) -> ParameterState:
+        """A part of a parameter, flat on the CPU."""
+        return ParameterState(**{part: self.read(part, name, shard) for part in self.parts})
+
+    def full(self, part: str, name: str) -> Tensor:
+        """All of one part of a parameter, in its shape."""
+        shape = self.shapes[name]
+        return self.read(part, name, whole(shape)).view(shape)
+
+    def read(self, part: str, name: str, shard: Shard) -> Tensor:
+        """The elements [numel] of a shard. MissingPartError if not all of them are in the files."""
+        if name not in self._entries or tuple(self._entries[name]["shape"]) != shard.shape:
+            raise MissingPartError(f"{name} with shape {list(shard.shape)} is not in it")
+        found, count = torch.empty(shard.numel), 0
+        for piece in self._entries[name]["pieces"]:
+            stored = [Runs(*numbers) for numbers in piece["runs"]]
+            places = list(overlaps(shard.runs, stored))
+            if not places:
+                continue
+            first = min(place for _, place, _ in places)
+            end = max(place + length for _, place, length in places)
+            values = self._elements(piece["file"], f"{part}/{name}", first, end)
+            for target, place, length in places:
+                found[target : target + length] = values[place - first : place - first + length]
+                count += length
+        if count != shard.numel:
+            raise MissingPartError(f"{name}: {count:,} of {shard.numel:,} elements are in it")
+        return found
+
+    def _elements(self, file: str, key: str, first: int, end: int) -> Tensor:
+        """Elements [first, end) of a stored tensor."""
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(self._folder / file, "pt"))
+        stored = self._files[file].get_slice(key)
+        shape = stored.get_shape()
+        if len(shape) == 0:
+            return self._files[file].get_tensor(key).reshape(-1)[first:end]
+        row = math.prod(shape[1:])
+        begin = first // row
+        rows = stored[begin : -(-end // row)].reshape(-1)
+        return rows[first - begin * row : end - begin * row]
