@@ -9,43 +9,47 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ibq.config import ConfigError, UserError, load_config
+from ibq.config import ConfigError, UserError, load_config, parse_config
 from ibq.data.transforms import to_uint8
+from ibq.engine.shard_files import ShardReader, index_file
 from ibq.interop import seed_voken
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.sampling import SamplerConfig, sample_codes
 
 Weights = Literal["ema", "raw"]
+MODEL_PLACES = "a run folder, its `best` folder, a checkpoint folder, an exported .safetensors file, or a .ckpt file"
 
 
 def load_tokenizer(path: str | Path, *, weights: Weights = "ema", device: torch.device | str = "auto") -> Tokenizer:
-    """A tokenizer for use (eval mode) from a run folder, a `best` folder or a published `.ckpt` file.
+    """A tokenizer for use (eval mode) from one of MODEL_PLACES; UserError if there is none.
 
-    Raises UserError if there is none. `weights` chooses between the averaged and the raw weights of a `.ckpt`; a run
-    keeps the averaged ones.
+    `weights` chooses between the averaged and the raw weights of a checkpoint or a published `.ckpt` file; a run's best
+    ones are the averaged.
     """
     if _is_reference_checkpoint(path):
         with _explained():
             state = seed_voken.read_tokenizer(path, weights)
             config = seed_voken.infer_tokenizer_config(state)
         return _ready(Tokenizer, config, state, device, path)
-    if weights != "ema":
-        raise UserError(f"{path}: a run keeps the averaged weights for use; raw ones are in its checkpoints")
-    return _load(Tokenizer, TokenizerConfig, path, device)
+    return _load(Tokenizer, TokenizerConfig, path, device, weights)
 
 
 def load_transformer(
-    path: str | Path, *, config: TransformerConfig | None = None, device: torch.device | str = "auto"
+    path: str | Path,
+    *,
+    config: TransformerConfig | None = None,
+    weights: Weights = "ema",
+    device: torch.device | str = "auto",
 ) -> Transformer:
-    """A transformer for use (eval mode) from a run folder, a `best` folder or a published `.ckpt` file.
+    """A transformer for use (eval mode) from one of MODEL_PLACES; UserError if there is none.
 
     A `.ckpt` does not say its number of heads: without `config` the paper's rule (heads of 64 dimensions, 16 x 16
-    tokens) is taken. Raises UserError if there is no model.
+    tokens) is taken. `weights` as in `load_tokenizer`.
     """
     if _is_reference_checkpoint(path):
         with _explained():
@@ -54,7 +58,7 @@ def load_transformer(
         return _ready(Transformer, config, state, device, path)
     if config is not None:
         raise UserError(f"{path}: has a config of its own; give `config` only with a published .ckpt file")
-    return _load(Transformer, TransformerConfig, path, device)
+    return _load(Transformer, TransformerConfig, path, device, weights)
 
 
 def pretrained_folder(path: str | Path) -> Path:
@@ -63,7 +67,7 @@ def pretrained_folder(path: str | Path) -> Path:
     for folder in (path / "best", path):
         if (folder / "model.safetensors").exists():
             return folder
-    raise UserError(f"no model at {str(path)!r}: give a run folder, its `best` folder, or a published .ckpt file")
+    raise UserError(f"no model at {str(path)!r}: give {MODEL_PLACES}")
 
 
 def trained_on(path: str | Path) -> str | None:
@@ -90,17 +94,52 @@ def _explained():
         raise UserError(f"not a published checkpoint of this kind: {' '.join(str(error).split())}") from error
 
 
-def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device) -> nn.Module:
+def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device, weights: Weights) -> nn.Module:
+    path = Path(path)
+    if (path / index_file(kind.__name__.lower())).exists():
+        config, state = _from_checkpoint(kind, config_kind, path, weights)
+        return _ready(kind, config, state, device, path)
+    if weights != "ema":
+        raise UserError(f"{path}: holds one set of weights; raw ones are in a run's checkpoints: give such a folder")
+    if path.is_file() and path.suffix == ".safetensors":
+        config, state = _from_file(kind, config_kind, path)
+        return _ready(kind, config, state, device, path)
     folder = pretrained_folder(path)
     try:
         config = load_config(config_kind, folder / "config.yaml")
     except ConfigError as error:
         raise UserError(f"not a model of this kind: {error}") from error
+    return _ready(kind, config, _tensors(folder / "model.safetensors"), device, folder)
+
+
+def _from_checkpoint(kind: type, config_kind: type, path: Path, weights: Weights) -> tuple:
+    """(config, weights) of a training run's checkpoint, in whatever layout it was written."""
     try:
-        state = load_file(folder / "model.safetensors")
+        with ShardReader(path, kind.__name__.lower()) as reader:
+            part = "ema" if weights == "ema" and "ema" in reader.parts else "weight"
+            state = {name: reader.full(part, name) for name in reader.shapes} | reader.untrained()
+            return parse_config(config_kind, reader.model["config"], str(path)), state
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: a damaged checkpoint ({error}); take another") from error
+
+
+def _from_file(kind: type, config_kind: type, path: Path) -> tuple:
+    """(config, weights) of a file that `tools/convert.py export` has written."""
+    try:
+        with safe_open(path, "pt") as file:
+            model = json.loads((file.metadata() or {})["model"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a file of tools/convert.py export ({error})") from error
+    if model["kind"] != kind.__name__:
+        raise UserError(f"{path}: holds a {model['kind']}, not a {kind.__name__}")
+    return parse_config(config_kind, model["config"], str(path)), _tensors(path)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / 'model.safetensors'}: cannot be read ({error}); copy or train it again") from error
-    return _ready(kind, config, state, device, folder)
+        raise UserError(f"{path}: cannot be read ({error}); copy or train it again") from error
 
 
 def _ready(kind: type[nn.Module], config, state: dict[str, Tensor], device, source: str | Path) -> nn.Module:

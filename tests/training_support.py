@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ibq.config import UserError
 from ibq.data.codes import CodesMeta, write_codes
-from ibq.training.checkpoint_shards import ShardReader
+from ibq.engine.shard_files import ShardReader
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"tokenizer": "ibq/train_tokenizer.py", "transformer": "ibq/train_ar.py"}

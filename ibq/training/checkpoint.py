@@ -3,7 +3,7 @@
     step-00001000/
         manifest.json            size and SHA-256 of every other file: what tells a whole checkpoint from a damaged one
         state.json               step, position in the data, updates of each engine, best score
-        NAME.index.json, NAME-0000.safetensors, ...    of each engine; see `checkpoint_shards.py`
+        NAME.index.json, NAME-*.safetensors    of each engine; see `ibq/engine/shard_files.py`
         rank-0.safetensors       what each rank keeps for itself: buffers, moving averages, the running log interval
 
 All ranks write at once, each what it holds, and a run may go on with any engine and any number of ranks. Only tensors
@@ -16,7 +16,7 @@ import re
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -30,18 +30,22 @@ from ibq import dist
 from ibq.config import UserError, dump_config
 from ibq.data.index import sha256_of
 from ibq.engine.base import Engine
-from ibq.files import fresh_folder, recover_folder, replace_folder, sync_folder, write_text
-from ibq.progress import say
-from ibq.tensor_file import TensorFile, write_tensors
-from ibq.training.checkpoint_shards import (
+from ibq.engine.shard_files import (
     ShardReader,
+    buffers_file,
     copied,
+    describe,
     index_file,
     owned_shards,
     shard_file,
+    untrained,
     write_index,
+    write_model,
     write_shards,
 )
+from ibq.files import fresh_folder, recover_folder, replace_folder, sync_folder, write_text
+from ibq.progress import say
+from ibq.tensor_file import write_tensors
 
 FORMAT = 3
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -141,7 +145,7 @@ class _Pending:
     def __init__(self, temporary: Path, target: Path, write, engines: Mapping[str, Engine], summary: str, best_step):
         self.temporary, self.target, self.best_step = temporary, target, best_step
         self._write, self._summary = write, summary
-        self._engines = {name: (engine.state_parts(), _config_text(engine.module)) for name, engine in engines.items()}
+        self._engines = {name: (engine.state_parts(), describe(engine.module)) for name, engine in engines.items()}
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
 
@@ -172,9 +176,9 @@ class _Pending:
     def finish(self) -> None:
         """On rank 0: add index, state and manifest, and put the checkpoint in its place."""
         receipts = [json.loads(path.read_text()) for path in sorted(self.temporary.glob(f"{RECEIPT}*"))]
-        for name, (parts, config_text) in self._engines.items():
+        for name, (parts, model) in self._engines.items():
             pieces = [receipt["pieces"][name] for receipt in receipts]
-            write_index(self.temporary / index_file(name), pieces, parts, config_text)
+            write_index(self.temporary / index_file(name), pieces, parts, model)
         write_text(self.temporary / STATE, self._summary)
         for path in self.temporary.glob(f"{RECEIPT}*"):
             path.unlink()
@@ -195,7 +199,9 @@ def _plan_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensors, *,
         shards, parts = owned_shards(engine), engine.state_parts()
         states = copied(shards, parts, engine.named_state()) if copy else None
         plans[name] = (shards, parts, engine, states)
-    own = {name: tensor.detach().cpu().clone() for name, tensor in rank_tensors.items()}
+    own = {f"rank-{rank}.safetensors": {name: tensor.detach().cpu().clone() for name, tensor in rank_tensors.items()}}
+    if dist.is_main():
+        own |= {buffers_file(name): untrained(engine) for name, engine in engines.items()}
 
     def write() -> None:
         receipt: dict = {"files": {}, "pieces": {}}
@@ -204,17 +210,13 @@ def _plan_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensors, *,
             states = engine.named_state() if states is None else iter(states)
             files, receipt["pieces"][name] = write_shards(path, shards, parts, states)
             receipt["files"] |= files
-        if own:
-            path = temporary / f"rank-{rank}.safetensors"
-            size, sha256 = write_tensors(path, own)
-            receipt["files"][path.name] = {"bytes": size, "sha256": sha256}
+        for name, tensors in own.items():
+            if tensors:
+                size, sha256 = write_tensors(temporary / name, tensors)
+                receipt["files"][name] = {"bytes": size, "sha256": sha256}
         write_text(temporary / f"{RECEIPT}{rank:04d}.json", json.dumps(receipt))
 
     return write
-
-
-def _config_text(module) -> str | None:
-    return dump_config(module.config) if is_dataclass(getattr(module, "config", None)) else None
 
 
 def together(temporary: Path, action) -> None:
@@ -377,26 +379,16 @@ def save_pretrained(folder: Path, engine: Engine, info: Mapping = MappingProxyTy
 
 
 def _finish_model(temporary: Path, folder: Path, engine: Engine, part: str, all_pieces, info: Mapping) -> None:
-    write_index(temporary / index_file("pieces"), all_pieces, (part,), None)
-    trained = set(engine.shards())
-    rest = {name: tensor for name, tensor in engine.module.state_dict().items() if name not in trained}
+    write_index(temporary / index_file("pieces"), all_pieces, (part,), describe(engine.module))
+    if rest := untrained(engine):
+        write_tensors(temporary / buffers_file("pieces"), rest)
     with ShardReader(temporary, "pieces") as reader:
-        write_model(temporary / "model.safetensors", reader, part, rest)
+        write_model(temporary / "model.safetensors", reader, part)
     for path in temporary.glob("pieces*"):
         path.unlink()
     write_text(temporary / "config.yaml", dump_config(engine.module.config))
     write_text(temporary / "info.json", json.dumps(dict(info), indent=1))
     replace_folder(temporary, folder)
-
-
-def write_model(path: Path, reader: ShardReader, part: str, rest: Mapping[str, Tensor], metadata=None) -> None:
-    """Write one part of all parameters, and the tensors that are not trained, as one file, never holding it whole."""
-    layout = {name: (torch.float32, shape) for name, shape in reader.shapes.items()}
-    layout |= {name: (tensor.dtype, tensor.shape) for name, tensor in rest.items()}
-    file = TensorFile(path, layout, metadata)
-    for name in layout:
-        file.write(name, rest[name] if name in rest else reader.full(part, name))
-    file.close()
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:

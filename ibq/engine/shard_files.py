@@ -1,7 +1,8 @@
 """The engines' part of a checkpoint: every rank writes the elements that it owns, any layout can read them.
 
-    NAME-0003.safetensors   rank 3's elements of PARAMETER, as weight/PARAMETER, moment1/..., moment2/..., ema/...
-    NAME.index.json         shape of every parameter, which file holds which of its elements, and the model's config
+    NAME-0003.safetensors      rank 3's elements of PARAMETER, as weight/PARAMETER, moment1/..., moment2/..., ema/...
+    NAME-buffers.safetensors   what else the model's state holds
+    NAME.index.json            shape of every parameter, which file holds which of its elements, and the model's config
 
 A rank that holds whole parameters writes them in their shape, else as a flat list of elements.
 """
@@ -10,12 +11,15 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from ibq.config import config_to_dict
 from ibq.engine.base import PARTS, Engine, ParameterState
 from ibq.engine.shard import Runs, Shard, overlaps, whole
 from ibq.files import write_text
@@ -32,6 +36,11 @@ class MissingPartError(ValueError):
 def shard_file(engine: str, rank: int) -> str:
     """Name of a rank's file."""
     return f"{engine}-{rank:04d}.safetensors"
+
+
+def buffers_file(engine: str) -> str:
+    """Name of the file of what is not trained."""
+    return f"{engine}-buffers.safetensors"
 
 
 def index_file(engine: str) -> str:
@@ -93,14 +102,26 @@ def copied(
     return copies
 
 
-def write_index(path: Path, all_pieces: list[Pieces], parts: tuple[str, ...], config_text: str | None) -> None:
-    """Write where everything is, from what each rank has written."""
+def write_index(path: Path, all_pieces: list[Pieces], parts: tuple[str, ...], model: dict) -> None:
+    """Write where everything is, from what each rank has written; `model` describes the module (`describe`)."""
     parameters: dict[str, dict] = {}
     for pieces in all_pieces:
         for name, piece in pieces.items():
             entry = parameters.setdefault(name, {"shape": piece["shape"], "pieces": []})
             entry["pieces"].append({"file": piece["file"], "runs": piece["runs"]})
-    write_text(path, json.dumps({"parts": list(parts), "config": config_text, "parameters": parameters}))
+    write_text(path, json.dumps({"parts": list(parts), "model": model, "parameters": parameters}))
+
+
+def describe(module: nn.Module) -> dict:
+    """What a checkpoint says of a module beside its tensors: its class and its config."""
+    config = getattr(module, "config", None)
+    return {"kind": type(module).__name__, "config": config_to_dict(config) if is_dataclass(config) else None}
+
+
+def untrained(engine: Engine) -> dict[str, Tensor]:
+    """The tensors of a module's state that no optimizer changes, copied to the CPU."""
+    trained = set(engine.shards())
+    return {n: t.detach().cpu().clone() for n, t in engine.module.state_dict().items() if n not in trained}
 
 
 # --- Reading ---
@@ -110,10 +131,10 @@ class ShardReader:
     """Reads any part of any parameter from the files of any layout; see `ibq.engine.base.Reader`."""
 
     def __init__(self, folder: Path, engine: str):
-        self._folder, self._stack, self._files = folder, ExitStack(), {}
+        self._folder, self._engine, self._stack, self._files = folder, engine, ExitStack(), {}
         index = json.loads((folder / index_file(engine)).read_text())
         self.parts: tuple[str, ...] = tuple(part for part in PARTS if part in index["parts"])
-        self.config_text: str | None = index["config"]
+        self.model: dict = index["model"]  # see `describe`
         self._entries: dict[str, dict] = index["parameters"]
 
     def __enter__(self) -> "ShardReader":
@@ -131,6 +152,11 @@ class ShardReader:
     def __call__(self, name: str, shard: Shard) -> ParameterState:
         """A part of a parameter, flat on the CPU."""
         return ParameterState(**{part: self.read(part, name, shard) for part in self.parts})
+
+    def untrained(self) -> dict[str, Tensor]:
+        """The tensors that are not trained."""
+        path = self._folder / buffers_file(self._engine)
+        return load_file(path) if path.exists() else {}
 
     def full(self, part: str, name: str) -> Tensor:
         """All of one part of a parameter, in its shape."""
@@ -169,3 +195,14 @@ class ShardReader:
         begin = first // row
         rows = stored[begin : -(-end // row)].reshape(-1)
         return rows[first - begin * row : end - begin * row]
+
+
+def write_model(path: Path, reader: ShardReader, part: str, metadata: Mapping[str, str] | None = None) -> None:
+    """Write one part of all parameters, and what is not trained, as one file, never holding it whole."""
+    rest = reader.untrained()
+    layout = {name: (torch.float32, shape) for name, shape in reader.shapes.items()}
+    layout |= {name: (tensor.dtype, tensor.shape) for name, tensor in rest.items()}
+    file = TensorFile(path, layout, metadata)
+    for name in layout:
+        file.write(name, rest[name] if name in rest else reader.full(part, name))
+    file.close()

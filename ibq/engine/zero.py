@@ -1,0 +1,288 @@
+"""DeepSpeed's ZeRO (arXiv 1910.02054) with offload to CPU and NVMe (ZeRO-Infinity, arXiv 2104.07857).
+
+Stage 1 shards the optimizer's state over the ranks, stage 2 also the gradients, stage 3 also the weights. In bf16 the
+module's weights are bfloat16 beside float32 masters (stage 0: float32 weights under autocast, as in the local engine);
+gradients are reduced and accumulated in float32.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ibq import dist
+from ibq.config import UserError
+from ibq.engine.base import EngineSettings, GroupHyper, ParameterState, Reader, StepResult
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.shard import Shard, take
+from ibq.engine.zero_setup import (
+    InitialWeights,
+    NvmeFolder,
+    build_operators,
+    build_optimizer,
+    check_nvme,
+    deepspeed_settings,
+    load_deepspeed,
+    materialize,
+    partition_numel,
+)
+from ibq.engine.zero_state import MOMENTS, FlatPartitions, Group, ParameterPartitions, Partitions, Shadows
+
+Target = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroEngineConfig:
+    """Sharded training by DeepSpeed; sizes count elements, not bytes.
+
+    With the optimizer on NVMe its state, the gradients and the average are files in a folder of this process under
+    `nvme_path`, at 20 bytes per element of its partition; weights on NVMe are read for every use, which is slow.
+    """
+
+    kind: Literal["zero"] = "zero"
+    stage: Literal[0, 1, 2, 3] = 3
+    offload_optimizer: Target = "none"
+    offload_parameters: Target = "none"
+    nvme_path: str | None = None
+    sub_group_size: int = 50_000_000  # stage 3: what is updated (and in memory) at a time, and the largest parameter
+    reduce_bucket_size: int = 50_000_000  # gradients reduced at a time
+    allgather_bucket_size: int = 50_000_000  # stages 1, 2: weights gathered at a time
+    prefetch_bucket_size: int = 50_000_000  # stage 3: weights gathered ahead of their use
+    max_live_parameters: int = 200_000_000  # stage 3: weights gathered at a time
+    parameter_buffers: int = 8  # weights from NVMe that are in memory at a time, each as large as the largest
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # raw DeepSpeed keys, laid over what is built from these
+
+    def __post_init__(self):
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"stage: {self.stage} is not a ZeRO stage; choose 0, 1, 2 or 3")
+        for name in ("offload_optimizer", "offload_parameters"):
+            if getattr(self, name) not in ("none", "cpu", "nvme"):
+                raise ValueError(f"{name}: {getattr(self, name)} is not possible; choose none, cpu or nvme")
+        if self.offload_parameters != "none" and self.stage != 3:
+            raise ValueError(f"offload_parameters: needs stage 3, not {self.stage}; set stage to 3, or use none")
+        if self.offload_optimizer == "nvme" and self.stage != 3:
+            raise ValueError(f"offload_optimizer: nvme needs stage 3, not {self.stage}; set stage to 3, or use cpu")
+        if self.offload_optimizer == "cpu" and self.stage == 0:
+            raise ValueError("offload_optimizer: stage 0 has nothing to offload; set stage to 1, 2 or 3, or use none")
+        if self.uses_nvme and not self.nvme_path:
+            raise ValueError("nvme_path: missing; name a folder on the NVMe disk, or offload to cpu")
+        for name in ("sub_group_size", "reduce_bucket_size", "allgather_bucket_size", "parameter_buffers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not positive; leave it out for the default")
+
+    @property
+    def uses_nvme(self) -> bool:
+        """Whether anything is kept on NVMe."""
+        return "nvme" in (self.offload_optimizer, self.offload_parameters)
+
+
+class ZeroEngine:
+    """Trains one module with DeepSpeed; see `ibq.engine.base.Engine`. Raises UserError for what cannot work here."""
+
+    def __init__(self, config: ZeroEngineConfig, blueprint: Blueprint, settings: EngineSettings):
+        self.config, self.settings = config, settings
+        self.steps = 0
+        initial = InitialWeights(blueprint)
+        check_nvme(config, settings, partition_numel(initial.shapes))
+        deepspeed = load_deepspeed(settings.device)
+        build_operators(config, settings.optimizer)
+        self._folder = NvmeFolder(config.nvme_path) if config.uses_nvme else None
+        self._engine = self._start(deepspeed, initial)
+        self.module: nn.Module = self._engine.module
+        kind = {0: Partitions, 1: FlatPartitions, 2: FlatPartitions, 3: ParameterPartitions}[config.stage]
+        self._partitions = kind(self.module, self._engine)
+        if settings.precision == "bf16" and config.stage > 0:
+            self._exact_masters(initial)
+        self._shadows: Shadows | None = None
+        if settings.ema_decay is not None:
+            self._shadows = Shadows(self._partitions.groups, self._folder and self._folder.path)
+        self._has_moments = False
+        self._micro_batches = 0
+        self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=settings.device)
+
+    def _start(self, deepspeed: Any, initial: InitialWeights) -> Any:
+        config, settings = self.config, self.settings
+        largest = max(partition_numel({name: shape}) for name, shape in initial.shapes.items())
+        raw = deepspeed_settings(config, settings, largest, self._folder and self._folder.path)
+        dtype = torch.bfloat16 if settings.precision == "bf16" and config.stage > 0 else torch.float32
+        convert = None
+        if config.stage == 3:
+            context = deepspeed.zero.Init(config_dict_or_path=raw, dtype=None)
+            convert = lambda parameter: context._convert_to_zero_parameters([parameter])  # noqa: E731
+        module = materialize(initial, dtype, settings.device, convert)
+        base = build_optimizer(module, initial.shapes, settings.optimizer, config.offload_optimizer != "none")
+        engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=raw, dist_init_required=False)
+        return engine
+
+    @torch.no_grad()
+    def _exact_masters(self, initial: InitialWeights) -> None:
+        """Replace masters that came by way of bfloat16: all engines start from the same float32 weights.
+
+        On NVMe that writes the masters a second time, once per run.
+        """
+        for group in self._partitions.groups:
+            weight = torch.zeros(group.numel)
+            for part in group.fragments:
+                weight[part.offset : part.offset + part.shard.numel] = take(initial(part.name), part.shard)
+            group.write(weight, {}, 0)
+
+    # --- Training ---
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The precision of the forward pass, for modules that are called besides this one."""
+        return torch.autocast(
+            self.settings.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"
+        )
+
+    def __call__(self, *inputs):
+        """The module's forward pass in the engine's precision."""
+        if self.config.stage == 0:
+            with self.autocast():
+                return self.module(*inputs)
+        # Without gradients the module does: its hooks gather the weights, and DeepSpeed's count of passes stays.
+        return self._engine(*inputs) if torch.is_grad_enabled() else self.module(*inputs)
+
+    def micro_batch(self) -> contextlib.AbstractContextManager[None]:
+        """Around one micro-batch's passes; `backward` tells DeepSpeed which one is the last."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's mean loss."""
+        self._loss_is_bad |= ~torch.isfinite(loss.detach())
+        self._micro_batches += 1
+        self._engine.set_gradient_accumulation_boundary(self._micro_batches == self.settings.accumulation)
+        self._engine.backward(loss)
+
+    def step(self, hyper: dict[str, GroupHyper]) -> StepResult:
+        """Clip, update and average; a step with a non-finite loss or gradient is skipped by all ranks alike."""
+        norm, done = torch.tensor(float("nan")), False
+        if not dist.any_rank(self._loss_is_bad):
+            for group in self._engine.basic_optimizer.param_groups:
+                group["lr"] = hyper[group["name"]].learning_rate
+                group["weight_decay"] = hyper[group["name"]].weight_decay
+            apply = self._step_whole if self.config.stage == 0 else self._step_sharded
+            done = self._partitions.step(apply, self._average if self._shadows is not None else None)
+            norm = torch.as_tensor(self._norm, dtype=torch.float32)
+        if done:
+            self.steps += 1
+            self._has_moments = self.settings.optimizer.kind != "sgd"
+        self.discard()
+        return StepResult(gradient_norm=norm, skipped=not done)
+
+    def _average(self, number: int, masters: Tensor) -> None:
+        self._shadows.update(number, masters, self.settings.decay(self.steps + 1))
+
+    def _step_sharded(self) -> bool:
+        self._engine.step()
+        self._norm = self._engine.get_global_grad_norm()
+        return not self._engine.optimizer.overflow
+
+    def _step_whole(self) -> bool:
+        """Stage 0, where DeepSpeed gives no norm: the gradients are whole and already averaged."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if not torch.isfinite(self._norm):
+            return False
+        if self.settings.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.optimizer.clip_norm, self._norm)
+        self._engine.basic_optimizer.step()
+        return True
+
+    def discard(self) -> None:
+        """Forget the accumulated gradients."""
+        self._partitions.forget()
+        self._micro_batches = 0
+        self._loss_is_bad.zero_()
+
+    def overwrite(self, name: str, value: Tensor) -> None:
+        """Not for sharded weights: only tokenizers set weights otherwise than by training."""
+        raise UserError(f"engine.kind: zero cannot set {name} from outside; use engine.kind=local for this model")
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the module carries the averaged weights, if this engine keeps an average.
+
+        Masters on NVMe are read once on the way out.
+        """
+        if self._shadows is None:
+            yield
+            return
+        self._show_all(self._shadows.read)
+        try:
+            yield
+        finally:
+            self._show_all(lambda number: self._partitions.groups[number].read("weight"))
+
+    @torch.no_grad()
+    def _show_all(self, source) -> None:
+        for number, group in enumerate(self._partitions.groups):
+            if group.aliased:
+                self._shadows.exchange(number)
+            else:
+                group.show(source(number))
+            group.release()
+        self._partitions.refresh()
+
+    # --- State ---
+
+    def shards(self) -> dict[str, Shard]:
+        """This rank's part of every trained parameter."""
+        return {part.name: part.shard for group in self._partitions.groups for part in group.fragments}
+
+    def state_parts(self) -> tuple[str, ...]:
+        """Which parts `named_state` gives, the same for all parameters and ranks."""
+        moments = tuple(MOMENTS) if self._has_moments else ()
+        return ("weight", *moments, *(() if self._shadows is None else ("ema",)))
+
+    def named_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """This rank's part of every parameter; at most one sub-group of what is on NVMe is in memory."""
+        parts = self.state_parts()
+        for number, group in enumerate(self._partitions.groups):
+            values = {part: group.read(part) for part in parts if part != "ema"}
+            if "ema" in parts:
+                values["ema"] = self._shadows.read(number)
+            for piece in group.fragments:
+                end = piece.offset + piece.shard.numel
+                yield piece.name, ParameterState(**{part: flat[piece.offset : end] for part, flat in values.items()})
+            group.release()
+
+    @torch.no_grad()
+    def load_named_state(self, reader: Reader, steps: int) -> None:
+        """Restore this rank's part of every parameter, and from all parts the module's own weights."""
+        self.discard()
+        found = torch.zeros((), dtype=torch.bool, device=self.settings.device)
+        for number, group in enumerate(self._partitions.groups):
+            values = _read_group(group, reader, self._shadows is not None)
+            weight, average = values.pop("weight"), values.pop("ema", None)
+            found |= bool(values)
+            group.write(weight, values, steps)
+            if self._shadows is not None:
+                self._shadows.write(number, weight if average is None else average)
+            if not group.aliased:
+                group.show(weight)
+        self._partitions.refresh()
+        self.steps, self._has_moments = steps, dist.any_rank(found)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the module and remove this process's files on NVMe."""
+        self._engine.destroy()
+        if self._folder is not None:
+            self._folder.remove()
+
+
+def _read_group(group: Group, reader: Reader, with_average: bool) -> dict[str, Tensor]:
+    """The flat values [n] of those parts that the reader gives, zero in the padding."""
+    flats: dict[str, Tensor] = {"weight": torch.zeros(group.numel)}
+    for piece in group.fragments:
+        if piece.shard.numel == 0:
+            continue
+        state = reader(piece.name, piece.shard)
+        for part in ("weight", *MOMENTS, *(("ema",) if with_average else ())):
+            if (values := getattr(state, part)) is not None:
+                if part not in flats:
+                    flats[part] = torch.zeros(group.numel)
+                flats[part][piece.offset : piece.offset + piece.shard.numel] = values.reshape(-1)
+    return flats

@@ -1,0 +1,278 @@
+"""What a ZeRO engine needs before it starts: checks, DeepSpeed itself, its settings, the module, the NVMe folder."""
+
+import atexit
+import copy
+import fcntl
+import importlib
+import logging
+import math
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from ibq import dist
+from ibq.config import UserError
+from ibq.engine.base import EngineSettings, OptimizerConfig
+from ibq.engine.blueprint import Blueprint
+
+if TYPE_CHECKING:
+    from ibq.engine.zero import ZeroEngineConfig
+
+PREFIX = "ibq-zero-"
+PERSISTENT = 100_000  # parameters of at most so many elements stay gathered in stage 3 (DeepSpeed's default)
+SWAP_BUFFERS = 4  # of a sub-group on NVMe: master, gradient and two moments
+
+
+def load_deepspeed(device: torch.device) -> Any:
+    """The module `deepspeed`, quiet, for this device, with a process group of at least this process."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    for variable, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
+        os.environ.setdefault(variable, str(value))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise UserError(f"engine.kind: zero needs DeepSpeed ({error}); pip install deepspeed") from None
+    if not torch_dist.is_initialized():
+        # One process: a group of one, without a network address.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=torch_dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def build_operators(config: "ZeroEngineConfig", optimizer: OptimizerConfig) -> None:
+    """Compile what offloading needs; done once per machine, and each time loaded from the cache afterwards."""
+    builders = importlib.import_module("deepspeed.ops.op_builder")
+    wanted = {}
+    if config.uses_nvme:
+        if not builders.AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError("engine: offloading to nvme needs libaio; install libaio-dev (libaio-devel), or offload to cpu")
+        wanted["NVMe offload"] = builders.AsyncIOBuilder
+    if config.offload_optimizer != "none" and optimizer.kind != "sgd":
+        wanted["the CPU optimizer"] = builders.CPUAdamBuilder
+    for what, builder in wanted.items():
+        try:
+            dist.main_first(lambda builder=builder: builder().load(verbose=False))
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"engine: DeepSpeed could not compile {what} ({reason}); install ninja and a C++ compiler"
+            ) from error
+
+
+# --- Memory and space ---
+
+
+def partition_numel(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Elements of this rank's partitions, padding included."""
+    return sum(-(-math.prod(shape) // dist.world_size()) for shape in shapes.values())
+
+
+def nvme_bytes(config: "ZeroEngineConfig", settings: EngineSettings, numel: int) -> int:
+    """Bytes on NVMe of a rank that holds `numel` elements of the parameters."""
+    size = 0
+    if config.offload_optimizer == "nvme":
+        size += 4 * SWAP_BUFFERS * numel + (0 if settings.ema_decay is None else 4 * numel)
+    if config.offload_parameters == "nvme":
+        size += (4 if settings.precision == "fp32" else 2) * numel
+    return size
+
+
+def check_nvme(config: "ZeroEngineConfig", settings: EngineSettings, numel: int) -> None:
+    """Raise UserError where offloading to NVMe cannot work; nothing is written."""
+    if not config.uses_nvme:
+        return
+    if settings.optimizer.kind == "sgd" and config.offload_optimizer == "nvme":
+        raise UserError("engine.offload_optimizer: nvme needs adam or adamw; set optimizer.kind=adamw, or use cpu")
+    if settings.device.type == "cuda" and config.deepspeed.get("aio", {}).get("use_gds"):
+        raise UserError("engine.deepspeed: aio.use_gds is not supported; leave it out")
+    path = Path(config.nvme_path)
+    if not path.is_dir():
+        raise UserError(f"engine.nvme_path: no folder {path}; create it, or name a folder on the NVMe disk")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"engine.nvme_path: {path} is not writable; change its owner, or name another folder")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    need, free = ranks * nvme_bytes(config, settings, numel), shutil.disk_usage(path).free
+    if need > free:
+        raise UserError(
+            f"engine.nvme_path: {path} has {free / 2**30:.1f} GiB free, but the {ranks} processes of this machine need "
+            f"{need / 2**30:.1f} GiB; free some, name another disk, or start more processes"
+        )
+
+
+class NvmeFolder:
+    """A folder of this process alone, removed with it; those of processes that died are swept away.
+
+    A lock on a file beside it, which the system drops with the process, says whether a folder is in use.
+    """
+
+    def __init__(self, parent: str):
+        self._parent = Path(parent)
+        self._sweep()
+        while True:
+            self._lock_path = self._parent / f"{PREFIX}{socket.gethostname()}-{uuid.uuid4().hex[:12]}.lock"
+            self._lock = open(self._lock_path, "w")  # noqa: SIM115 (held for as long as the folder)
+            # A sweep of another process may have come in between, and taken the file away.
+            if _lock(self._lock) and self._lock_path.exists():
+                break
+            self._lock.close()
+        self.path = self._lock_path.with_suffix("")
+        self.path.mkdir()
+        atexit.register(self.remove)
+
+    def _sweep(self) -> None:
+        for path in self._parent.glob(f"{PREFIX}{socket.gethostname()}-*.lock"):
+            try:
+                with open(path, "r+") as file:
+                    if _lock(file):
+                        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                        path.unlink()
+            except OSError:
+                continue  # another process sweeps, or another user's
+
+    def remove(self) -> None:
+        """Remove the folder with what is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock_path.unlink(missing_ok=True)
+        self._lock.close()
+        atexit.unregister(self.remove)
+
+
+def _lock(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+# --- DeepSpeed's settings ---
+
+
+def deepspeed_settings(
+    config: "ZeroEngineConfig", settings: EngineSettings, largest: int, folder: Path | None
+) -> dict[str, Any]:
+    """DeepSpeed's configuration; `largest`: elements of the largest parameter's partition on this rank."""
+    bf16 = settings.precision == "bf16" and config.stage > 0  # stage 0 keeps float32 weights under autocast
+    result = {
+        "train_micro_batch_size_per_gpu": 1,  # only products of it are used
+        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_clipping": settings.optimizer.clip_norm or 0.0,
+        "steps_per_print": 2**62,
+        "zero_allow_untested_optimizer": True,  # plain SGD
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": _zero_settings(config, settings.device, largest, folder),
+    }
+    return merge(result, config.deepspeed)
+
+
+def _zero_settings(
+    config: "ZeroEngineConfig", device: torch.device, largest: int, folder: Path | None
+) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    zero = {
+        "stage": config.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": cuda,
+        "reduce_bucket_size": config.reduce_bucket_size,
+        "allgather_bucket_size": config.allgather_bucket_size,
+        "memory_efficient_linear": False,  # would replace torch.nn.functional.linear in the whole process
+        "override_module_apply": False,
+    }
+    offload = {"nvme_path": str(folder) if folder else None, "pin_memory": cuda}
+    if config.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": config.offload_optimizer, "buffer_count": SWAP_BUFFERS, **offload}
+    if config.stage < 3:
+        return zero
+    on_nvme = config.offload_parameters == "nvme"
+    zero |= {
+        "sub_group_size": config.sub_group_size,
+        # A parameter from NVMe occupies a buffer for as long as it is gathered: as few at a time as possible.
+        "stage3_prefetch_bucket_size": 0 if on_nvme else config.prefetch_bucket_size,
+        "stage3_max_live_parameters": 0 if on_nvme else config.max_live_parameters,
+        "stage3_max_reuse_distance": 0 if on_nvme else config.max_live_parameters,
+        "stage3_param_persistence_threshold": PERSISTENT,
+    }
+    if config.offload_parameters != "none":
+        sizes = {"buffer_size": largest, "buffer_count": config.parameter_buffers, "max_in_cpu": 0} if on_nvme else {}
+        zero["offload_param"] = {"device": config.offload_parameters, **offload, **sizes}
+    return zero
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, section by section."""
+    result = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merge(result[key], value) if both else copy.deepcopy(value)
+    return result
+
+
+# --- The module and its optimizer ---
+
+
+class InitialWeights:
+    """The initial value of every parameter, made again when it is needed if the blueprint can do that."""
+
+    def __init__(self, blueprint: Blueprint):
+        self._blueprint = blueprint
+        self.module = blueprint.skeleton()
+        self._values: dict[str, Tensor] | None = None
+        if not hasattr(self.module, "initialize_parameter") or any(b.is_meta for b in self.module.buffers()):
+            self.module = blueprint.whole()
+            self._values = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
+
+    def __call__(self, name: str) -> Tensor:
+        """One parameter, whole, float32 on the CPU."""
+        if self._values is not None:
+            return self._values[name]
+        return self._blueprint.initial(self.module, name, self.shapes[name])
+
+
+def materialize(
+    initial: InitialWeights, dtype: torch.dtype, device: torch.device, convert: Callable[[nn.Parameter], None] | None
+) -> nn.Module:
+    """The module with its initial weights in `dtype`, one parameter at a time handed to `convert` (stage 3)."""
+    module = initial.module
+    for name in initial.shapes:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        old = owner.get_parameter(leaf)
+        new = nn.Parameter(initial(name).to(device, dtype, copy=True), requires_grad=old.requires_grad)
+        setattr(owner, leaf, new)
+        if convert is not None:
+            convert(new)
+    return module
+
+
+def build_optimizer(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], config: OptimizerConfig, on_cpu: bool
+) -> torch.optim.Optimizer:
+    """The optimizer that DeepSpeed wraps; `on_cpu`: its state is offloaded."""
+    groups: dict[str, list[Tensor]] = {"decay": [], "no_decay": []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups["decay" if len(shapes[name]) >= 2 else "no_decay"].append(parameter)
+    listed = [{"params": params, "name": name} for name, params in groups.items() if params]
+    if config.kind == "sgd":
+        return torch.optim.SGD(listed, lr=0.0)
+    shared = {"lr": 0.0, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
+    if on_cpu:
+        adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+        return adam(listed, adamw_mode=config.kind == "adamw", fp32_optimizer_states=True, **shared)
+    kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    return kind(listed, fused=True, **shared)

@@ -1,0 +1,401 @@
+"""What DeepSpeed's ZeRO optimizers keep on this rank, as groups of flat float32 partitions.
+
+Reading, writing and averaging state is the same for every stage: it goes over groups. A group is one flat partition of
+the master weights and what belongs to it: per parameter (stage 0), per optimizer group (stages 1 and 2) or per
+sub-group (stage 3, whose groups may live on NVMe). This module alone knows the attributes of DeepSpeed's optimizers.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from ibq.engine.shard import Shard, interval, whole
+
+MOMENTS = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}  # our names, torch.optim's
+Update = Callable[[int, Tensor], None]  # (number of a group, its new master weights)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one parameter in a group's flat partition, from `offset` on; it may be empty."""
+
+    name: str
+    shard: Shard
+    offset: int
+
+
+class Group:
+    """A flat partition [n] in memory.
+
+    `master` is what the optimizer updates and its state is keyed by; `weights` is the module's own copy of the
+    partition, None where the master is that copy.
+    """
+
+    swapped = False
+
+    def __init__(self, fragments: Sequence[Fragment], master: Tensor, base: torch.optim.Optimizer, weights: Any = None):
+        self.fragments = list(fragments)
+        self.master = master
+        self.numel = master.numel()
+        self._state = base.state
+        self._weights = weights
+
+    @property
+    def aliased(self) -> bool:
+        """Whether the module computes with the master weights themselves."""
+        return self._weights is None
+
+    def read(self, part: str) -> Tensor:
+        """The flat values of "weight", "moment1" or "moment2"; valid until `release`, not to be written to."""
+        if part == "weight":
+            return self.master.detach().view(-1)
+        return self._state[self.master][MOMENTS[part]].view(-1)
+
+    def write(self, weight: Tensor, moments: dict[str, Tensor], steps: int) -> None:
+        """Replace the masters and the optimizer's state; no moments: as before the first step."""
+        self.master.data.view(-1).copy_(weight)
+        state = self._state.get(self.master)
+        if not moments:
+            self._state.pop(self.master, None)
+            return
+        if not state:
+            state = self._state[self.master] = _new_state(self.master, steps)
+        state["step"] = _step_count(state, steps)
+        for part, values in moments.items():
+            state[MOMENTS[part]].view(-1).copy_(values)
+
+    def release(self) -> None:
+        """Give back the memory of what was read."""
+
+    def show(self, values: Tensor) -> None:
+        """Put values into the module's own weights."""
+        self._weights.data.view(-1).copy_(values)
+
+
+def _new_state(master: Tensor, steps: int) -> dict[str, Any]:
+    step = torch.tensor(float(steps), device=master.device)
+    return {"step": step, **{key: torch.empty_like(master, requires_grad=False) for key in MOMENTS.values()}}
+
+
+def _step_count(state: dict[str, Any], steps: int) -> Any:
+    """A count of the type that the optimizer keeps: DeepSpeed's CPU-Adam an int, torch.optim a tensor."""
+    if torch.is_tensor(state["step"]):
+        return torch.full_like(state["step"], float(steps))
+    return steps
+
+
+class Partitions:
+    """All groups of one optimizer; this one is that of stage 0, with whole parameters on every rank."""
+
+    def __init__(self, module: nn.Module, engine: Any):
+        self.engine = engine
+        self.base = engine.basic_optimizer
+        self.groups: list[Group] = self._build(module)
+
+    def _build(self, module: nn.Module) -> list[Group]:
+        owner = torch_dist.get_rank() == 0
+        return [
+            Group([Fragment(name, whole(p.shape, owner), 0)], p, self.base)
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        ]
+
+    def step(self, apply: Callable[[], bool], after: Update | None) -> bool:
+        """Run `apply`, which says whether the update was done, and show every group's new masters to `after`."""
+        done = apply()
+        if done and after is not None:
+            for number, group in enumerate(self.groups):
+                after(number, group.read("weight"))
+        return done
+
+    def refresh(self) -> None:
+        """Make every rank's module see what `show` has changed on any rank."""
+
+    def forget(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.engine.module.parameters():
+            parameter.grad = None
+
+
+class FlatPartitions(Partitions):
+    """Stages 1 and 2: a flattened optimizer group is cut into equal parts, one per rank, wherever the cuts fall."""
+
+    def _build(self, module: nn.Module) -> list[Group]:
+        optimizer = self.engine.optimizer
+        names = {id(p): name for name, p in module.named_parameters()}
+        if hasattr(optimizer, "bit16_groups"):
+            self._flats, self._cuts = optimizer.bit16_groups_flat, optimizer.parallel_partitioned_bit16_groups
+            parameters, masters = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+        else:  # DeepSpeed's BF16_Optimizer, which it chooses for stage 1 in bf16 without offload
+            self._flats, self._cuts = optimizer.bf16_groups_flat, optimizer.bf16_partitioned_groups
+            parameters, masters = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+        rank = torch_dist.get_rank()
+        return [
+            Group([_flat_fragment(names[id(p)], p) for p in params], master, self.base, cuts[rank])
+            for params, master, cuts in zip(parameters, masters, self._cuts, strict=True)
+        ]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Gather all ranks' parts."""
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        optimizer = self.engine.optimizer
+        all_gather_dp_groups(
+            groups_flat=self._flats,
+            partitioned_param_groups=self._cuts,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
+
+    def forget(self) -> None:
+        """Drop all gradients, also those that were accumulated in part."""
+        optimizer = self.engine.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        if not hasattr(optimizer, "averaged_gradients"):  # BF16_Optimizer: zero_grad clears its buffers
+            return
+        optimizer.micro_step_id = -1  # the next backward pass overwrites instead of adding
+        for number in list(optimizer.averaged_gradients):
+            optimizer.averaged_gradients[number] = None
+        for number in list(optimizer.all_grad_tensors):
+            optimizer.all_grad_tensors[number] = None
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+
+
+def _flat_fragment(name: str, parameter: nn.Parameter) -> Fragment:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return Fragment(name, interval(parameter.shape, 0, 0), 0)
+    lower, upper = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Fragment(name, interval(parameter.shape, lower.start, lower.numel), upper.start)
+
+
+class ParameterPartitions(Partitions):
+    """Stage 3: every flattened parameter is cut into equal intervals; sub-groups are updated one after the other."""
+
+    def _build(self, module: nn.Module) -> list[Group]:
+        optimizer = self.engine.optimizer
+        names = {p.ds_id: name for name, p in module.named_parameters()}
+        return [self._group(number, names) for number in range(len(optimizer.fp16_groups))]
+
+    def _group(self, number: int, names: dict[int, str]) -> Group:
+        optimizer, fragments = self.engine.optimizer, []
+        for parameter in optimizer.fp16_groups[number]:
+            size = parameter.partition_numel()
+            shard = interval(parameter.ds_shape, torch_dist.get_rank() * size, size)
+            fragments.append(Fragment(names[parameter.ds_id], shard, optimizer.grad_position[parameter.ds_id][1]))
+        master = optimizer.fp32_partitioned_groups_flat[number]
+        if optimizer._swappable_optimizer_subgroup(number):
+            return SwappedGroup(fragments, master, self.base, ParameterWeights(optimizer, number), optimizer)
+        weights = optimizer.fp16_partitioned_groups_flat[number]
+        if weights is None:
+            weights = ParameterWeights(optimizer, number)
+        elif weights.data_ptr() == master.data_ptr():
+            weights = None  # in fp32 DeepSpeed keeps no second copy
+        return (ListedGroup if isinstance(weights, ParameterWeights) else Group)(fragments, master, self.base, weights)
+
+    def step(self, apply: Callable[[], bool], after: Update | None) -> bool:
+        """As in `Partitions`, but while a sub-group is in memory: one on NVMe is not read again."""
+        if after is None:
+            return apply()
+        optimizer = self.engine.optimizer
+        original = optimizer._optimizer_step
+
+        def update(number: int) -> None:
+            original(number)
+            after(number, self.groups[number].master.detach())
+
+        optimizer._optimizer_step = update
+        try:
+            return apply()
+        finally:
+            del optimizer._optimizer_step
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Gather again what stays gathered."""
+        optimizer = self.engine.optimizer
+        optimizer._partition_all_parameters()
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def forget(self) -> None:
+        """Drop all gradients: the next backward pass overwrites what was accumulated."""
+        optimizer = self.engine.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        if optimizer.offload_optimizer:
+            optimizer.reset_cpu_buffers()
+        if optimizer.swap_optimizer:
+            optimizer.optimizer_swapper.flush_gradients()
+
+
+class ParameterWeights:
+    """The module's own weights of a sub-group, parameter by parameter, some of them on NVMe."""
+
+    def __init__(self, optimizer: Any, number: int):
+        self._optimizer, self._number = optimizer, number
+
+    @torch.no_grad()
+    def copy_(self, values: Tensor) -> None:
+        """Replace them by flat values [n]."""
+        optimizer, number = self._optimizer, self._number
+        flat = optimizer.fp16_partitioned_groups_flat[number]
+        if flat is not None:
+            flat.copy_(values)
+            return
+        offset, swapped, sources = 0, [], []
+        for parameter in optimizer.fp16_groups[number]:
+            part = parameter.ds_tensor
+            source = values[offset : offset + part.ds_numel]
+            offset += part.ds_numel
+            if part.status.name == "AVAILABLE":
+                part.data.copy_(source)
+            else:
+                swapped.append(parameter)
+                sources.append(source)
+        if swapped:
+            swapped[0].nvme_swapper.swap_out_partitioned_params(dst_fp16_params=swapped, src_fp32_params=sources)
+
+
+class ListedGroup(Group):
+    """A group in memory whose module weights are not one flat tensor."""
+
+    def show(self, values: Tensor) -> None:
+        """Put values into the module's own weights."""
+        self._weights.copy_(values)
+
+
+class SwappedGroup(ListedGroup):
+    """A sub-group whose masters and moments lie in files: DeepSpeed's, read and written through its buffers."""
+
+    swapped = True
+
+    def __init__(self, fragments, master, base, weights, optimizer: Any):
+        super().__init__(fragments, master, base, weights)
+        self._swapper = optimizer.optimizer_swapper
+        self.numel = self._info().numel()
+        self._buffers: list[Tensor] = []
+
+    def _info(self) -> Any:
+        return self._swapper._get_param_swap_info(self.master)
+
+    def _buffer(self) -> Tensor:
+        aligned = self._swapper._io_aligned_numel(self.numel)
+        buffers = self._swapper.swap_buffer_manager.allocate(aligned, 1, torch.float32)
+        assert buffers is not None, "all swap buffers are in use"
+        self._buffers += buffers
+        return buffers[0]
+
+    def _path(self, part: str) -> str:
+        return self._info().tensors[("weight", *MOMENTS).index(part)].swap_path
+
+    def read(self, part: str) -> Tensor:
+        """The flat values, in one of the swapper's buffers."""
+        buffer, handle = self._buffer(), self._swapper.aio_handle
+        assert handle.async_pread(buffer, self._path(part), 0) == 0
+        handle.wait()
+        return buffer[: self.numel]
+
+    def write(self, weight: Tensor, moments: dict[str, Tensor], steps: int) -> None:
+        """Replace the files; DeepSpeed's own checkpoints do not restore moments on NVMe."""
+        state = self._state.get(self.master)
+        if moments and not state:
+            # Lengths alone: the memory is never touched, and DeepSpeed's entry for these tensors takes it away.
+            empty = {key: torch.empty(self.numel) for key in MOMENTS.values()}
+            self._state[self.master] = {"step": steps, **empty}
+            self._info().release_memory()
+        elif state and not moments:
+            # DeepSpeed has no way to take a tensor out of its table: zeros at step 0 are what a fresh start has.
+            moments = {part: torch.zeros_like(weight) for part in MOMENTS}
+            state["step"] = 0
+        elif state:
+            state["step"] = steps
+        for part, values in (("weight", weight), *moments.items()):
+            self._write_file(self._path(part), values)
+
+    def _write_file(self, path: str, values: Tensor) -> None:
+        buffer, handle = self._buffer(), self._swapper.aio_handle
+        buffer[: self.numel].copy_(values)
+        assert handle.async_pwrite(buffer, path, 0) == 0
+        handle.wait()
+        self.release()
+
+    def release(self) -> None:
+        """Give the buffers back to the swapper."""
+        self._swapper.swap_buffer_manager.free(self._buffers)
+        self._buffers = []
+
+
+class Shadows:
+    """The averages of all groups: in memory beside masters in memory, in files where those are on NVMe.
+
+    Files go through one buffer of the largest such group, with ordinary reads and writes.
+    """
+
+    def __init__(self, groups: Sequence[Group], folder: Path | None):
+        self._folder = folder
+        self._groups = groups
+        largest = max((group.numel for group in groups if group.swapped), default=0)
+        self._buffer = torch.empty(largest)
+        self._tensors: list[Tensor | None] = []
+        for number, group in enumerate(groups):
+            masters = group.read("weight")
+            self._tensors.append(None if group.swapped else masters.clone())
+            if group.swapped:
+                self.write(number, masters)
+            group.release()
+
+    def read(self, number: int) -> Tensor:
+        """The average of a group [n], float32; one from a file is valid until the next call."""
+        if (tensor := self._tensors[number]) is not None:
+            return tensor
+        buffer = self._buffer[: self._groups[number].numel]
+        with open(self._path(number), "rb", buffering=0) as file:
+            _transfer(file.readinto, buffer)
+        return buffer
+
+    def write(self, number: int, values: Tensor) -> None:
+        """Replace the average of a group."""
+        if (tensor := self._tensors[number] if number < len(self._tensors) else None) is not None:
+            tensor.copy_(values)
+            return
+        with contextlib.closing(open(self._path(number), "wb", buffering=0)) as file:
+            _transfer(file.write, values)
+
+    def update(self, number: int, masters: Tensor, decay: float) -> None:
+        """average <- average - (1 - decay) * (average - masters)."""
+        average = self.read(number)
+        average.lerp_(masters, 1.0 - decay)
+        if self._tensors[number] is None:
+            self.write(number, average)
+
+    def exchange(self, number: int) -> None:
+        """Swap the average with the module's weights, for a group whose masters these are."""
+        group, average = self._groups[number], self._tensors[number]
+        masters = group.master.data.view(-1)
+        kept = masters.clone()
+        masters.copy_(average)
+        average.copy_(kept)
+
+    def _path(self, number: int) -> str:
+        return os.path.join(self._folder, f"average-{number}")
+
+
+def _transfer(move: Callable[[memoryview], int], values: Tensor) -> None:
+    """All bytes of a tensor; one system call moves at most 2 GiB."""
+    view = memoryview(values.detach().contiguous().numpy()).cast("B")
+    done = 0
+    while done < len(view):
+        count = move(view[done:])
+        if not count:
+            raise OSError("the file of an average ended early")
+        done += count

@@ -1,0 +1,146 @@
+"""Parts of parameters, files of them, and putting them together in another layout."""
+
+import hashlib
+import json
+import random
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ibq.engine.base import ParameterState
+from ibq.engine.shard import Runs, Shard, block, interval, overlaps, part, place, take, whole
+from ibq.engine.shard_files import MissingPartError, ShardReader, index_file, shard_file, write_index, write_shards
+from ibq.tensor_file import TensorFile, write_tensors
+
+SHAPE = (12, 10)
+FULL = torch.arange(120.0).view(SHAPE)
+
+
+def rows(first: int, end: int) -> Shard:
+    return interval(SHAPE, first * 10, (end - first) * 10)
+
+
+def packed(rank: int) -> Shard:
+    """Two of each four rows, as packed projections are split over two ranks."""
+    return Shard(SHAPE, tuple(Runs((4 * i + 2 * rank) * 10, 20) for i in range(3)))
+
+
+LAYOUTS = {
+    "whole": [whole(SHAPE)],
+    "rows of 3 ranks": [rows(0, 4), rows(4, 8), rows(8, 12)],
+    "more ranks than rows": [rows(i, i + 1) for i in range(12)] + [interval(SHAPE, 120, 10)],
+    "uneven intervals": [interval(SHAPE, first, 37) for first in range(0, 120, 37)],
+    "columns": [block(SHAPE, (0, 12), (0, 5)), block(SHAPE, (0, 12), (5, 10))],
+    "columns, then rows": [block(SHAPE, r, c) for c in ((0, 5), (5, 10)) for r in ((0, 6), (6, 12))],
+    "packed rows": [packed(0), packed(1)],
+    "packed rows, then intervals": [part(packed(r), first, 25) for r in range(2) for first in (0, 25, 50)],
+}
+
+
+def test_block_and_interval_hold_what_they_say():
+    assert torch.equal(take(FULL, block(SHAPE, (2, 5), (3, 7))), FULL[2:5, 3:7].flatten())
+    assert torch.equal(take(FULL, block(SHAPE, (2, 5), (0, 10))), FULL[2:5].flatten())
+    assert block(SHAPE, (2, 5), (0, 10)).runs == (Runs(20, 30),)
+    assert torch.equal(take(FULL, interval(SHAPE, 115, 10)), FULL.flatten()[115:])
+    assert torch.equal(take(FULL, packed(1)), FULL[[2, 3, 6, 7, 10, 11]].flatten())
+    assert take(FULL, block(SHAPE, (3, 3), (0, 4))).numel() == 0
+    assert whole(SHAPE).is_whole and rows(0, 12).is_whole and not packed(0).is_whole
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_holds_every_element_once(layout):
+    built = torch.full(SHAPE, -1.0)
+    for shard in LAYOUTS[layout]:
+        place(built, shard, take(FULL, shard))
+    assert torch.equal(built, FULL)
+    assert sum(shard.numel for shard in LAYOUTS[layout]) == FULL.numel()
+
+
+def test_part_is_a_slice_of_the_held_elements():
+    rng = random.Random(0)
+    for shard in [shard for layout in LAYOUTS.values() for shard in layout]:
+        held = take(FULL, shard)
+        for _ in range(40):
+            first, numel = rng.randrange(shard.numel + 2), rng.randrange(shard.numel + 5)
+            assert torch.equal(take(FULL, part(shard, first, numel)), held[first : first + numel])
+
+
+def write(folder, shards: list[Shard], name="net", parts=("weight", "ema")) -> None:
+    all_pieces = []
+    for rank, shard in enumerate(shards):
+        if shard.numel:
+            state = ParameterState(weight=take(FULL, shard), ema=-take(FULL, shard))
+            path = folder / shard_file(name, rank)
+            all_pieces.append(write_shards(path, {"p": shard}, parts, iter([("p", state)]))[1])
+    write_index(folder / index_file(name), all_pieces, parts, {"kind": "Net", "config": None})
+
+
+@pytest.mark.parametrize("wanted", LAYOUTS)
+@pytest.mark.parametrize("stored", LAYOUTS)
+def test_any_layout_reads_any_other(tmp_path, stored, wanted):
+    write(tmp_path, LAYOUTS[stored])
+    with ShardReader(tmp_path, "net") as reader:
+        assert reader.shapes == {"p": SHAPE} and reader.parts == ("weight", "ema")
+        for shard in LAYOUTS[wanted]:
+            state = reader("p", shard)
+            assert torch.equal(state.weight, take(FULL, shard)) and torch.equal(state.ema, -state.weight)
+            assert state.moment1 is None
+        assert torch.equal(reader.full("weight", "p"), FULL)
+
+
+def test_elements_that_are_in_no_file_are_noticed(tmp_path):
+    write(tmp_path, LAYOUTS["rows of 3 ranks"][:2])
+    with ShardReader(tmp_path, "net") as reader:
+        assert torch.equal(reader.read("weight", "p", rows(2, 8)), FULL[2:8].flatten())
+        with pytest.raises(MissingPartError, match="80 of 120"):
+            reader.full("weight", "p")
+        with pytest.raises(MissingPartError, match="p with shape"):
+            reader.read("weight", "p", whole((10, 12)))
+
+
+def test_overlaps_of_runs_with_gaps():
+    wanted, stored = (Runs(0, 2, 3, 10),), (Runs(1, 10), Runs(21, 4))
+    assert sorted(overlaps(wanted, stored)) == [(1, 0, 1), (2, 9, 1), (5, 10, 1)]
+
+
+def test_a_scalar_is_a_parameter_too(tmp_path):
+    shard = whole(())
+    state = ParameterState(weight=torch.tensor(3.5))
+    _, pieces = write_shards(tmp_path / shard_file("net", 0), {"s": shard}, ("weight",), iter([("s", state)]))
+    write_index(tmp_path / index_file("net"), [pieces], ("weight",), {"kind": "Net", "config": None})
+    with ShardReader(tmp_path, "net") as reader:
+        assert reader.full("weight", "s") == 3.5
+
+
+# --- Files that are written tensor by tensor ---
+
+
+def test_a_tensor_file_is_a_safetensors_file(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 4),
+        "empty": torch.zeros(0, 2),
+        "b": torch.randn(5).to(torch.bfloat16),
+        "turned": torch.randn(3, 2).t(),
+        "n": torch.arange(7),
+        "scalar": torch.tensor(2.0, dtype=torch.float64),
+    }
+    size, digest = write_tensors(tmp_path / "x.safetensors", tensors, {"model": json.dumps({"kind": "Net"})})
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert (size, digest) == (len(data), hashlib.sha256(data).hexdigest())
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["model"]) == {"kind": "Net"}
+
+
+def test_a_tensor_file_wants_its_layout_kept(tmp_path):
+    file = TensorFile(tmp_path / "x.safetensors", {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))})
+    with pytest.raises(AssertionError):
+        file.write("b", torch.zeros(2))
+    file = TensorFile(tmp_path / "y.safetensors", {"a": (torch.float32, (2,))})
+    with pytest.raises(AssertionError, match="not all tensors"):
+        file.close()

@@ -1,0 +1,197 @@
+"""Trains a tiny transformer with ZeRO engines, several jobs in one process of a launcher (or alone).
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/workers/zero_worker.py jobs.pt
+
+jobs.pt: a list of dicts, see `Job`. Rank r leaves NAME.r.pt with the losses (mean over ranks), the norms, and its part
+of the final state.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ibq import dist
+from ibq.engine.base import PARTS, EngineSettings, GroupHyper, OptimizerConfig, ParameterState
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.shard import place, take
+from ibq.engine.zero import ZeroEngine, ZeroEngineConfig
+from ibq.models.transformer import Transformer, TransformerConfig
+
+# Two tensors of 2^19 elements: their halves are just large enough for DeepSpeed to put them on NVMe.
+VOCABULARY, CLASSES, SIDE = 8192, 10, 4
+MODEL = {
+    "vocab_size": VOCABULARY,
+    "num_classes": CLASSES,
+    "tokens_per_side": SIDE,
+    "depth": 2,
+    "heads": 2,
+    "width": 64,
+    **dict.fromkeys(("residual_dropout", "ffn_dropout", "token_dropout", "class_dropout"), 0.0),
+}
+GLOBAL_BATCH = 8
+HYPER = {"decay": GroupHyper(learning_rate=0.02, weight_decay=0.1), "no_decay": GroupHyper(learning_rate=0.01)}
+ADAMW = {"kind": "adamw", "betas": (0.9, 0.95), "eps": 1e-3, "clip_norm": 0.5}
+EMA = {"ema_decay": 0.7, "ema_warmup": False}
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One training run; faults: "scale" (gradients too large), "nan" (a step's loss), "alone" (other data)."""
+
+    name: str
+    engine: dict = field(default_factory=dict)
+    optimizer: dict = field(default_factory=lambda: dict(ADAMW))
+    settings: dict = field(default_factory=lambda: dict(EMA))
+    model: dict = field(default_factory=dict)
+    odd: bool = False  # another module, with numbers of elements that ranks cannot share equally
+    steps: int = 5
+    fault: str | None = None
+    load: str | None = None  # go on from the state that this job left
+    state: bool = True  # leave the state
+    checks: list = field(default_factory=list)  # "averaged", "discard"
+
+
+class Odd(nn.Module):
+    """Parameters of 35, 21, 3 and 1 elements; codes of the transformer's kind in, losses out."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 7)
+        self.first = nn.Linear(7, 3)
+        self.last = nn.Linear(3, 1, bias=False)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    @torch.no_grad()
+    def initialize_parameter(self, name, parameter, generator=None):
+        parameter.normal_(0.0, 0.5, generator=generator)
+
+    def forward(self, codes, classes):
+        hidden = torch.tanh(self.first(self.table(codes % 5)))
+        return ((self.last(hidden)[..., 0] * self.scale - (classes % 3)[:, None]) ** 2).float()
+
+
+def blueprint(job: Job) -> Blueprint:
+    if job.odd:
+        return Blueprint(name="odd", build=Odd, seed=3)
+    return Blueprint(name="transformer", build=lambda: Transformer(TransformerConfig(**MODEL | job.model)), seed=3)
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The global batch of a step."""
+    generator = torch.Generator().manual_seed(step)
+    codes = torch.randint(VOCABULARY, (GLOBAL_BATCH, SIDE**2), generator=generator)
+    return codes, torch.randint(CLASSES, (GLOBAL_BATCH,), generator=generator)
+
+
+def micro_batches(step: int, count: int):
+    """This rank's part of each of `count` parts of the global batch."""
+    codes, classes = batch(step)
+    for part in zip(codes.chunk(count), classes.chunk(count), strict=True):
+        yield [tensor.chunk(dist.world_size())[dist.rank()] for tensor in part]
+
+
+def train_step(engine: ZeroEngine, job: Job, step: int) -> tuple[float, float, bool]:
+    total, count = 0.0, job.settings.get("accumulation", 1)
+    for number, (codes, classes) in enumerate(micro_batches(step, count)):
+        if job.fault == "alone" and dist.rank() == 1:
+            codes = codes.flip(1)
+        with engine.micro_batch():
+            loss = engine(codes, classes).mean()
+            if job.fault == "nan" and step == 2 and dist.rank() == 1 and number == 0:
+                loss = loss * float("nan")
+            if job.fault == "nan gradient" and step == 2 and dist.rank() == 1:
+                loss = loss + 0 * next(p for p in [loss.detach().clone().requires_grad_()]).sqrt()
+            engine.backward(loss * 1.01 if job.fault == "scale" else loss)
+        total += loss.detach() / count
+    result = engine.step(HYPER)
+    return float(dist.all_reduce_mean(total.clone())), float(result.gradient_norm), result.skipped
+
+
+def saved_state(engine: ZeroEngine) -> dict:
+    shards = engine.shards()
+    found = {
+        name: (shards[name], {part: getattr(state, part) and None for part in ()})
+        for name, state in ()
+    }
+    for name, state in engine.named_state():
+        found[name] = (shards[name], {p: t.clone() for p in PARTS if (t := getattr(state, p)) is not None})
+    assert list(found) == list(shards)
+    assert all(tuple(parts) == engine.state_parts() for _, parts in found.values())
+    return found
+
+
+def assemble(folder: Path, name: str, world: int) -> dict[str, dict[str, torch.Tensor]]:
+    """{part: {parameter: whole tensor}} of the state that a job left; every element must be owned exactly once."""
+    result, covered = {}, {}
+    for rank in range(world):
+        for parameter, (shard, parts) in torch.load(folder / f"{name}.{rank}.pt", weights_only=False)["state"].items():
+            if not shard.owner:
+                continue
+            count = covered.setdefault(parameter, torch.zeros(shard.shape))
+            once = torch.zeros(shard.shape)
+            place(once, shard, torch.ones(shard.numel))
+            count += once
+            for part, values in parts.items():
+                whole = result.setdefault(part, {}).setdefault(parameter, torch.zeros(shard.shape))
+                place(whole, shard, values.float())
+    assert all(bool((count == 1).all()) for count in covered.values())
+    return result
+
+
+def load(engine: ZeroEngine, folder: Path, name: str) -> None:
+    whole = assemble(folder, name, dist.world_size())
+    steps = torch.load(folder / f"{name}.0.pt", weights_only=False)["steps"]
+
+    def reader(parameter, shard):
+        return ParameterState(**{part: take(tensors[parameter], shard) for part, tensors in whole.items()})
+
+    engine.load_named_state(reader, steps)
+
+
+@torch.no_grad()
+def validation_loss(engine: ZeroEngine) -> float:
+    engine.module.eval()
+    codes, classes = batch(1000)
+    loss = float(engine(codes, classes).mean())
+    engine.module.train()
+    return loss
+
+
+def run(job: Job, folder: Path) -> None:
+    settings = EngineSettings(
+        optimizer=OptimizerConfig(**job.optimizer), device=torch.device("cpu"), **job.settings
+    )
+    engine = ZeroEngine(ZeroEngineConfig(**job.engine), blueprint(job), settings)
+    if job.load is not None:
+        load(engine, folder, job.load)
+    first, rows, validation = engine.steps, [], []
+    for step in range(first, first + job.steps):
+        if "discard" in job.checks:  # leaves no trace
+            engine.backward(engine(*next(micro_batches(500, 2))).mean())
+            engine.discard()
+        rows.append(train_step(engine, job, step))
+        if "averaged" in job.checks:
+            with engine.averaged():
+                inside = validation_loss(engine)
+            validation.append((inside, validation_loss(engine)))
+    result = {"rows": rows, "steps": engine.steps, "validation": validation, "job": asdict(job)}
+    if job.state:
+        result["state"] = saved_state(engine)
+    torch.save(result, folder / f"{job.name}.{dist.rank()}.pt")
+    engine.close()
+    dist.barrier()
+
+
+def main() -> None:
+    jobs = Path(sys.argv[1])
+    dist.setup("cpu")
+    for job in torch.load(jobs, weights_only=False):
+        run(Job(**job), jobs.parent)
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    main()
