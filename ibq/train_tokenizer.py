@@ -13,6 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -127,9 +128,9 @@ def build_task(config: TokenizerRunConfig, data: RunData, device: torch.device, 
     # Convolutions on tensor cores want channels last; small ones on the CPU do not.
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
-    def engine(name, build, ema_decay):
+    def engine(kind, name, build, ema_decay):
         return build_engine(
-            config.engine,
+            kind,
             Blueprint(name=name, build=build, seed=config.seed),
             EngineSettings(
                 optimizer=config.optimizer,
@@ -142,9 +143,13 @@ def build_task(config: TokenizerRunConfig, data: RunData, device: torch.device, 
             ),
         )
 
+    discriminator = None
+    if gan.enabled:  # small, and with batch statistics of its own: never sharded
+        build = partial(PatchDiscriminator, gan.discriminator)
+        discriminator = engine(LocalEngineConfig(), "discriminator", build, None)
     return TokenizerTask(
-        engine("tokenizer", lambda: Tokenizer(config.model), config.ema_decay),
-        engine("discriminator", lambda: PatchDiscriminator(gan.discriminator), None) if gan.enabled else None,
+        engine(config.engine, "tokenizer", lambda: Tokenizer(config.model), config.ema_decay),
+        discriminator,
         config.loss,
         perceptual=None if perceptual is None else perceptual.to(device),
         learning_rate=lambda step: config.schedule.learning_rate(peak, step, data.steps_per_epoch, total_steps),

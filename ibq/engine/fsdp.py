@@ -5,8 +5,10 @@ hold the same shards ("replicate"), ranks that share one model ("shard"), ranks 
 of one tensor group are neighbours and see the same data.
 """
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,6 +179,13 @@ class FsdpEngine(TorchEngine):
     def _swap(self) -> None:
         self._free_gathered()
         super()._swap()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """See `Engine.averaged`; methods of the module find the weights of its outermost level gathered."""
+        with super().averaged():
+            self.module.unshard()
+            yield
 
     def load_named_state(self, reader: Reader, steps: int) -> None:
         """See `Engine.load_named_state`."""

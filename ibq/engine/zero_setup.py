@@ -82,7 +82,7 @@ def nvme_bytes(config: "ZeroEngineConfig", settings: EngineSettings, numel: int)
     """Bytes on NVMe of a rank that holds `numel` elements of the parameters."""
     size = 0
     if config.offload_optimizer == "nvme":
-        size += 4 * SWAP_BUFFERS * numel + (0 if settings.ema_decay is None else 4 * numel)
+        size += 12 * numel + (0 if settings.ema_decay is None else 4 * numel)  # masters, two moments, average
     if config.offload_parameters == "nvme":
         size += (4 if settings.precision == "fp32" else 2) * numel
     return size

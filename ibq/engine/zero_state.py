@@ -184,6 +184,8 @@ class ParameterPartitions(Partitions):
 
     def _build(self, module: nn.Module) -> list[Group]:
         optimizer = self.engine.optimizer
+        if optimizer.swap_optimizer:
+            _keep_gradients_in_memory(optimizer)
         names = {p.ds_id: name for name, p in module.named_parameters()}
         return [self._group(number, names) for number in range(len(optimizer.fp16_groups))]
 
@@ -234,8 +236,27 @@ class ParameterPartitions(Partitions):
         optimizer.zero_grad(set_to_none=True)
         if optimizer.offload_optimizer:
             optimizer.reset_cpu_buffers()
-        if optimizer.swap_optimizer:
-            optimizer.optimizer_swapper.flush_gradients()
+
+
+def _keep_gradients_in_memory(optimizer: Any) -> None:
+    """Let sub-groups on NVMe take their gradients from the buffer in memory that accumulates them.
+
+    DeepSpeed writes them out and reads them back besides, at their places in the sub-group, where direct I/O needs
+    multiples of 512 bytes: at any other place the read fails, nothing says so, and the parameter gets no gradient.
+    """
+    swapper = optimizer.optimizer_swapper
+    starts = [0]
+    for numel in optimizer.fp16_partitioned_groups_flat_numel:
+        starts.append(starts[-1] + numel)
+    numbers = {master.ds_id: number for number, master in enumerate(optimizer.fp32_partitioned_groups_flat)}
+
+    def note(parameter: Tensor, gradient_offsets: Sequence[int], gradient_tensors: Sequence[Tensor]) -> None:
+        info, start = swapper._get_param_swap_info(parameter), starts[numbers[parameter.ds_id]]
+        for offset, gradient in zip(gradient_offsets, gradient_tensors, strict=True):
+            kept = optimizer.grad_partitions_flat_buffer.narrow(0, start + offset, gradient.numel())
+            info.unswapped_gradients[offset] = kept
+
+    swapper.swap_out_gradients = note
 
 
 class ParameterWeights:

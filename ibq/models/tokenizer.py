@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from ibq.quantizers import IBQConfig, QuantizerConfig, build_quantizer
@@ -83,6 +84,10 @@ class TokenizerOutput:
     metrics: dict[str, Tensor]  # detached scalars of the quantizer
 
 
+# So that hooks on a module's output, as engines have them, find the tensors in it.
+register_dataclass(TokenizerOutput)
+
+
 def _norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
 
@@ -157,7 +162,10 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: ResBlocks, each followed by attention where the level has it."""
+    """The blocks of one resolution: ResBlocks, each followed by attention where the level has it.
+
+    The encoder gives it a `downsample`, the decoder an `upsample`, for its end.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, config: TokenizerConfig):
         super().__init__()
@@ -170,6 +178,9 @@ class Level(nn.Module):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
         return x
 
 
@@ -209,8 +220,6 @@ class Encoder(nn.Module):
         h = self.conv_in(images)
         for level in self.down:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -238,13 +247,14 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Tokenizer(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] <-> codes [B, h, w]."""
+
+    # Besides `forward`, for engines that gather weights for a call: (path of a module, method).
+    forward_methods = (("", "encode_latents"), ("", "encode"), ("", "decode"))
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -269,6 +279,14 @@ class Tokenizer(nn.Module):
     def last_layer(self) -> nn.Parameter:
         """The weight whose gradients balance the adaptive GAN weight."""
         return self.decoder.conv_out.weight
+
+    def gathered_together(self) -> list[nn.Module]:
+        """The modules whose weights an engine that shards them gathers one module at a time."""
+        return [*self.encoder.down, self.encoder.mid, self.decoder.mid, *self.decoder.up]
+
+    def kept_whole(self) -> list[nn.Parameter]:
+        """The weights that are not to be sharded: losses ask for their gradients."""
+        return [self.last_layer]
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Reconstruct images [B, 3, H, W]."""

@@ -1,0 +1,78 @@
+"""A toy training loop with a heartbeat and a planted fault, for a launcher or for plain processes.
+
+    torchrun --standalone --nproc-per-node 2 tests/workers/heartbeat_worker.py FOLDER '{"fault": "sleep", "rank": 1}'
+
+Faults, in the given rank and from step 5 on: "none", "ready" (only waits long enough for the test to do harm to it),
+"sleep" (the main thread never goes on), "everyone" (all do that), "raise" (an error of its own), "user" (one of the
+user, on all ranks), "early" (it ends well while the others go on). "config": settings of the heartbeat; null: without.
+FOLDER/RANK.pid appears at step 5, FOLDER/RANK.failure holds what on_failure was told, FOLDER/RANK.reason what explain
+answered, FOLDER/RANK.done that the rank has come to its end.
+"""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ibq import dist
+from ibq.config import UserError, exit_on_user_error
+from ibq.engine.heartbeat import Heartbeat, HeartbeatConfig
+
+STEPS = 10
+
+
+def steps(folder: Path, settings: dict, heartbeat: Heartbeat) -> None:
+    fault = settings["fault"] if settings.get("rank", dist.rank()) == dist.rank() else "none"
+    for step in range(STEPS):
+        heartbeat.mark(step, "data")
+        if step == 5:
+            (folder / f"{dist.rank()}.pid").touch()
+            misbehave(fault)
+            if fault == "early":
+                return
+        if settings["fault"] == "early" and step >= 5:
+            time.sleep(0.3)
+            continue
+        heartbeat.mark(step, "forward")
+        dist.all_reduce_mean(torch.ones(1000))
+        if settings["fault"] == "ready" and step >= 5:
+            while True:
+                dist.all_reduce_mean(torch.ones(1000))
+                time.sleep(0.01)
+
+
+def misbehave(fault: str) -> None:
+    match fault:
+        case "sleep" | "everyone":
+            time.sleep(1_000)
+        case "raise":
+            raise ValueError("a fault of its own")
+        case "user":
+            raise UserError("the same on all ranks")
+
+
+def main() -> int:
+    folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as the training loop does: noted, it ends after the step
+    torch.set_num_threads(1)
+    dist.setup("cpu")
+    own = folder / str(dist.rank())
+    config = settings.get("config", {})
+    world_size = 1 if config is None else dist.world_size()
+    on_failure = own.with_suffix(".failure").write_text
+    with Heartbeat(HeartbeatConfig(**config or {}), dist.rank(), world_size, on_failure) as heartbeat:
+        try:
+            steps(folder, settings, heartbeat)
+        except BaseException as error:
+            own.with_suffix(".reason").write_text(heartbeat.explain(error))
+            raise
+    dist.shutdown()
+    own.with_suffix(".done").touch()
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
