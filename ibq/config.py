@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,14 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
     return _build(cls, layers, str(path))
 
 
+def load_section(cls: type[Config], path: str | Path, section: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration `cls` from one top-level section of a YAML file and what it inherits, such as `model`."""
+    layers = [layer.value[section] for layer in read_layers(Path(path)) if section in layer.value]
+    if overrides:
+        layers.append(_override_layer(overrides))
+    return _build(cls, layers or [Node({}, str(path))], f"{path}: {section}")
+
+
 def parse_config(cls: type[Config], mapping: Mapping[str, Any], source: str = "mapping") -> Config:
     """The configuration `cls` from a mapping, as in a checkpoint; `source` names it in the ConfigError."""
     return _build(cls, [wrap(mapping, source)], source)
@@ -91,6 +100,7 @@ def dump_config(config: Any) -> str:
 
 def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its code; ConfigError and UserError: one line, exit 2; Ctrl-C: exit 130."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         code = main()
     except (ConfigError, UserError) as error:
@@ -98,7 +108,12 @@ def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    except Exception:
+        if not several:
+            raise
+        traceback.print_exc()
+        code = 1
+    if several:
         # One process of several: all files are closed by now, and gloo's threads have been seen to abort the
         # interpreter's own way out, which a launcher would take for a failure.
         sys.stdout.flush()

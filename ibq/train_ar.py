@@ -22,6 +22,8 @@ from ibq.config import UserError, dump_config, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
 from ibq.data.shards import ImageDataConfig
 from ibq.engine import Blueprint, EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
+from ibq.engine.heartbeat import HeartbeatConfig
+from ibq.engine.tensor_parallel import check_tensor_parallel
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.ar_task import ARScheduleConfig, ARTask
@@ -69,6 +71,7 @@ class ARRunConfig:
     training: TrainingConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=LocalEngineConfig)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
 
     def __post_init__(self):
         check_seed_and_average(self.seed, self.ema_decay)
@@ -83,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config: ARRunConfig = arguments.config
     set_up_torch(training=True)
     device = dist.setup(config.device)
+    share_model(config)
     with naming(arguments.source):
         data, tokenizer = open_data(config, device)
     bind_data(data, config.training, device, arguments.source)
@@ -95,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder=folder,
             config=config.training,
             checkpoint=config.checkpoint,
+            heartbeat=config.heartbeat,
             config_text=dump_config(config),
             total_steps=config.training.total_steps(data.steps_per_epoch),
             seed=config.seed,
@@ -103,6 +108,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     dist.shutdown()
     return code
+
+
+def share_model(config: ARRunConfig) -> None:
+    """Say how many ranks share each matrix, and so their data; UserError where the model's sizes do not allow it."""
+    ranks = getattr(config.engine, "tensor_parallel", 1)
+    model = config.model
+    if ranks > 1:
+        config.engine.mesh_sizes(dist.world_size())
+        check_tensor_parallel(
+            ranks,
+            heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            ffn_width=model.ffn_width,
+            vocabulary=model.vocab_size,
+            tokens=model.tokens if config.engine.sequence_parallel else None,
+        )
+    dist.share_data(ranks)
 
 
 def open_data(config: ARRunConfig, device: torch.device) -> tuple[RunData, Tokenizer | None]:

@@ -21,7 +21,16 @@ import torch
 from ibq import dist
 from ibq.config import UserError, dump_config, exit_on_user_error
 from ibq.data.shards import ImageDataConfig
-from ibq.engine import Blueprint, EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
+from ibq.engine import (
+    Blueprint,
+    EngineConfig,
+    EngineSettings,
+    LocalEngineConfig,
+    OptimizerConfig,
+    ZeroEngineConfig,
+    build_engine,
+)
+from ibq.engine.heartbeat import HeartbeatConfig
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.perceptual import build_perceptual
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
@@ -70,11 +79,14 @@ class TokenizerRunConfig:
     training: TrainingConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=LocalEngineConfig)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
 
     def __post_init__(self):
         check_seed_and_average(self.seed, self.ema_decay)
         if self.model.in_channels != 3:
             raise ValueError(f"model.in_channels: images have 3 channels, not {self.model.in_channels}")
+        if isinstance(self.engine, ZeroEngineConfig):
+            raise ValueError("engine.kind: zero is for the transformer; set engine.kind to local or fsdp")
         gan = self.loss.gan
         if gan.enabled and self.model.resolution < gan.discriminator.smallest_side:
             raise ValueError(
@@ -110,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder=folder,
             config=config.training,
             checkpoint=config.checkpoint,
+            heartbeat=config.heartbeat,
             config_text=dump_config(config),
             total_steps=total,
             seed=config.seed,

@@ -156,6 +156,21 @@ def test_a_mapping_of_values_replaces_its_default_and_merges_with_inherited(tmp_
     assert load(tmp_path, "inherit: base.yaml\nscales: {b: 2}\n").scales == {"a": 1.0, "b": 2.0}
 
 
+def test_a_mapping_of_anything_nests_and_merges_key_by_key(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Free:
+        raw: dict[str, Any] = field(default_factory=dict)
+
+    write(tmp_path, "raw: {aio: {block_size: 5, threads: 1}, name: base}\n", "base.yaml")
+    path = write(tmp_path, "inherit: base.yaml\nraw: {aio: {threads: 2}, sizes: [1, {x: 2}]}\n")
+    free = load_config(Free, path, ["raw.aio.deep.key=true", "raw.name=mine"])
+    expected = {"block_size": 5, "threads": 2, "deep": {"key": True}}
+    assert free.raw == {"aio": expected, "sizes": [1, {"x": 2}], "name": "mine"}
+    assert load_config(Free, write(tmp_path, dump_config(free), "again.yaml")) == free
+    with pytest.raises(ConfigError, match="raw: expected a mapping, got int 3"):
+        load_config(Free, path, ["raw=3"])
+
+
 def test_yaml_merge_keys_and_shared_anchors(tmp_path):
     text = "steps: 1\nmodel: &m\n  quantizer: &q\n    <<: {codes: 3, beta: 1}\n    beta: 2\nextra: *m\n"
     run = load(tmp_path, text)

@@ -4,8 +4,9 @@ from ibq.engine.base import Engine, EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.fsdp import FsdpEngine, FsdpEngineConfig
 from ibq.engine.local import LocalEngine, LocalEngineConfig
+from ibq.engine.zero import ZeroEngine, ZeroEngineConfig
 
-EngineConfig = LocalEngineConfig | FsdpEngineConfig
+EngineConfig = LocalEngineConfig | FsdpEngineConfig | ZeroEngineConfig
 
 __all__ = [
     "Blueprint",
@@ -15,6 +16,7 @@ __all__ = [
     "FsdpEngineConfig",
     "LocalEngineConfig",
     "OptimizerConfig",
+    "ZeroEngineConfig",
     "build_engine",
 ]
 
@@ -26,5 +28,7 @@ def build_engine(config: EngineConfig, blueprint: Blueprint, settings: EngineSet
             return LocalEngine(blueprint, settings)
         case FsdpEngineConfig():
             return FsdpEngine(config, blueprint, settings)
+        case ZeroEngineConfig():
+            return ZeroEngine(config, blueprint, settings)
         case _:
             raise ValueError(f"no engine for {type(config).__name__}")

@@ -25,6 +25,7 @@ from ibq.config import UserError
 from ibq.engine.base import EngineSettings, Reader
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.shard import Shard, part, take, whole
+from ibq.engine.tensor_parallel import apply_tensor_parallel, partial_gradients, tensor_shard
 from ibq.engine.torch_engine import Held, TorchEngine
 
 DIMENSIONS = ("replicate", "shard", "tensor")
@@ -100,17 +101,11 @@ class FsdpEngine(TorchEngine):
         super().__init__(module, settings, held)
         self._parameters = dict(module.named_parameters())
         # Gradients that no rank has whole: used on a part of the tokens, or not sharded and so not reduced by FSDP.
-        self._partial = set()
-        if config.sequence_parallel:
-            from ibq.engine.tensor_parallel import partial_gradients
-
-            self._partial = partial_gradients(module)
+        self._partial = partial_gradients(module) if config.sequence_parallel else set()
 
     def _wrap(self, module: nn.Module, settings: EngineSettings) -> None:
         config = self.config
         if config.tensor_parallel > 1:
-            from ibq.engine.tensor_parallel import apply_tensor_parallel
-
             apply_tensor_parallel(module, self._mesh["tensor"], sequence_parallel=config.sequence_parallel)
         units = module.gathered_together() if hasattr(module, "gathered_together") else []
         if config.compile:
@@ -137,8 +132,6 @@ class FsdpEngine(TorchEngine):
         split = isinstance(parameter, DTensor) and "tensor" in parameter.device_mesh.mesh_dim_names
         shard = whole(parameter.shape)
         if split:
-            from ibq.engine.tensor_parallel import tensor_shard
-
             shard = tensor_shard(module, name, tuple(parameter.shape), place["tensor"], tensor)
         copies = replicate * (1 if split else tensor)
         owner = place.get("replicate", 0) == 0 and (split or place.get("tensor", 0) == 0)

@@ -36,9 +36,9 @@ class Heartbeat:
     """A rank's signs of life, and its watch over the others; a context around the training loop.
 
     Within it `mark` notes progress, which costs next to nothing. All ranks enter it together, after `dist.setup`.
-    When a rank dies or the run hangs, each rank prints the same line to stderr, the lowest one that is left calls
-    `on_failure(line)`, and all end with exit code 1, whatever their main threads wait for. A main thread that gets an
-    error first calls `explain(error)`. A rank of a world of one does nothing here.
+    When a rank dies or the run hangs, one rank of each host prints which it is to stderr, the lowest one that is left
+    calls `on_failure(line)`, and all end with exit code 1, whatever their main threads wait for. A main thread that gets
+    an error first calls `explain(error)`. A rank of a world of one does nothing here.
 
     Beats go through a connection of their own to the store of the process group (torchrun's agent keeps it, or with
     other launchers rank 0), so that a main thread that waits does not keep them. One rank per host reads the beats of
@@ -237,8 +237,7 @@ class Heartbeat:
         return False
 
     def _report(self, verdict: Verdict) -> None:
-        failed_itself = verdict.kind == "failed" and self._rank in verdict.ranks
-        if not failed_itself:
+        if self._speaks(verdict):
             print(f"\nerror: {verdict.message}; all ranks end", file=sys.stderr, flush=True)
         if verdict.kind == "hung" and self._rank in verdict.ranks:
             frame = sys._current_frames()[threading.main_thread().ident]
@@ -249,6 +248,14 @@ class Heartbeat:
             self._on_failure(verdict.message)
         if verdict.kind == "dead":
             self._kill(verdict.ranks)
+
+    def _speaks(self, verdict: Verdict) -> bool:
+        """Whether this rank prints the verdict: one of each host does, and none that has said it as its own error."""
+        silent = set(verdict.ranks) if verdict.kind in ("dead", "failed") else set()
+        able = [beat.rank for beat in self._neighbours if beat.process.state() not in ("", "T", "t")]
+        return self._rank not in silent and self._rank == min(
+            (rank for rank in able if rank not in silent), default=self._rank
+        )
 
     def _kill(self, ranks: tuple[int, ...]) -> None:
         """End processes of this machine that are silent but there: they would hold memory, files and the launcher."""

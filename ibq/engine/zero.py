@@ -23,11 +23,13 @@ from ibq.engine.zero_setup import (
     NvmeFolder,
     build_operators,
     build_optimizer,
+    check_direct_io,
     check_nvme,
     deepspeed_settings,
     load_deepspeed,
     materialize,
     partition_numel,
+    trim_heap,
 )
 from ibq.engine.zero_state import MOMENTS, FlatPartitions, Group, ParameterPartitions, Partitions, Shadows
 
@@ -90,6 +92,8 @@ class ZeroEngine:
         deepspeed = load_deepspeed(settings.device)
         build_operators(config, settings.optimizer)
         self._folder = NvmeFolder(config.nvme_path) if config.uses_nvme else None
+        if self._folder is not None:
+            check_direct_io(self._folder.path)
         self._engine = self._start(deepspeed, initial)
         self.module: nn.Module = self._engine.module
         kind = {0: Partitions, 1: FlatPartitions, 2: FlatPartitions, 3: ParameterPartitions}[config.stage]
@@ -99,6 +103,7 @@ class ZeroEngine:
         self._shadows: Shadows | None = None
         if settings.ema_decay is not None:
             self._shadows = Shadows(self._partitions.groups, self._folder and self._folder.path)
+        trim_heap()
         self._has_moments = False
         self._micro_batches = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=settings.device)
@@ -266,6 +271,7 @@ class ZeroEngine:
             if not group.aliased:
                 group.show(weight)
         self._partitions.refresh()
+        trim_heap()
         self.steps, self._has_moments = steps, dist.any_rank(found)
 
     def close(self) -> None:

@@ -1,15 +1,19 @@
 """What a ZeRO engine needs before it starts: checks, DeepSpeed itself, its settings, the module, the NVMe folder."""
 
 import atexit
+import contextlib
 import copy
+import ctypes
 import fcntl
 import importlib
+import io
 import logging
 import math
 import os
 import shutil
 import socket
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,23 +35,35 @@ PERSISTENT = 100_000  # parameters of at most so many elements stay gathered in 
 SWAP_BUFFERS = 4  # of a sub-group on NVMe: master, gradient and two moments
 
 
+# What DeepSpeed warns of in every run, and what is intended here.
+EXPECTED = ("untested ZeRO Optimizer", "untested optimizer", "heavy write traffic")
+
+
 def load_deepspeed(device: torch.device) -> Any:
-    """The module `deepspeed`, quiet, for this device, with a process group of at least this process."""
+    """The module `deepspeed` for this device, quiet but for warnings, in a process group of at least this process."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     for variable, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
         os.environ.setdefault(variable, str(value))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    try:
-        deepspeed = importlib.import_module("deepspeed")
-    except ImportError as error:
-        raise UserError(f"engine.kind: zero needs DeepSpeed ({error}); pip install deepspeed") from None
-    if not torch_dist.is_initialized():
-        # One process: a group of one, without a network address.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=torch_dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # DeepSpeed calls these two at every step.
+    deprecated = r"`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+    dist.ensure_group()
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            deepspeed = importlib.import_module("deepspeed")
+        except ImportError as error:
+            raise UserError(f"engine.kind: zero needs DeepSpeed ({error}); pip install deepspeed") from None
+        deepspeed.init_distributed(dist_backend=torch_dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    if _unexpected not in logger.filters:
+        logger.addFilter(_unexpected)
     return deepspeed
+
+
+def _unexpected(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in EXPECTED)
 
 
 def build_operators(config: "ZeroEngineConfig", optimizer: OptimizerConfig) -> None:
@@ -56,7 +72,9 @@ def build_operators(config: "ZeroEngineConfig", optimizer: OptimizerConfig) -> N
     wanted = {}
     if config.uses_nvme:
         if not builders.AsyncIOBuilder().is_compatible(verbose=False):
-            raise UserError("engine: offloading to nvme needs libaio; install libaio-dev (libaio-devel), or offload to cpu")
+            raise UserError(
+                "engine: offloading to nvme needs libaio; install libaio-dev (libaio-devel), or offload to cpu"
+            )
         wanted["NVMe offload"] = builders.AsyncIOBuilder
     if config.offload_optimizer != "none" and optimizer.kind != "sgd":
         wanted["the CPU optimizer"] = builders.CPUAdamBuilder
@@ -148,12 +166,38 @@ class NvmeFolder:
         atexit.unregister(self.remove)
 
 
+def check_direct_io(folder: Path) -> None:
+    """Raise UserError where direct I/O does not work, for DeepSpeed's reads and writes then fail without a word."""
+    module = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder().load(verbose=False)
+    options = {"single_submit": False, "overlap_events": True, "intra_op_parallelism": 1}
+    handle = module.aio_handle(block_size=2**20, queue_depth=8, **options)
+    expected = torch.arange(2**18 + 256, dtype=torch.float32)  # not a multiple of large blocks, as parameters are not
+    buffer = handle.new_cpu_locked_tensor(expected.numel(), expected)
+    path = str(folder / "check")
+    buffer.copy_(expected)
+    handle.async_pwrite(buffer, path, 0)
+    handle.wait()
+    buffer.zero_()
+    handle.async_pread(buffer, path, 0)
+    handle.wait()
+    same = torch.equal(buffer, expected)
+    handle.free_cpu_locked_tensor(buffer)
+    if not same:
+        raise UserError(f"engine.nvme_path: direct I/O does not work in {folder.parent}; name a folder on a local disk")
+
+
 def _lock(file: Any) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system: glibc keeps what many small parameters took while they were moved."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 # --- DeepSpeed's settings ---

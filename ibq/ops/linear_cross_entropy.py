@@ -10,7 +10,7 @@ all tiles. Exponentials are taken to the base 2, which CPUs do several times fas
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -36,6 +36,27 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
     _check(hidden, weight, targets)
     nll, _ = _operator(hidden, weight, targets, _product_dtype(hidden, weight), backend)
     return nll
+
+
+def split_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    first_code: int,
+    num_codes: int,
+    gather: Callable[[Tensor], Tensor],
+    backend: Backend = "auto",
+) -> Tensor:
+    """`linear_cross_entropy` where the vocabulary is split over processes, without gathering logits or weights.
+
+    weight [V / P, C] has the rows from `first_code` on of the `num_codes` = V; hidden and targets are the same in all P
+    processes, and so is the result. `gather` gives the tensors of all processes, [P, ...], in the order of their codes.
+    The gradient of hidden is this process's part: the caller adds up those of all. Errors as there.
+    """
+    _check(hidden, weight, targets)
+    dtype = _product_dtype(hidden, weight)
+    return _SplitLoss.apply(hidden, weight, targets, first_code, num_codes, gather, dtype, backend)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -73,17 +94,26 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("ibq::linear_cross_entropy", mutates_args=())
 def _operator(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, backend: str
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    backend: str,
+    first_code: int = 0,
+    num_codes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """nll [N], and log sum_v exp(logit_v) as the sum of two terms [2, N]: the largest logit, and what it leaves.
 
     The backward pass subtracts them one after the other from the logits: that is exact to the last digits where both
-    are large, and one number would not be.
+    are large, and one number would not be. The weight may have only the rows from `first_code` on of `num_codes`: then
+    the sum is over these, and the nll right for targets among them.
     """
     if targets.is_cpu:  # here and not in the caller: the values exist, also when the caller is compiled
         low, high = (int(value) for value in targets.aminmax())
-        if low < 0 or high >= len(weight):
-            raise ValueError(f"targets: values {low} to {high} outside 0 to {len(weight) - 1}; the head is too small")
+        limit = len(weight) if num_codes is None else num_codes
+        if low < 0 or high >= limit:
+            raise ValueError(f"targets: values {low} to {high} outside 0 to {limit - 1}; the head is too small")
+    targets = targets - first_code
     with torch.autocast(hidden.device.type, enabled=False):
         if not use_triton(hidden, dtype, backend):
             return _forward(hidden.to(dtype), weight, targets)
@@ -95,7 +125,7 @@ def _operator(
 
 
 @_operator.register_fake
-def _(hidden, weight, targets, dtype, backend):
+def _(hidden, weight, targets, dtype, backend, first_code=0, num_codes=None):
     return tuple(hidden.new_empty(shape, dtype=_exact(dtype)) for shape in ((len(hidden),), (2, len(hidden))))
 
 
@@ -109,8 +139,13 @@ def _backward_operator(
     wanted: list[bool],
     dtype: torch.dtype,
     backend: str,
+    first_code: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight, in their dtypes; one that is not wanted is empty."""
+    """Gradients of hidden and weight, in their dtypes; one that is not wanted is empty.
+
+    With rows of the weight from `first_code` on and the log sum over all codes, hidden's is the part from these rows.
+    """
+    targets = targets - first_code
     with torch.autocast(hidden.device.type, enabled=False):
         if not use_triton(hidden, dtype, backend):
             return _backward(hidden, weight, targets, log_sum, grad_nll, wanted, dtype)
@@ -124,13 +159,13 @@ def _backward_operator(
 
 
 @_backward_operator.register_fake
-def _(hidden, weight, targets, log_sum, grad_nll, wanted, dtype, backend):
+def _(hidden, weight, targets, log_sum, grad_nll, wanted, dtype, backend, first_code=0):
     parts = zip((hidden, weight), wanted, strict=True)
     return tuple(like.new_empty(like.shape if want else 0) for like, want in parts)
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, targets, *ctx.settings = inputs
+    hidden, weight, targets, *ctx.settings, _ = inputs
     _, log_sum = output
     ctx.mark_non_differentiable(log_sum)
     ctx.set_materialize_grads(False)
@@ -140,10 +175,10 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_nll, _log_sum):
     wanted = list(ctx.needs_input_grad[:2])
     if grad_nll is None:
-        return (None,) * 5
+        return (None,) * 7
     gradients = _backward_operator(*ctx.saved_tensors, grad_nll, wanted, *ctx.settings)
     hidden, weight = (grad if want else None for grad, want in zip(gradients, wanted, strict=True))
-    return hidden, weight, None, None, None
+    return hidden, weight, None, None, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)
@@ -152,6 +187,41 @@ _operator.register_autograd(_differentiate, setup_context=_save)
 def _exact(dtype: torch.dtype) -> torch.dtype:
     """The dtype of everything but the products' operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _SplitLoss(torch.autograd.Function):
+    """The operator on each process's rows, and what joins them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, first_code, num_codes, gather, dtype, backend):
+        own_nll, own_log_sum = _operator(hidden, weight, targets, dtype, backend, first_code, num_codes)
+        parts = gather(torch.cat([own_nll[None], own_log_sum]))  # [P, 3, N]
+        nll, log_sum = _join(parts[:, 0], parts[:, 1:], targets // len(weight))
+        ctx.save_for_backward(hidden, weight, targets, log_sum)
+        ctx.settings = (dtype, backend, first_code)
+        return nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_nll):
+        wanted = list(ctx.needs_input_grad[:2])
+        gradients = _backward_operator(*ctx.saved_tensors, grad_nll, wanted, *ctx.settings)
+        return *(grad if want else None for grad, want in zip(gradients, wanted, strict=True)), *(None,) * 6
+
+
+def _join(nll: Tensor, log_sum: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """nll [N] and log sum [2, N] over all codes from those over each part [P, N], [P, 2, N].
+
+    `owner` [N]: the part with the target. The loss is what it is there plus the share of the other parts in the sum,
+    log(1 + sum_other exp(log_sum_other - log_sum_owner)): two numbers that are both small where the loss is small.
+    """
+    own = log_sum.gather(0, owner.expand(1, 2, -1))  # [1, 2, N]
+    distance = (log_sum - own).sum(dim=1).double()  # [P, N]; the large terms cancel first
+    others = distance.scatter(0, owner[None], -math.inf).logsumexp(dim=0)
+    joined = nll.gather(0, owner[None])[0] + torch.logaddexp(others, torch.zeros_like(others)).to(nll.dtype)
+    top = log_sum[:, 0].amax(dim=0)
+    rest = ((log_sum[:, 0] - top) + log_sum[:, 1]).double().logsumexp(dim=0)
+    return joined, torch.stack([top, rest.to(top.dtype)])
 
 
 # --- In plain PyTorch -----------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 import contextlib
 import itertools
+import json
 import math
+import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +18,7 @@ from torch import Tensor
 from ibq import dist
 from ibq.config import UserError
 from ibq.engine.base import Engine
+from ibq.engine.heartbeat import Heartbeat, HeartbeatConfig
 from ibq.files import recover_folder, write_text
 from ibq.progress import progress_bar, say
 from ibq.training.bad_samples import BadSamples
@@ -29,7 +32,7 @@ from ibq.training.checkpoint import (
 )
 from ibq.training.metrics import Interval, MetricLogger, Stopwatch, peak_memory_gib
 from ibq.training.run_data import RunData
-from ibq.training.stopping import StopSignals, write_status
+from ibq.training.stopping import STATUS_FILE, StopSignals, read_status, write_status
 
 Batch = tuple[Tensor, Tensor]
 
@@ -127,6 +130,7 @@ def train(
     folder: Path,
     config: TrainingConfig,
     checkpoint: CheckpointConfig,
+    heartbeat: HeartbeatConfig,
     config_text: str,
     total_steps: int,
     seed: int,
@@ -136,10 +140,11 @@ def train(
     """Train from the last checkpoint in `folder`, or from the start, to `total_steps`; the exit code.
 
     A signal (see CheckpointConfig) ends the run after the step: it saves once, and the same command goes on from there.
+    A rank that dies or hangs ends all within a bounded time, and `status.json` names it.
     """
     signals = StopSignals(checkpoint.signal)
-    run = _Run(task, data, folder, config, checkpoint, device, signals, total_steps)
-    with signals.noted():
+    run = _Run(task, data, folder, config, checkpoint, heartbeat, device, signals, total_steps)
+    with signals.noted(), run.heartbeat:
         run.resume()
         if dist.is_main():
             write_text(folder / "config.yaml", config_text)
@@ -148,7 +153,7 @@ def train(
         try:
             _steps(run, total_steps, seed, title)
         except BaseException as error:
-            write_status(folder, "failed", run.state.step, total_steps, str(error) or type(error).__name__)
+            write_status(folder, "failed", run.state.step, total_steps, run.heartbeat.explain(error))
             raise
     if run.unsaved:
         reason = f"the checkpoint of step {run.state.step} could not be written ({run.unsaved})"
@@ -190,6 +195,18 @@ def _steps(run: "_Run", total_steps: int, seed: int, title: str) -> None:
             run.finish_save()
 
 
+class _MarkingStopwatch(Stopwatch):
+    """A stopwatch of which every part is a phase for the heartbeat."""
+
+    def __init__(self, device: torch.device, mark: Callable[[str], None]):
+        super().__init__(device)
+        self._mark = mark
+
+    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
+        self._mark(name)
+        return super().part(name)
+
+
 class _Run:
     """The state of one run: its step, its best score, its files."""
 
@@ -200,6 +217,7 @@ class _Run:
         folder: Path,
         config: TrainingConfig,
         checkpoint: CheckpointConfig,
+        heartbeat: HeartbeatConfig,
         device: torch.device,
         signals: StopSignals,
         total_steps: int,
@@ -208,7 +226,8 @@ class _Run:
         self.task, self.data, self.folder, self.device, self.signals = task, data, folder, device, signals
         self.config, self.checkpoint = config, checkpoint
         self.state = TrainingState(order=data.describe())
-        self.stopwatch, self.interval = Stopwatch(device), Interval(device)
+        self.heartbeat = Heartbeat(heartbeat, dist.rank(), dist.world_size(), self.write_failure)
+        self.stopwatch, self.interval = _MarkingStopwatch(device, self.mark), Interval(device)
         self.bad_samples = BadSamples(folder, data.order.size, data.max_bad_fraction)
         self.bad_in_a_row = 0
         self._saved: tuple[int, bool] | None = None  # step of the last checkpoint, and whether it waits for validation
@@ -220,8 +239,20 @@ class _Run:
         self._summary: dict[str, float] = {}
         self.logger: MetricLogger
 
+    def mark(self, phase: str) -> None:
+        """Note what the main thread does now, as a sign of progress."""
+        self.heartbeat.mark(self.state.step, phase)
+
+    def write_failure(self, reason: str) -> None:
+        """Say in `status.json` why the run fails; on one rank, not always 0, and beside a main thread that waits."""
+        failed = {"state": "failed", "step": self.state.step, "total_steps": self.total_steps, "reason": reason}
+        now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": os.uname().nodename, "pid": os.getpid()}
+        with contextlib.suppress(OSError):
+            write_text(self.folder / STATUS_FILE, json.dumps(read_status(self.folder) | failed | now, indent=1) + "\n")
+
     def resume(self) -> None:
         """Continue from the last checkpoint, if there is one."""
+        self.mark("resume")
         if dist.is_main():
             recover_folder(self.folder / "best")
         path = find_checkpoint(self.folder / "checkpoints")
@@ -254,6 +285,7 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint, or begin to."""
         self.finish_save()
+        self.mark("save")
         self.bad_samples.reduce(self.state.step, self.state.position)
         self.state.bad_samples = dict(self.bad_samples.by_epoch)
         tensors = self.task.rank_tensors() | self.interval.tensors()
@@ -311,6 +343,7 @@ class _Run:
 
     def log(self) -> None:
         """Log an interval's means with rates, memory and the task's own figures."""
+        self.mark("log")
         self.bad_samples.reduce(self.state.step, self.state.position)
         steps = self.state.step - self._since
         seconds = (time.perf_counter() - self._started - self._aside) / steps
@@ -334,11 +367,17 @@ class _Run:
         if not self.state.validation_pending or self.signals.agree():
             return
         with self._besides_steps():
+            self.mark("validation")
             batches = self.data.validation(self._name_bad)
-            result = self.task.validate(itertools.takewhile(lambda _: not self.signals.received, batches))
+            result = self.task.validate(itertools.takewhile(self._goes_on, batches))
             if not self.signals.agree():
                 self._keep(result)
                 self.state.validation_pending = False
+
+    def _goes_on(self, _batch: Batch) -> bool:
+        """Whether the validation takes its next batch."""
+        self.mark("validation")
+        return not self.signals.received
 
     def _name_bad(self, samples) -> None:
         for sample in samples:
@@ -357,6 +396,7 @@ class _Run:
         self._summary["best"] = math.nan if state.best_score is None else state.best_score
 
     def _save_best(self, info: Mapping) -> bool:
+        self.mark("save best")
         try:
             self.task.save_pretrained(self.folder / "best", info)
         except CheckpointError as error:

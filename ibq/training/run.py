@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from ibq import dist
 from ibq.config import UserError, load_config
 from ibq.files import remove
+from ibq.progress import say
 from ibq.training import bad_samples
 from ibq.training.loop import TrainingConfig
 from ibq.training.run_data import RunData
@@ -21,6 +23,7 @@ from ibq.training.stopping import STATUS_FILE
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best", STATUS_FILE, bad_samples.FILE)
 LOCK_FILE = ".lock"
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,17 @@ def parse_arguments(kind: type, description: str, example: str, argv: Sequence[s
 
 @contextlib.contextmanager
 def run_folder(output: str, fresh: bool) -> Iterator[Path]:
-    """The run folder, emptied if `fresh`, and locked against a second run; every rank calls it."""
+    """The run folder, emptied if `fresh`, and locked against a second run; every rank calls it.
+
+    A restart by torchrun or Slurm repeats the command line and must not wipe what it is to go on from: it ignores
+    `fresh`.
+    """
     folder, lock, problem = Path(output), None, ""
+    # The counts of torchrun's agents differ: the host on which a rank died has counted, the others have not.
+    if fresh and dist.largest(max(int(os.environ.get(count, "0")) for count in RESTART_COUNTS)):
+        fresh = False
+        if dist.is_main():
+            say("--fresh: ignored, since this is a restart of the run, which goes on from its last checkpoint")
     if dist.is_main():
         try:
             lock = _lock(folder)

@@ -2,14 +2,17 @@
 
     torchrun --standalone --nproc-per-node 2 tests/workers/heartbeat_worker.py FOLDER '{"fault": "sleep", "rank": 1}'
 
-Faults, in the given rank and from step 5 on: "none", "ready" (only waits long enough for the test to do harm to it),
-"sleep" (the main thread never goes on), "everyone" (all do that), "raise" (an error of its own), "user" (one of the
-user, on all ranks), "early" (it ends well while the others go on). "config": settings of the heartbeat; null: without.
-FOLDER/RANK.pid appears at step 5, FOLDER/RANK.failure holds what on_failure was told, FOLDER/RANK.reason what explain
-answered, FOLDER/RANK.done that the rank has come to its end.
+Faults, in the given rank, from step 5 on and under torchrun in its first life alone: "none", "ready" (only waits for
+the test to do harm to it), "sleep" (the main thread never goes on), "everyone" (all do that), "raise" (an error of its
+own), "user" (one of the user, on all ranks), "early" (it ends well while the others go on). "config": settings of the
+heartbeat; null: without.
+
+FOLDER/RANK.pid appears at step 5. FOLDER/RANK.failure holds what on_failure was told, FOLDER/RANK.reason what explain
+answered; FOLDER/RANK.done says that the rank has come to its end.
 """
 
 import json
+import os
 import signal
 import sys
 import time
@@ -25,16 +28,17 @@ STEPS = 10
 
 
 def steps(folder: Path, settings: dict, heartbeat: Heartbeat) -> None:
-    fault = settings["fault"] if settings.get("rank", dist.rank()) == dist.rank() else "none"
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    fault = settings["fault"] if first_life and settings.get("rank", dist.rank()) == dist.rank() else "none"
     for step in range(STEPS):
         heartbeat.mark(step, "data")
         if step == 5:
-            (folder / f"{dist.rank()}.pid").touch()
+            (folder / f"{dist.rank()}.pid").write_text(f"{os.getpid()}\n")
             misbehave(fault)
             if fault == "early":
                 return
         if settings["fault"] == "early" and step >= 5:
-            time.sleep(0.3)
+            time.sleep(1.2)  # in all, longer than a rank may be silent
             continue
         heartbeat.mark(step, "forward")
         dist.all_reduce_mean(torch.ones(1000))
@@ -54,8 +58,7 @@ def misbehave(fault: str) -> None:
             raise UserError("the same on all ranks")
 
 
-def main() -> int:
-    folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+def work(folder: Path, settings: dict) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)  # as the training loop does: noted, it ends after the step
     torch.set_num_threads(1)
     dist.setup("cpu")
@@ -74,5 +77,14 @@ def main() -> int:
     return 0
 
 
+def work_as(environment: dict[str, str], log: Path, folder: Path, settings: dict) -> None:
+    """The same in a forked process."""
+    os.environ.update(environment)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    exit_on_user_error(lambda: work(folder, settings))
+
+
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(lambda: work(Path(sys.argv[1]), json.loads(sys.argv[2])))

@@ -5,6 +5,7 @@
 jobs.json: a list of {"stage", "argv", "fault"}; exit codes go to jobs.json.RANK. Faults, by the engine of the stage:
     {"kind": "nan", "steps": [1, 2], "rank": 1, "engine": "tokenizer"}   its loss is NaN at these steps on this rank
     {"kind": "scale", "factor": 1.01}                                     all gradients are too large by a factor
+    {"kind": "unreduced"}                                                 FSDP2's ranks keep their own gradients
 """
 
 import json
@@ -12,12 +13,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as torch_dist
 from training_support import train_here
 
 from ibq import dist
 from ibq.engine.torch_engine import TorchEngine
 from ibq.training import loop
 
+reduce_scatter = torch_dist.reduce_scatter_tensor
 backward, seed_step = TorchEngine.backward, loop.seed_step
 
 
@@ -29,8 +32,13 @@ def plant(fault: dict | None) -> None:
         state["step"] = step
         seed_step(seed, step)
 
+    def keep_own(output, input, *_, **__):
+        output.copy_(input.chunk(dist.world_size())[dist.rank()])
+
     def faulty(engine: TorchEngine, loss: torch.Tensor) -> None:
         of_engine = fault.get("engine", "").lower() in type(engine.module).__name__.lower()
+        if fault["kind"] == "unreduced":
+            return backward(engine, loss)
         if fault["kind"] == "scale":
             loss = loss * fault["factor"]
         elif of_engine and state["step"] in fault["steps"] and dist.rank() == fault.get("rank", dist.rank()):
@@ -39,6 +47,8 @@ def plant(fault: dict | None) -> None:
 
     loop.seed_step = note_step
     TorchEngine.backward = faulty if fault else backward
+    unreduced = fault is not None and fault["kind"] == "unreduced"
+    torch_dist.reduce_scatter_tensor = keep_own if unreduced else reduce_scatter
 
 
 def main() -> None:

@@ -2,14 +2,20 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/workers/zero_worker.py jobs.pt
 
-jobs.pt: a list of dicts, see `Job`. Rank r leaves NAME.r.pt with the losses (mean over ranks), the norms, and its part
-of the final state.
+jobs.pt: a list of dicts, see `Job`. Rank r leaves NAME.r.pt: losses (mean over ranks) and norms, validation losses, and
+its part of the final state.
 """
 
+import functools
+import gc
+import contextlib
+import importlib
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
+import cpuinfo
 import torch
 from torch import nn
 
@@ -20,8 +26,7 @@ from ibq.engine.shard import place, take
 from ibq.engine.zero import ZeroEngine, ZeroEngineConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 
-# Two tensors of 2^19 elements: their halves are just large enough for DeepSpeed to put them on NVMe.
-VOCABULARY, CLASSES, SIDE = 8192, 10, 4
+VOCABULARY, CLASSES, SIDE = 64, 10, 4
 MODEL = {
     "vocab_size": VOCABULARY,
     "num_classes": CLASSES,
@@ -32,26 +37,40 @@ MODEL = {
     **dict.fromkeys(("residual_dropout", "ffn_dropout", "token_dropout", "class_dropout"), 0.0),
 }
 GLOBAL_BATCH = 8
-HYPER = {"decay": GroupHyper(learning_rate=0.02, weight_decay=0.1), "no_decay": GroupHyper(learning_rate=0.01)}
-ADAMW = {"kind": "adamw", "betas": (0.9, 0.95), "eps": 1e-3, "clip_norm": 0.5}
+HYPER = {"decay": GroupHyper(learning_rate=0.2, weight_decay=0.1), "no_decay": GroupHyper(learning_rate=0.1)}
+ADAMW = {"kind": "adamw", "betas": (0.9, 0.95), "eps": 1e-3, "clip_norm": 0.3}
 EMA = {"ema_decay": 0.7, "ema_warmup": False}
 
 
 @dataclass(kw_only=True)
 class Job:
-    """One training run; faults: "scale" (gradients too large), "nan" (a step's loss), "alone" (other data)."""
+    """One training run, with the weights of `model` and the engine's settings laid over those above."""
 
     name: str
     engine: dict = field(default_factory=dict)
     optimizer: dict = field(default_factory=lambda: dict(ADAMW))
-    settings: dict = field(default_factory=lambda: dict(EMA))
+    settings: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)
     odd: bool = False  # another module, with numbers of elements that ranks cannot share equally
     steps: int = 5
+    # What goes wrong: "scale" (gradients too large), "alone" (rank 1 has other data), and in step 2 on rank 1 "nan"
+    # (the loss) or "nan gradient" (of a finite loss).
     fault: str | None = None
     load: str | None = None  # go on from the state that this job left
-    state: bool = True  # leave the state
-    checks: list = field(default_factory=list)  # "averaged", "discard"
+    parts: tuple = PARTS  # what is loaded of it
+    discards: bool = False  # a micro-batch before every step, which is then discarded
+
+
+class Poison(torch.autograd.Function):
+    """The identity with a gradient that is not a number."""
+
+    @staticmethod
+    def forward(_ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx, gradient):
+        return gradient * float("nan")
 
 
 class Odd(nn.Module):
@@ -94,30 +113,31 @@ def micro_batches(step: int, count: int):
 
 
 def train_step(engine: ZeroEngine, job: Job, step: int) -> tuple[float, float, bool]:
-    total, count = 0.0, job.settings.get("accumulation", 1)
+    """(loss, gradient norm, skipped)."""
+    total, count = torch.zeros(()), engine.settings.accumulation
+    faulty = step == 2 and dist.rank() == 1
     for number, (codes, classes) in enumerate(micro_batches(step, count)):
         if job.fault == "alone" and dist.rank() == 1:
             codes = codes.flip(1)
         with engine.micro_batch():
             loss = engine(codes, classes).mean()
-            if job.fault == "nan" and step == 2 and dist.rank() == 1 and number == 0:
+            total += loss.detach().float() / count
+            if job.fault == "scale":
+                loss = loss * 1.01
+            if job.fault == "nan" and faulty and number == 0:
                 loss = loss * float("nan")
-            if job.fault == "nan gradient" and step == 2 and dist.rank() == 1:
-                loss = loss + 0 * next(p for p in [loss.detach().clone().requires_grad_()]).sqrt()
-            engine.backward(loss * 1.01 if job.fault == "scale" else loss)
-        total += loss.detach() / count
+            if job.fault == "nan gradient" and faulty and number == 0:
+                loss = Poison.apply(loss)
+            engine.backward(loss)
     result = engine.step(HYPER)
-    return float(dist.all_reduce_mean(total.clone())), float(result.gradient_norm), result.skipped
+    return float(dist.all_reduce_mean(total)), float(result.gradient_norm), result.skipped
 
 
 def saved_state(engine: ZeroEngine) -> dict:
-    shards = engine.shards()
-    found = {
-        name: (shards[name], {part: getattr(state, part) and None for part in ()})
-        for name, state in ()
-    }
+    """{parameter: (shard, {part: values})}."""
+    shards, found = engine.shards(), {}
     for name, state in engine.named_state():
-        found[name] = (shards[name], {p: t.clone() for p in PARTS if (t := getattr(state, p)) is not None})
+        found[name] = (shards[name], {part: t.clone() for part in PARTS if (t := getattr(state, part)) is not None})
     assert list(found) == list(shards)
     assert all(tuple(parts) == engine.state_parts() for _, parts in found.values())
     return found
@@ -141,12 +161,12 @@ def assemble(folder: Path, name: str, world: int) -> dict[str, dict[str, torch.T
     return result
 
 
-def load(engine: ZeroEngine, folder: Path, name: str) -> None:
-    whole = assemble(folder, name, dist.world_size())
-    steps = torch.load(folder / f"{name}.0.pt", weights_only=False)["steps"]
+def load(engine: ZeroEngine, folder: Path, job: Job) -> None:
+    whole = assemble(folder, job.load, dist.world_size())
+    steps = torch.load(folder / f"{job.load}.0.pt", weights_only=False)["steps"]
 
     def reader(parameter, shard):
-        return ParameterState(**{part: take(tensors[parameter], shard) for part, tensors in whole.items()})
+        return ParameterState(**{part: take(whole[part][parameter], shard) for part in job.parts if part in whole})
 
     engine.load_named_state(reader, steps)
 
@@ -154,40 +174,49 @@ def load(engine: ZeroEngine, folder: Path, name: str) -> None:
 @torch.no_grad()
 def validation_loss(engine: ZeroEngine) -> float:
     engine.module.eval()
-    codes, classes = batch(1000)
-    loss = float(engine(codes, classes).mean())
+    loss = engine(*batch(1000)).mean()
     engine.module.train()
-    return loss
+    return float(loss)
 
 
 def run(job: Job, folder: Path) -> None:
     settings = EngineSettings(
-        optimizer=OptimizerConfig(**job.optimizer), device=torch.device("cpu"), **job.settings
+        optimizer=OptimizerConfig(**job.optimizer), device=torch.device("cpu"), **EMA | job.settings
     )
     engine = ZeroEngine(ZeroEngineConfig(**job.engine), blueprint(job), settings)
     if job.load is not None:
-        load(engine, folder, job.load)
-    first, rows, validation = engine.steps, [], []
+        load(engine, folder, job)
+    first, rows = engine.steps, []
     for step in range(first, first + job.steps):
-        if "discard" in job.checks:  # leaves no trace
+        if job.discards:
             engine.backward(engine(*next(micro_batches(500, 2))).mean())
             engine.discard()
         rows.append(train_step(engine, job, step))
-        if "averaged" in job.checks:
-            with engine.averaged():
-                inside = validation_loss(engine)
-            validation.append((inside, validation_loss(engine)))
-    result = {"rows": rows, "steps": engine.steps, "validation": validation, "job": asdict(job)}
-    if job.state:
-        result["state"] = saved_state(engine)
-    torch.save(result, folder / f"{job.name}.{dist.rank()}.pt")
+    with engine.averaged():
+        averaged = validation_loss(engine)
+    result = {"rows": rows, "steps": engine.steps, "averaged": averaged, "raw": validation_loss(engine)}
+    torch.save(result | {"state": saved_state(engine)}, folder / f"{job.name}.{dist.rank()}.pt")
     engine.close()
     dist.barrier()
 
 
+def remember_cpu_info() -> None:
+    """Ask once: every CPU optimizer starts a process for it."""
+    with contextlib.suppress(ImportError):
+        cpuinfo = importlib.import_module("cpuinfo")
+        cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
+
+
 def main() -> None:
     jobs = Path(sys.argv[1])
+    remember_cpu_info()
     dist.setup("cpu")
+    torch.set_flush_denormal(True)
+    # DeepSpeed asks both for every engine, at a second each: what the processor is, and to collect garbage.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    import deepspeed.ops.adam  # noqa: F401 (a large module, whose objects need not be looked at each time)
+
+    gc.freeze()
     for job in torch.load(jobs, weights_only=False):
         run(Job(**job), jobs.parent)
     dist.shutdown()

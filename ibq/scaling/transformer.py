@@ -1,0 +1,234 @@
+"""Parameters, FLOPs and saved activations of a transformer (`ibq/models/transformer.py`), from its config alone.
+
+T tokens, C channels, F hidden channels of the feed-forward part, V codes, h heads of which k hold keys and values,
+d channels a head, L blocks. A matrix product [m, i] x [i, o] counts 2 m i o FLOPs; norms, rotations, softmaxes and
+dropout count none, as in torch.utils.flop_counter.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ibq.models.transformer import TransformerConfig
+
+Device = Literal["cpu", "cuda"]
+Checkpointing = Literal["none", "full", "selective"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Parameters of a part of a network; of `split` tensor parallelism leaves each rank an equal share."""
+
+    split: int = 0
+    whole: int = 0
+    products: int = 0  # of both: weights of matrix products, of which autocast makes a bf16 copy
+
+    @property
+    def count(self) -> int:
+        """Elements of the unsplit network."""
+        return self.split + self.whole
+
+    def local(self, tensor: int) -> float:
+        """Elements on one of `tensor` ranks."""
+        return self.split / tensor + self.whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """FLOPs of one image; `recomputed` are those that the textbook form does not have, in the backward pass."""
+
+    forward: int
+    backward: int
+    recomputed: int = 0
+
+    @property
+    def textbook(self) -> int:
+        """Forward and backward pass without recomputation."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """Bytes of an element, by where it lies. The engines differ: see `ibq.scaling.layouts.numerics`."""
+
+    stream: int  # the residual stream in the blocks
+    compute: int  # what matrix products read and write
+    root: int  # the stream before the first block and after the last
+    casts: bool = False  # autocast: a bf16 copy of each weight, kept as long as the backward pass may need it
+    device: Device = "cuda"
+
+    def mask(self, size: int) -> int:
+        """Bytes of an element of a dropout mask over elements of `size` bytes: CUDA keeps booleans."""
+        return 1 if self.device == "cuda" else size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A tensor that the backward pass of one image needs."""
+
+    name: str
+    bytes: int
+    lies: Literal["channels", "tokens", "whole"] = "whole"  # split by tensor parallelism, by sequence parallelism, never
+    dear: bool = False  # kept by selective checkpointing: a result of a matrix product or of attention
+
+
+def transformer_weights(config: TransformerConfig) -> dict[str, Weights]:
+    """Parameters by part: `embeddings`, `block` (each of `depth`), `shared`, `head_norm`, `head`; exact."""
+    width, vocab = config.model_width, config.vocab_size
+    ada = 6 * width * width
+    products = _block_products(config)
+    norms = 2 * width
+    if config.shared_adaln:
+        block = Weights(split=products, whole=norms + 6 * width, products=products)
+        shared = Weights(split=ada + 6 * width, products=ada)
+    else:
+        block = Weights(split=products + ada + 6 * width, whole=norms, products=products + ada)
+        shared = Weights()
+    return {
+        "embeddings": Weights(split=vocab * width, whole=(config.num_classes + 1) * width),
+        "block": block,
+        "shared": shared,
+        "head_norm": Weights(split=2 * width * width + 2 * width, whole=width, products=2 * width * width),
+        "head": Weights(split=vocab * width),
+    }
+
+
+def transformer_parameters(config: TransformerConfig) -> int:
+    """All parameters."""
+    return sum(part.count * (config.depth if name == "block" else 1) for name, part in transformer_weights(config).items())
+
+
+def checkpointing(config: TransformerConfig) -> Checkpointing:
+    """What the backward pass of a block that is recomputed makes again: nothing, all, or what is cheap."""
+    if not config.gradient_checkpointing:
+        return "none"
+    return "selective" if config.checkpoint_selective else "full"
+
+
+def recomputed_blocks(config: TransformerConfig) -> tuple[bool, ...]:
+    """For every block whether it is recomputed."""
+    on = checkpointing(config) != "none"
+    return tuple(on and number % config.checkpoint_every == 0 for number in range(config.depth))
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------
+
+
+def transformer_flops(config: TransformerConfig) -> Flops:
+    """FLOPs of one image of T tokens; forward and backward exactly as FlopCounterMode counts the textbook form.
+
+    forward = L (2 T (C (h + 2 k) d + C^2 + 3 C F) + 4 T^2 C + 12 C^2) + 4 C^2 + 2 T V C, where 12 C^2 and 4 C^2 are the
+    adaptive norms' layers, once an image; with `shared_adaln` one for all blocks. backward = 2 forward: the gradients of
+    both operands of every product. Causality is not deducted, as in the textbook form.
+
+    Recomputed: the logits in the head's backward pass (2 T V C), the scores in that of fused attention (2 T^2 C a
+    block), and with full checkpointing the forward pass of every recomputed block.
+    """
+    tokens, width = config.tokens, config.model_width
+    attention = 4 * tokens * tokens * width
+    ada = 2 * 6 * width * width
+    block = 2 * tokens * _block_products(config) + attention
+    logits = 2 * tokens * config.vocab_size * width
+    forward = config.depth * block + ada * (1 if config.shared_adaln else config.depth)
+    forward += 2 * 2 * width * width + logits
+    again = 0
+    if checkpointing(config) == "full":
+        again = sum(recomputed_blocks(config)) * (block + (0 if config.shared_adaln else ada))
+    return Flops(forward=forward, backward=2 * forward, recomputed=logits + config.depth * attention // 2 + again)
+
+
+def _block_products(config: TransformerConfig) -> int:
+    """Elements of the weights that meet every token in a block."""
+    width = config.model_width
+    packed = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return width * packed + width * width + 3 * width * config.ffn_width
+
+
+# --- Activations ----------------------------------------------------------------------------------
+
+
+def block_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
+    """What autograd saves in a block for one image, in the order of `Block._forward`.
+
+    The norms compute in float32 and save their input and its normalized form in it; a float32 stream is its own copy.
+    Keys and queries are saved as rotated, the values as a view of the packed projection, which stays as a whole.
+    """
+    tokens, width, hidden = config.tokens, config.model_width, config.ffn_width
+    stream, size = tokens * width, numerics.compute
+    packed, rotated = ((config.num_heads + groups * config.num_kv_heads) * config.head_dim for groups in (2, 1))
+    modulation = [] if config.shared_adaln else [Saved(name="ada_lin input", bytes=size * width)]
+    modulation.append(Saved(name="modulation", bytes=size * 6 * width, dear=True))
+
+    def norm(name: str, copies: int = 1) -> list[Saved]:
+        return [
+            Saved(name=f"{name} input", bytes=4 * stream, lies="tokens"),
+            Saved(name=f"{name} normalized", bytes=4 * stream, lies="tokens"),
+            Saved(name=f"{name} 1 / rms", bytes=4 * tokens, lies="tokens"),
+            Saved(name=f"{name} scale, with and without weight", bytes=2 * 4 * width),
+            Saved(name=f"{name} output", bytes=copies * size * stream),
+        ]
+
+    def end(name: str, dropout: float) -> list[Saved]:
+        mask = [Saved(name=f"{name} dropout mask", bytes=numerics.mask(size) * stream, lies="tokens")] if dropout else []
+        return [*mask, Saved(name=f"{name} output", bytes=size * stream, lies="tokens", dear=True)]
+
+    return [
+        *modulation,
+        *norm("attention_norm"),
+        Saved(name="wqkv output", bytes=size * tokens * packed, lies="channels", dear=True),
+        Saved(name="rotated queries and keys", bytes=size * tokens * rotated, lies="channels"),
+        Saved(name="attention output", bytes=size * stream, lies="channels", dear=True),
+        Saved(name="log-sum-exp of scores", bytes=4 * tokens * config.num_heads, lies="channels", dear=True),
+        *end("attention", config.residual_dropout),
+        # Autocast rounds the float32 output for w1 and once more for w3: it remembers weights alone.
+        *norm("ffn_norm", copies=2 if numerics.casts and numerics.stream > size else 1),
+        Saved(name="w1 output", bytes=size * tokens * hidden, lies="channels", dear=True),
+        Saved(name="silu", bytes=size * tokens * hidden, lies="channels"),
+        Saved(name="w3 output", bytes=size * tokens * hidden, lies="channels", dear=True),
+        Saved(name="gated", bytes=size * tokens * hidden, lies="channels"),
+        *end("feed_forward", config.ffn_dropout),
+    ]
+
+
+def block_kept(config: TransformerConfig, numerics: Numerics, *, recomputed: bool) -> list[Saved]:
+    """What stays of a block between its forward and its backward pass."""
+    saved = block_saved(config, numerics)
+    if not recomputed:
+        return saved
+    stream = config.tokens * config.model_width
+    kept = [Saved(name="block input", bytes=numerics.stream * stream, lies="tokens")]
+    if checkpointing(config) == "selective":
+        kept += [tensor for tensor in saved if tensor.dear]
+    return kept
+
+
+def root_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
+    """What autograd saves outside the blocks: before the first and in the final norm."""
+    tokens, width = config.tokens, config.model_width
+    stream, root = tokens * width, numerics.root
+    mask = []
+    if config.token_dropout:
+        mask = [Saved(name="token dropout mask", bytes=numerics.mask(root) * stream)]
+    return [
+        *mask,
+        Saved(name="codes", bytes=2 * 8 * tokens),
+        Saved(name="class embedding and its activation", bytes=(root + numerics.compute) * width),
+        Saved(name="final norm input", bytes=4 * stream),
+        Saved(name="final norm normalized", bytes=4 * stream),
+        Saved(name="final norm 1 / rms", bytes=4 * tokens),
+        Saved(name="final norm scale, with and without weight", bytes=2 * 4 * width),
+    ]
+
+
+def head_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
+    """What the lean head saves: its input and two numbers a token, but no logits."""
+    size = numerics.root if numerics.root == 2 or numerics.stream == 4 else numerics.stream
+    return [
+        Saved(name="head input", bytes=size * config.tokens * config.model_width),
+        Saved(name="log-sum-exp of logits", bytes=2 * 4 * config.tokens),
+    ]
+
+
+def on_rank(saved: list[Saved], *, tensor: int = 1, sequence: bool = False) -> float:
+    """Bytes of one image on one of `tensor` ranks."""
+    parts = {"channels": tensor, "tokens": tensor if sequence else 1, "whole": 1}
+    return sum(item.bytes / parts[item.lies] for item in saved)
