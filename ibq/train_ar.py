@@ -24,6 +24,7 @@ from ibq.data.shards import ImageDataConfig
 from ibq.engine import Blueprint, EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
 from ibq.engine.heartbeat import HeartbeatConfig
 from ibq.engine.tensor_parallel import check_tensor_parallel
+from ibq.engine.zero import ZeroEngine
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.ar_task import ARScheduleConfig, ARTask
@@ -92,20 +93,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     bind_data(data, config.training, device, arguments.source)
     task = build_task(config, data, device, tokenizer)
     check_schedule(task.hyper, arguments.source)
-    with run_folder(config.output, arguments.fresh) as folder:
-        code = train(
-            task,
-            data,
-            folder=folder,
-            config=config.training,
-            checkpoint=config.checkpoint,
-            heartbeat=config.heartbeat,
-            config_text=dump_config(config),
-            total_steps=config.training.total_steps(data.steps_per_epoch),
-            seed=config.seed,
-            device=device,
-            title="transformer",
-        )
+    try:
+        with run_folder(config.output, arguments.fresh) as folder:
+            code = train(
+                task,
+                data,
+                folder=folder,
+                config=config.training,
+                checkpoint=config.checkpoint,
+                heartbeat=config.heartbeat,
+                config_text=dump_config(config),
+                total_steps=config.training.total_steps(data.steps_per_epoch),
+                seed=config.seed,
+                device=device,
+                title="transformer",
+            )
+    finally:
+        if isinstance(task.engine, ZeroEngine):  # its files on NVMe: a process of several ends without clean-up
+            task.engine.close()
     dist.shutdown()
     return code
 
@@ -115,7 +120,6 @@ def share_model(config: ARRunConfig) -> None:
     ranks = getattr(config.engine, "tensor_parallel", 1)
     model = config.model
     if ranks > 1:
-        config.engine.mesh_sizes(dist.world_size())
         check_tensor_parallel(
             ranks,
             heads=model.num_heads,
@@ -124,6 +128,7 @@ def share_model(config: ARRunConfig) -> None:
             vocabulary=model.vocab_size,
             tokens=model.tokens if config.engine.sequence_parallel else None,
         )
+        config.engine.mesh_sizes(dist.world_size())
     dist.share_data(ranks)
 
 

@@ -16,12 +16,12 @@ from training_support import ROOT, SCRIPTS, checkpoint_tensors, make_workplace, 
 
 from ibq.training.run import run_folder
 
-STEPS, SAVE_EVERY = 300, 20
+STEPS, SAVE_EVERY = 120, 15
 TIMING = ("seconds", "images_per", "tokens_per_s", "peak")
 SOON_S = 25.0  # on a busy machine; alone it takes a few seconds
 SETTINGS = [
     *(f"training.max_steps={STEPS}", f"checkpoint.save_every={SAVE_EVERY}", "checkpoint.keep=100"),
-    *("training.micro_batch=4", "training.log_every=7", "training.validate_every=90", "model.residual_dropout=0.1"),
+    *("training.micro_batch=4", "training.log_every=7", "training.validate_every=50", "model.residual_dropout=0.1"),
     *("heartbeat.every_s=0.3", "heartbeat.dead_after_s=4"),
 ]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_support import ROOT, largest_difference, run_script
+from training_support import ROOT, largest_difference, make_workplace, run_script, scalars, train_here
 
-from ibq.config import UserError
+from ibq.config import ConfigError, UserError
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.zero import ZeroEngine, ZeroEngineConfig
 
@@ -21,7 +21,7 @@ import zero_worker as worker
 # Relative tolerances; that of weights is of the largest value of each tensor.
 LOSS, NORM, WEIGHTS = 1e-5, 1e-4, 1e-5
 SGD = {"kind": "sgd", "clip_norm": 0.3}
-ADAM = worker.ADAMW | {"kind": "adam"}
+ADAM = worker.ADAMW | {"kind": "adam", "eps": 1e-2}
 TWO = {"accumulation": 2}
 BF16 = {"precision": "bf16"}
 LARGE = {"vocab_size": 8192}  # halves of two tensors are just large enough for DeepSpeed to put them on NVMe
@@ -47,13 +47,14 @@ def list_jobs() -> dict[str, dict]:
     jobs |= {f"adamw nvme: {name}": {"engine": engine, "model": LARGE} for name, engine in NVME.items()}
     jobs |= {f"sgd: {name}": {"engine": engine, "optimizer": SGD, "settings": TWO} for name, engine in STAGES.items()}
     jobs |= {f"adam: {name}": {"engine": e, "optimizer": ADAM, "settings": TWO} for name, e in (STAGES | CPU).items()}
-    jobs |= {f"odd: {name}": {"engine": e, "odd": True, "settings": TWO} for name, e in (STAGES | CPU).items()}
+    odd = STAGES | {name: CPU[name] for name in ("stage 2, cpu", "stage 3, cpu")}
+    jobs |= {f"odd: {name}": {"engine": e, "odd": True, "settings": TWO} for name, e in odd.items()}
     jobs["adam nvme: nvme"] = {"engine": NVME["nvme"], "optimizer": ADAM, "settings": TWO, "model": LARGE}
     for kind in ("gradient_checkpointing", "checkpoint_selective"):
         model = {"gradient_checkpointing": True, kind: True}
         for stage in (2, 3):
             jobs[f"adamw: {kind}, stage {stage}"] = {"engine": {"stage": stage}, "model": model}
-    for name in ("stage 1", "stage 2", "stage 3", "stage 3, cpu"):
+    for name in ("stage 1", "stage 2", "stage 2, cpu", "stage 3", "stage 3, cpu"):
         jobs[f"adamw: discards, {name}"] = jobs[f"adamw: {name}"] | {"discards": True, "settings": TWO}
     jobs["adamw nvme: discards"] = jobs["adamw nvme: nvme"] | {"discards": True, "settings": TWO}
     for fault in ("scale", "alone"):
@@ -232,7 +233,7 @@ def test_the_reference_moves(name):
     expected, start = reference(name), initial_weights(name)
     for tensor, value in expected["state"]["weight"].items():
         change = float((value - start[tensor]).abs().max() / value.abs().max())
-        assert change > 100 * WEIGHTS, (tensor, change)
+        assert change > 20 * WEIGHTS or value.dim() < 2, (tensor, change)
     assert relative(expected["averaged"], expected["raw"]) > 10 * LOSS
     clip = JOBS[name].get("optimizer", worker.ADAMW)["clip_norm"]
     assert any(norm > clip for _, norm in expected["rows"])
@@ -284,6 +285,35 @@ def test_one_process_without_a_launcher(tmp_path):
     for name in names:
         deviation = deviations(tmp_path, name, world=1)
         assert equal(deviation), deviation
+
+
+def test_the_entry_script_leaves_nothing_on_nvme(tmp_path):
+    """Several processes of a launcher end without the interpreter's clean-up."""
+    make_workplace(tmp_path)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ibq/train_ar.py"]
+    size = [
+        "model.width=256",
+        "model.heads=4",
+        "training.micro_batch=4",
+        "training.max_steps=2",
+    ]  # large enough for NVMe
+    engine = ["engine.kind=zero", "engine.offload_optimizer=nvme", f"engine.nvme_path={disk}"]
+    result = run_script(
+        *launcher, "--config", str(tmp_path / "transformer.yaml"), f"output={tmp_path / 'run'}", *size, *engine
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert set(scalars(tmp_path / "run")["loss/total"]) == {1, 2}
+    assert list(disk.iterdir()) == []
+
+
+def test_tokenizers_refuse_it(tmp_path):
+    make_workplace(tmp_path)
+    config = str(tmp_path / "tokenizer.yaml")
+    with pytest.raises(ConfigError, match=r"tokenizer\.yaml: engine\.kind: zero is for the transformer"):
+        train_here("tokenizer", ["--config", config, f"output={tmp_path / 'run'}", "engine.kind=zero"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_importing_the_engines_does_not_need_deepspeed():

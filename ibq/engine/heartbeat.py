@@ -1,4 +1,4 @@
-"""Signs of life between the ranks: one that dies or hangs ends the run soon, and every rank's log says which it was.
+"""Signs of life between the ranks: one that dies or hangs ends the run soon, and its log says which it was.
 
 Collectives alone do not do that: with NCCL the others wait for the time-out of the process group, with gloo they fail
 with the address of a socket, and a rank whose main thread sleeps is not found at all.
@@ -37,8 +37,8 @@ class Heartbeat:
 
     Within it `mark` notes progress, which costs next to nothing. All ranks enter it together, after `dist.setup`.
     When a rank dies or the run hangs, one rank of each host prints which it is to stderr, the lowest one that is left
-    calls `on_failure(line)`, and all end with exit code 1, whatever their main threads wait for. A main thread that gets
-    an error first calls `explain(error)`. A rank of a world of one does nothing here.
+    calls `on_failure(line)`, and all end with exit code 1, whatever their main threads wait for. A main thread that
+    gets an error first calls `explain(error)`. A rank of a world of one does nothing here.
 
     Beats go through a connection of their own to the store of the process group (torchrun's agent keeps it, or with
     other launchers rank 0), so that a main thread that waits does not keep them. One rank per host reads the beats of
@@ -58,7 +58,7 @@ class Heartbeat:
         self._explanation = ""
         self._wake, self._told = threading.Event(), threading.Event()
         self._decided, self._reported = threading.Event(), threading.Event()
-        self._failing, self._ended = threading.Event(), threading.Event()
+        self._failing, self._waiting, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         look_s = config.every_s * max(1.0, world_size / RANKS_PER_LOOK)
         self._look_s = min(look_s, config.dead_after_s / 5)
@@ -116,10 +116,13 @@ class Heartbeat:
                 beat = replace(self._beat, progress=self._progress)
                 message = f"{beat.who} has failed at {beat.where}: {type(error).__name__}: {' '.join(own.split())}"
                 self._tell(Verdict(kind="failed", ranks=(self._rank,), message=message))
+                if self._rank == 0 and self._agent is None:
+                    self._let_read()
         return self._explanation
 
     def _wait_for_verdict(self) -> str:
         """The verdict's message once all is done about it that must be, or nothing if there is none in time."""
+        self._waiting.set()
         seconds = self._look_s + 5.0 + (0.0 if self._alone_on_host else self._config.dead_after_s)
         if not self._decided.wait(seconds):
             return ""
@@ -131,9 +134,11 @@ class Heartbeat:
         # Restarts are told apart by a number that the ranks agree on: torchrun's count of restarts is each agent's own.
         number = int(dist.from_main(torch.tensor(secrets.randbits(62))))
         self._prefix = f"ibq/heartbeat/{number:x}/"
-        self._address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Where torchrun's agent keeps the store; otherwise rank 0 does.
+        self._agent = f"{address}:{port}" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
         timeout = timedelta(seconds=self._config.dead_after_s)
-        self._store = torch_dist.TCPStore(*self._address, is_master=False, timeout=timeout, wait_for_workers=False)
+        self._store = torch_dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
         self._store.set(f"{self._prefix}{self._rank}", self._beat.dumps())
         if self._rank == 0:
             self._store.set(f"{self._prefix}verdict", UNDECIDED)
@@ -205,9 +210,10 @@ class Heartbeat:
     def _store_verdict(self) -> Verdict | None:
         if not self._lost and not self._watch.silent():
             return None
-        agent = ":".join(map(str, self._address)) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+        if self._outbox is not None:  # this rank fails by itself, and others do so too
+            return self._outbox
         reason = self._lost or f"no answer for {self._config.dead_after_s:g} s"
-        return self._watch.store_lost(reason, agent, self._host_of_store)
+        return self._watch.store_lost(reason, self._agent, self._host_of_store)
 
     def _bring_down(self, verdict: Verdict, told: bool) -> None:
         """Say what has happened, and end this process."""
@@ -225,13 +231,17 @@ class Heartbeat:
         if self._failing.is_set() and self._ended.wait(LAST_WORDS_S):
             return
         if not told:
-            time.sleep(1.5 * self._look_s)  # the store may end with this process: let the others read it first
+            self._let_read()
         os._exit(1)
+
+    def _let_read(self) -> None:
+        """Wait until the others have read what this rank has told: the store may end with this process."""
+        time.sleep(1.5 * self._look_s)
 
     def _ends_by_itself(self) -> bool:
         """Whether the main thread leaves the context soon; if it waits for an explanation it does not."""
         deadline = time.monotonic() + OWN_END_S
-        while time.monotonic() < deadline and not (self._failing.is_set() and self._rank not in self._verdict.ranks):
+        while time.monotonic() < deadline and not self._waiting.is_set():
             if self._ended.wait(0.1):
                 return True
         return False

@@ -15,11 +15,13 @@ tokens between the matrices inside the blocks (`gathered_together()`, run one af
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
 import torch.distributed as torch_dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
@@ -145,10 +147,10 @@ def _parallelize(module: nn.Module, name: str, layout: str, mesh: DeviceMesh, be
             parallelize_module(layer, mesh, RowwiseParallel(output_layouts=between))
         case "rows_gathered":
             parallelize_module(layer, mesh, ColwiseParallel(output_layouts=Replicate(), use_local_output=False))
-            within = any(layer is part for whole in module.gathered_together() for part in whole.modules())
+            within = any(layer is part for unit in module.gathered_together() for part in unit.modules())
             layer.register_forward_hook(partial(_local_output, between if within else Replicate()))
         case "vocabulary" if isinstance(layer, nn.Embedding):
-            parallelize_module(layer, mesh, RowwiseParallel(input_layouts=Replicate()))
+            layer.forward = partial(_embed, mesh, layer)
         case "vocabulary":
             layer.loss = partial(_head_loss, mesh)
             layer.register_forward_pre_hook(partial(_whole_input_of_logits, mesh))
@@ -174,7 +176,20 @@ def _summed_gradient(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
-# --- The head ---
+# --- The vocabulary ---
+
+
+def _embed(mesh: DeviceMesh, layer: nn.Embedding, codes: Tensor) -> Tensor:
+    """Rows [..., C] of a table of which each rank has some.
+
+    Not RowwiseParallel: the gradient that it leaves behind on every rank is that of the whole table.
+    """
+    weight = layer.weight.to_local()
+    place = codes - mesh.get_local_rank() * len(weight)
+    inside = (place >= 0) & (place < len(weight))
+    rows = F.embedding(place.where(inside, 0), weight).where(inside[..., None], 0)
+    rows = DTensor.from_local(rows, mesh, [Partial()], run_check=False)
+    return rows.redistribute(placements=[Replicate()]).to_local()
 
 
 def _head_loss(mesh: DeviceMesh, hidden: Tensor, weight: DTensor, targets: Tensor) -> Tensor:
@@ -226,25 +241,20 @@ class _TokenRegion:
 
     def __init__(self, mesh: DeviceMesh):
         self._mesh = mesh
-        self._outer_numbers = None
+        self._common_numbers: AbstractContextManager
 
     def enter(self, block: nn.Module, args: tuple) -> tuple:
         """This rank's tokens of x [B, T, C]."""
         x, *rest = args
         if block.training:
-            seed = int(torch.randint(2**62, (), device="cpu"))  # of the CPU's generator: no device is waited for
-            devices, kind = ([], "cuda") if x.is_cpu else ([x.device], x.device.type)
-            self._outer_numbers = torch.random.fork_rng(devices=devices, device_type=kind)
-            self._outer_numbers.__enter__()
-            torch.manual_seed(seed + self._mesh.get_local_rank())
+            self._draw_own_numbers(x.device)
         x = DTensor.from_local(x, self._mesh, [Replicate()], run_check=False)
         return x.redistribute(placements=[Split(TOKENS)]).to_local(), *rest
 
-    def leave(self, _block: nn.Module, _args, x: Tensor) -> Tensor:
+    def leave(self, block: nn.Module, _args, x: Tensor) -> Tensor:
         """All ranks' tokens, [B, T, C]."""
-        if self._outer_numbers is not None:
-            self._outer_numbers.__exit__(None, None, None)
-            self._outer_numbers = None
+        if block.training:
+            self._draw_common_numbers()
         x = DTensor.from_local(x, self._mesh, [Split(TOKENS)], run_check=False)
         return x.redistribute(placements=[Replicate()]).to_local().clone()  # FSDP warns of blocks that return a view
 
@@ -252,3 +262,15 @@ class _TokenRegion:
         """A modulation made outside of the block: the ranks' gradients of it are parts of a sum."""
         x, condition, *rest = args
         return x, _summed_gradient(condition, self._mesh), *rest
+
+    @torch.compiler.disable
+    def _draw_own_numbers(self, device: torch.device) -> None:
+        seed = int(torch.randint(2**62, (), device="cpu"))  # of the CPU's generator: no other device is waited for
+        devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+        self._common_numbers = torch.random.fork_rng(devices=devices, device_type=kind)
+        self._common_numbers.__enter__()
+        torch.manual_seed(seed + self._mesh.get_local_rank())
+
+    @torch.compiler.disable
+    def _draw_common_numbers(self) -> None:
+        self._common_numbers.__exit__(None, None, None)

@@ -18,6 +18,7 @@ from ibq.config import UserError
 from ibq.engine.base import EngineSettings, GroupHyper, ParameterState, Reader, StepResult
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.shard import Shard, take
+from ibq.engine.zero_average import Shadows
 from ibq.engine.zero_setup import (
     InitialWeights,
     NvmeFolder,
@@ -26,12 +27,13 @@ from ibq.engine.zero_setup import (
     check_direct_io,
     check_nvme,
     deepspeed_settings,
+    freed_at_once,
     load_deepspeed,
     materialize,
     partition_numel,
-    trim_heap,
+    silence,
 )
-from ibq.engine.zero_state import MOMENTS, FlatPartitions, Group, ParameterPartitions, Partitions, Shadows
+from ibq.engine.zero_state import MOMENTS, FlatPartitions, Group, ParameterPartitions, Partitions
 
 Target = Literal["none", "cpu", "nvme"]
 
@@ -93,8 +95,13 @@ class ZeroEngine:
         build_operators(config, settings.optimizer)
         self._folder = NvmeFolder(config.nvme_path) if config.uses_nvme else None
         if self._folder is not None:
-            check_direct_io(self._folder.path)
-        self._engine = self._start(deepspeed, initial)
+            try:
+                check_direct_io(self._folder.path)
+            except UserError:  # after which a process of several ends without clean-up
+                self._folder.remove()
+                raise
+        with freed_at_once():
+            self._engine = self._start(deepspeed, initial)
         self.module: nn.Module = self._engine.module
         kind = {0: Partitions, 1: FlatPartitions, 2: FlatPartitions, 3: ParameterPartitions}[config.stage]
         self._partitions = kind(self.module, self._engine)
@@ -103,7 +110,6 @@ class ZeroEngine:
         self._shadows: Shadows | None = None
         if settings.ema_decay is not None:
             self._shadows = Shadows(self._partitions.groups, self._folder and self._folder.path)
-        trim_heap()
         self._has_moments = False
         self._micro_batches = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=settings.device)
@@ -119,7 +125,8 @@ class ZeroEngine:
             convert = lambda parameter: context._convert_to_zero_parameters([parameter])  # noqa: E731
         module = materialize(initial, dtype, settings.device, convert)
         base = build_optimizer(module, initial.shapes, settings.optimizer, config.offload_optimizer != "none")
-        engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=raw, dist_init_required=False)
+        with silence():
+            engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=raw, dist_init_required=False)
         return engine
 
     @torch.no_grad()
@@ -163,6 +170,7 @@ class ZeroEngine:
 
     def step(self, hyper: dict[str, GroupHyper]) -> StepResult:
         """Clip, update and average; a step with a non-finite loss or gradient is skipped by all ranks alike."""
+        assert self._micro_batches == self.settings.accumulation
         norm, done = torch.tensor(float("nan")), False
         if not dist.any_rank(self._loss_is_bad):
             for group in self._engine.basic_optimizer.param_groups:
@@ -271,7 +279,6 @@ class ZeroEngine:
             if not group.aliased:
                 group.show(weight)
         self._partitions.refresh()
-        trim_heap()
         self.steps, self._has_moments = steps, dist.any_rank(found)
 
     def close(self) -> None:

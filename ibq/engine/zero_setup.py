@@ -14,7 +14,7 @@ import shutil
 import socket
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,12 @@ SWAP_BUFFERS = 4  # of a sub-group on NVMe: master, gradient and two moments
 
 
 # What DeepSpeed warns of in every run, and what is intended here.
-EXPECTED = ("untested ZeRO Optimizer", "untested optimizer", "heavy write traffic")
+EXPECTED = (
+    "with an untested optimizer",
+    "heavy write traffic",
+    "Setting accelerator to CPU",
+    "OVERFLOW! Skipping step",
+)
 
 
 def load_deepspeed(device: torch.device) -> Any:
@@ -48,22 +53,28 @@ def load_deepspeed(device: torch.device) -> Any:
     # DeepSpeed calls these two at every step.
     deprecated = r"`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
-    dist.ensure_group()
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            deepspeed = importlib.import_module("deepspeed")
-        except ImportError as error:
-            raise UserError(f"engine.kind: zero needs DeepSpeed ({error}); pip install deepspeed") from None
-        deepspeed.init_distributed(dist_backend=torch_dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
     if _unexpected not in logger.filters:
         logger.addFilter(_unexpected)
+    dist.ensure_group()
+    try:
+        with silence():
+            deepspeed = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise UserError(f"engine.kind: zero needs DeepSpeed ({error}); pip install deepspeed") from None
+    logger.setLevel(logging.WARNING)
+    with silence():
+        deepspeed.init_distributed(dist_backend=torch_dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
 
 def _unexpected(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in EXPECTED)
+
+
+def silence() -> contextlib.AbstractContextManager:
+    """What DeepSpeed prints without a logger, from Python, is dropped."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def build_operators(config: "ZeroEngineConfig", optimizer: OptimizerConfig) -> None:
@@ -194,10 +205,23 @@ def _lock(file: Any) -> bool:
     return True
 
 
-def trim_heap() -> None:
-    """Give freed memory back to the system: glibc keeps what many small parameters took while they were moved."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+@contextlib.contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Within this context, memory of a MiB and more that is freed goes back to the system.
+
+    glibc keeps blocks of up to 32 MiB, and DeepSpeed moves all parameters after they have been made: a model in bf16
+    would be in memory twice for good.
+    """
+    threshold = -3  # M_MMAP_THRESHOLD
+    try:
+        set_option = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        set_option = lambda *_: 0  # noqa: E731
+    set_option(threshold, 2**20)
+    try:
+        yield
+    finally:
+        set_option(threshold, 2**25)  # where glibc itself ends up in a process with large blocks
 
 
 # --- DeepSpeed's settings ---
@@ -220,7 +244,13 @@ def deepspeed_settings(
         "communication_data_type": "fp32",
         "zero_optimization": _zero_settings(config, settings.device, largest, folder),
     }
-    return merge(result, config.deepspeed)
+    result = merge(result, config.deepspeed)
+    offload = result["zero_optimization"].get("offload_optimizer", {})
+    if offload.get("pipeline_read") or offload.get("pipeline_write"):
+        raise UserError(
+            "engine.deepspeed: pipelined swapping is not supported; leave out pipeline_read, pipeline_write"
+        )
+    return result
 
 
 def _zero_settings(

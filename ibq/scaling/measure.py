@@ -2,6 +2,7 @@
 
 import gc
 import time
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,9 +16,10 @@ def peak_of_step(prepare: Callable[[], Callable[[], object]], steps: int = 3) ->
     `prepare` builds everything (model, engine, batch) and returns the step. What is counted are the allocations and
     frees of PyTorch's CPU allocator, as its profiler records them from before `prepare` on: every tensor counts with
     its exact size, whoever holds it (weights, optimizer, saved activations, buckets of gradients, temporaries within an
-    operator), and the result is the same from run to run. Resident memory would add the interpreter, libraries, freed
-    pages that were not given back and the collectives' staging buffers, and varies by tens of MiB. The first step
-    differs (the optimizer has no state yet, DDP has not sorted its buckets): take at least two.
+    operator), and without collectives the result is the same from run to run. Resident memory would add the
+    interpreter, libraries, freed pages that were not given back and the collectives' staging buffers, and varies by
+    tens of MiB. The first step differs (the optimizer has no state yet, DDP has not sorted its buckets): take two or
+    more.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -27,17 +29,43 @@ def peak_of_step(prepare: Callable[[], Callable[[], object]], steps: int = 3) ->
         gc.collect()
         begin = time.time_ns()
         step()
-    level = peak = 0
-    for moment, allocated in sorted(_allocations(recorded.profiler.kineto_results.experimental_event_tree())):
+    peak, memory = 0, _Memory()
+    for moment, place, size in sorted(_allocations(recorded.profiler.kineto_results.experimental_event_tree())):
         if moment >= begin:
-            peak = max(peak, level, allocated)
-        level = allocated
-    return peak
+            peak = max(peak, memory.held)
+        memory.note(place, size)
+    return max(peak, memory.held)
 
 
-def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int]]:
-    """(time in ns, bytes allocated from then on) of every allocation and free."""
+class _Memory:
+    """What is allocated, by address.
+
+    The profiler sees only this thread: a tensor that a collective's thread lets go last is known to be gone when its
+    place is taken again.
+    """
+
+    def __init__(self):
+        self.held = 0
+        self._places: list[int] = []
+        self._sizes: dict[int, int] = {}
+
+    def note(self, place: int, size: int) -> None:
+        """An allocation, or with a negative size a free, perhaps of what was there before the recording."""
+        first = max(0, bisect_left(self._places, place) - 1)
+        taken = self._places[first : bisect_left(self._places, place + max(size, 1))]
+        for other in taken:
+            if other + self._sizes[other] > place:
+                self.held -= self._sizes.pop(other)
+                self._places.remove(other)
+        if size > 0:
+            insort(self._places, place)
+            self._sizes[place] = size
+            self.held += size
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """(time in ns, address, bytes) of every allocation, and with negative bytes of every free."""
     for event in events:
         if event.name == "[memory]" and event.extra_fields.device == torch.device("cpu"):
-            yield event.start_time_ns, event.extra_fields.total_allocated
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
         yield from _allocations(event.children)

@@ -61,6 +61,8 @@ def misbehave(fault: str) -> None:
 def work(folder: Path, settings: dict) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)  # as the training loop does: noted, it ends after the step
     torch.set_num_threads(1)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ["RANK"] == "0":
+        time.sleep(3)  # a late rank 0: the others must not take addresses of its first life from the store
     dist.setup("cpu")
     own = folder / str(dist.rank())
     config = settings.get("config", {})

@@ -68,8 +68,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     dist.setup("cpu")
     path = Path(sys.argv[1])
-    peaks = {name: measure(case) for name, case in json.loads(path.read_text()).items()}
-    path.with_name(f"{path.name}.{dist.rank()}").write_text(json.dumps(peaks))
+    peaks = {}
+    for name, case in json.loads(path.read_text()).items():
+        peaks[name] = measure(case)
+        path.with_name(f"{path.name}.{dist.rank()}").write_text(json.dumps(peaks))
     dist.shutdown()
 
 

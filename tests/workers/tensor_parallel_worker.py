@@ -56,8 +56,8 @@ class Strong(Transformer):
 
     @torch.no_grad()
     def initialize_parameter(self, name, parameter, generator=None):
-        std = 1.0 if parameter.dim() < 2 or "emb" in name else 1.5 * parameter.shape[-1] ** -0.5
-        parameter.normal_(0.3, std, generator=generator)
+        std = 0.5 if parameter.dim() < 2 or "emb" in name else 0.8 * parameter.shape[-1] ** -0.5
+        parameter.normal_(0.3 if parameter.dim() < 2 else 0.0, std, generator=generator)
 
 
 def blueprint(job: Job) -> Blueprint:
@@ -107,7 +107,7 @@ def run_module(job: Job) -> dict:
 
 
 def run_dropout(job: Job) -> dict:
-    """Masks of the first block's feed-forward part; the generator afterwards; gradients with and without recomputing."""
+    """Masks of the first feed-forward part, the generator after it all, gradients with and without recomputing."""
     mesh = init_device_mesh("cpu", (dist.world_size(),), mesh_dim_names=("tensor",))
     found = {}
     for recompute in (False, True):
@@ -178,9 +178,17 @@ def rows_without_heads(model, name, shape, rank, size):
     return Shard(shape, (Runs(rank * share, share),))
 
 
+def columns_as_rows(model, name, shape, rank, size):
+    if not name.endswith("wo.weight"):
+        return tensor_shard(model, name, shape, rank, size)
+    share = shape[0] * shape[1] // size
+    return Shard(shape, (Runs(rank * share, share),))
+
+
 tensor_shard = module.tensor_shard
 FAULTS = {
     "head order": {"tensor_shard": rows_without_heads},
+    "column order": {"tensor_shard": columns_as_rows},
     "sum of the head dropped": {"_summed_gradient": lambda x, mesh: x},
     "sum of the inputs dropped": {
         "_whole_input": lambda mesh, between, _module, args: (

@@ -6,16 +6,14 @@ jobs.pt: a list of dicts, see `Job`. Rank r leaves NAME.r.pt: losses (mean over 
 its part of the final state.
 """
 
-import functools
-import gc
 import contextlib
+import gc
 import importlib
 import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import cpuinfo
 import torch
 from torch import nn
 
@@ -24,6 +22,7 @@ from ibq.engine.base import PARTS, EngineSettings, GroupHyper, OptimizerConfig, 
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.shard import place, take
 from ibq.engine.zero import ZeroEngine, ZeroEngineConfig
+from ibq.engine.zero_setup import load_deepspeed
 from ibq.models.transformer import Transformer, TransformerConfig
 
 VOCABULARY, CLASSES, SIDE = 64, 10, 4
@@ -34,6 +33,7 @@ MODEL = {
     "depth": 2,
     "heads": 2,
     "width": 64,
+    "adaln_gamma_init": 1.0,  # blocks that do something from the start
     **dict.fromkeys(("residual_dropout", "ffn_dropout", "token_dropout", "class_dropout"), 0.0),
 }
 GLOBAL_BATCH = 8
@@ -212,11 +212,8 @@ def main() -> None:
     remember_cpu_info()
     dist.setup("cpu")
     torch.set_flush_denormal(True)
-    # DeepSpeed asks both for every engine, at a second each: what the processor is, and to collect garbage.
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-    import deepspeed.ops.adam  # noqa: F401 (a large module, whose objects need not be looked at each time)
-
-    gc.freeze()
+    load_deepspeed(torch.device("cpu"))
+    gc.freeze()  # every engine of stage 3 collects garbage, at a second each with all that is loaded by now
     for job in torch.load(jobs, weights_only=False):
         run(Job(**job), jobs.parent)
     dist.shutdown()

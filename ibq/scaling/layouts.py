@@ -1,0 +1,193 @@
+"""Layouts: how a network lies on many GPUs, what an element costs there, and what is sent.
+
+Let P be the parameters, n the ranks that share one copy of the state ("shard"), t those that share each matrix
+("tensor"), d = GPUs / t the ranks that see different data, m the micro-batches a rank makes per step. Each rank sends,
+by rings (a reduce-scatter or all-gather of S bytes sends S (n - 1) / n, an all-reduce twice that):
+
+- DDP: an all-reduce of the float32 gradients, once a step: 2 (d - 1) / d 4 P.
+- ZeRO-1: a reduce-scatter of the float32 gradients once a step, an all-gather of the new weights. ZeRO-2 the same, but
+  the reduce-scatter in every micro-batch. ZeRO-3: two all-gathers of the weights and a reduce-scatter of the gradients
+  in every micro-batch.
+- FSDP2: in every micro-batch all-gathers of the blocks for the forward and for the backward pass, one of the rest (its
+  weights stay), and a reduce-scatter of the float32 gradients; hybrid: within a group of n ranks, and an all-reduce of
+  each rank's 1 / n between the groups.
+- Tensor parallelism, in every micro-batch: an all-reduce of [tokens, C] after each of the two parts of a block and in
+  the backward pass before each, after the embedding, and before the head; with full checkpointing the forward ones
+  twice. Sequence parallelism sends as much, as reduce-scatters and all-gathers.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ibq.scaling.memory import Rules
+from ibq.scaling.transformer import Device, Numerics
+
+Target = Literal["none", "cpu", "nvme"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One engine with its settings, on so many GPUs."""
+
+    kind: Literal["local", "zero", "fsdp"]
+    gpus: int
+    gpus_per_node: int = 8
+    stage: int = 0  # of ZeRO
+    offload_optimizer: Target = "none"  # for FSDP: of everything that is sharded
+    offload_parameters: Target = "none"
+    shard_ranks: int | None = None  # of FSDP: ranks that share one copy; None: all
+    tensor: int = 1
+    sequence: bool = False
+    bucket: int = 50_000_000  # elements of ZeRO's buckets
+    gather: int = 50_000_000  # elements gathered at a time, or ahead of their use
+    live: int = 200_000_000  # elements that ZeRO-3 keeps gathered
+    sub_group: int = 50_000_000  # elements that ZeRO-3 updates at a time
+
+    @property
+    def shard(self) -> int:
+        """Ranks that share one copy of what the layout shards."""
+        if self.kind == "local" or (self.kind == "zero" and self.stage == 0):
+            return 1
+        return self.shard_ranks or self.data
+
+    @property
+    def data(self) -> int:
+        """Ranks that see different data."""
+        return self.gpus // self.tensor
+
+    @property
+    def copies(self) -> int:
+        """Groups that each hold all of the state."""
+        return self.data // self.shard
+
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        if self.kind == "local":
+            return "one process" if self.gpus == 1 else "DDP"
+        if self.kind == "zero":
+            moved = [f"{what} on {where}" for what, where in self._offloaded() if where != "none"]
+            return f"ZeRO-{self.stage}" + (f", {', '.join(moved)}" if moved else "")
+        words = ["FSDP2 hybrid" if self.copies > 1 else "FSDP2"]
+        if self.tensor > 1:
+            words.append(f"x tensor {self.tensor}" + (" + sequence" if self.sequence else ""))
+        if self.offload_optimizer != "none":
+            words.append("on cpu")
+        return " ".join(words)
+
+    def _offloaded(self) -> list[tuple[str, str]]:
+        return [("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What of a run's settings matters for its size."""
+
+    precision: Precision
+    micro_batch: int
+    batch_size: int
+    moments: int = 8  # bytes an element of the optimizer's state: 0 for plain SGD
+    ema: bool = True
+    device: Device = "cuda"
+
+    def accumulation(self, layout: Layout) -> int:
+        """Micro-batches a rank makes per step."""
+        return self.batch_size // (self.micro_batch * layout.data)
+
+
+def numerics(layout: Layout, training: Training) -> Numerics:
+    """How an engine computes.
+
+    bf16 is autocast over float32 weights under DDP (and ZeRO-0): the residual stream stays float32. FSDP2 casts the
+    blocks' weights and inputs to bf16 and leaves the rest to autocast; ZeRO computes in bf16 throughout.
+    """
+    device = training.device
+    if training.precision == "fp32":
+        return Numerics(stream=4, compute=4, root=4, device=device)
+    if layout.kind == "local" or (layout.kind == "zero" and layout.stage == 0):
+        return Numerics(stream=4, compute=2, root=4, casts=True, device=device)
+    if layout.kind == "fsdp":
+        return Numerics(stream=2, compute=2, root=4, device=device)
+    return Numerics(stream=2, compute=2, root=2, device=device)
+
+
+def rules(layout: Layout, training: Training) -> Rules:
+    """What an element of the parameters costs on a GPU."""
+    moments, ema = float(training.moments), 4.0 if training.ema else 0.0
+    bf16 = training.precision == "bf16"
+    match layout.kind:
+        case "local":
+            # DDP copies the gradients into buckets of its own.
+            buckets = 4.0 if layout.gpus > 1 else 0.0
+            return Rules(weights=4, optimizer=moments, ema=ema, gradient=4, cast=2.0 * bf16, buckets=buckets)
+        case "fsdp":
+            return _fsdp(layout, moments, ema, 2.0 if bf16 else 4.0)
+        case "zero":
+            return _zero(layout, moments, ema, 2.0 if bf16 and layout.stage else 4.0)
+
+
+def _fsdp(layout: Layout, moments: float, ema: float, compute: float) -> Rules:
+    """Float32 shards; a block is gathered into a buffer and copied out of it, the next one's buffer fills meanwhile.
+
+    Its gradients come whole, in the computation's dtype, and are copied to a float32 buffer to be reduced, which is
+    freed when the next block's are.
+    """
+    n = layout.shard
+    here = 0.0 if layout.offload_optimizer != "none" else 1.0
+    return Rules(
+        weights=here * 4 / n,
+        optimizer=here * moments / n,
+        ema=here * ema / n,
+        gradient=here * 4 / n,
+        gathered=compute,
+        ahead=compute,
+        passing=compute + 4,
+        root_gathered=4,
+        root_passing=4,
+    )
+
+
+def _zero(layout: Layout, moments: float, ema: float, compute: float) -> Rules:
+    """Weights in the computation's dtype beside sharded float32 masters (also where they are float32 themselves).
+
+    Stage 1 keeps the float32 sums of all gradients until the update; from stage 2 on a rank keeps its part of them, and
+    whole ones only until a bucket is full. Gradients are reduced in float32, which takes a second bucket. Stage 3 frees
+    a gathered weight after its layer, but autograd saves the weight of a matrix product as a view of the same memory,
+    which so stays until the backward pass: only recomputed blocks give theirs up.
+    """
+    n, stage = layout.shard, layout.stage
+    if stage == 0:
+        return Rules(weights=4, optimizer=moments, ema=ema, gradient=4, cast=2.0, fixed=4.0 * layout.bucket)
+    state = 0.0 if layout.offload_optimizer != "none" else 1.0
+    own = 0.0 if layout.offload_parameters != "none" else 1.0
+    common = {"optimizer": state * moments / n, "ema": state * ema / n}
+    match stage:
+        case 1:
+            return Rules(
+                weights=compute + state * 4 / n,
+                gradient=4,
+                update=state * 4 / n,
+                bucket=4.0 * layout.bucket,
+                **common,
+            )
+        case 2:
+            return Rules(
+                weights=compute + state * 4 / n,
+                gradient=state * 4 / n,
+                update=state * 4 / n,
+                bucket=(4.0 + compute) * layout.bucket,
+                **common,
+            )
+    return Rules(
+        weights=(own * compute + state * 4) / n,
+        gradient=state * 4 / n,
+        gradients_stay=True,
+        held=compute,
+        live=compute,
+        live_elements=layout.live + layout.gather,
+        bucket=compute * layout.bucket,
+        fixed=4.0 * layout.bucket,
+        update_bytes=4.0 * state * layout.sub_group,
+        **common,
+    )

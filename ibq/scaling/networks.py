@@ -1,0 +1,148 @@
+"""What a micro-batch of each stage puts on a GPU, in the form that `ibq.scaling.memory` walks through."""
+
+from dataclasses import dataclass
+
+from ibq.models.discriminator import DiscriminatorConfig
+from ibq.models.tokenizer import TokenizerConfig
+from ibq.models.transformer import TransformerConfig
+from ibq.scaling.layouts import Layout, Training, numerics
+from ibq.scaling.memory import Block, Network
+from ibq.scaling.tokenizer import discriminator_layers, perceptual_layers, tokenizer_parts
+from ibq.scaling.transformer import (
+    Numerics,
+    block_kept,
+    block_saved,
+    head_saved,
+    on_rank,
+    recomputed_blocks,
+    root_saved,
+    transformer_weights,
+)
+
+HEAD_WORKSPACE = 64 * 2**20  # bytes of the buffer of logit gradients on CUDA
+HEAD_TILE = (2048, 512)  # codes and tokens of the lean head's tile of logits on the CPU
+
+
+def transformer_network(config: TransformerConfig, layout: Layout, training: Training) -> Network:
+    """A transformer on one rank."""
+    values = numerics(layout, training)
+    weights = transformer_weights(config)
+    t, rows = layout.tensor, training.micro_batch
+    share = {"tensor": t, "sequence": layout.sequence}
+    block = weights["block"]
+    saved = rows * on_rank(block_saved(config, values), **share)
+    working = rows * _block_working(config, layout, values)
+    blocks = [
+        Block(
+            elements=block.local(t),
+            products=block.products / t,
+            kept=rows * on_rank(block_kept(config, values, recomputed=recomputed), **share),
+            saved=saved,
+            working=working,
+            recomputed=recomputed,
+        )
+        for recomputed in recomputed_blocks(config)
+    ]
+    root = [part.local(t) for name, part in weights.items() if name != "block"]
+    head = weights["head"].local(t)
+    tokens = rows * config.tokens
+    forward, backward = _head_working(config, values, tokens, head, t)
+    return Network(
+        blocks=blocks,
+        root=sum(root),
+        root_late=weights["embeddings"].local(t) + weights["shared"].local(t),
+        root_products=(weights["shared"].products + weights["head_norm"].products) / t,
+        root_saved=rows * on_rank(root_saved(config, values)),
+        head_saved=rows * on_rank(head_saved(config, values)),
+        head_forward=forward,
+        head_backward=backward,
+    )
+
+
+def _block_working(config: TransformerConfig, layout: Layout, values: Numerics) -> float:
+    """Temporaries in a block's backward pass, at their most around the gated product: bytes of one image.
+
+    The stream's gradient and that of the part's output, and the gradients of the product and of both its factors, less
+    the output, its mask and the product itself, whose part is over.
+    """
+    stream, hidden = config.tokens * config.model_width, config.tokens * config.ffn_width / layout.tensor
+    over = values.compute * stream + (values.mask(values.compute) * stream if config.ffn_dropout else 0)
+    return values.stream * stream + values.compute * (stream + 2 * hidden) - over
+
+
+def _head_working(
+    config: TransformerConfig, values: Numerics, tokens: int, head: float, tensor: int
+) -> tuple[float, float]:
+    """Temporaries of the lean head: its input rounded and a tile; backward also both gradients in float32."""
+    stream, size = tokens * config.model_width, values.compute
+    vocab = config.vocab_size / tensor
+    tile = min(vocab, HEAD_TILE[0]) * min(tokens, HEAD_TILE[1])
+    if values.device == "cuda":
+        tile = min(HEAD_WORKSPACE / size, tokens * vocab)
+    # On CUDA the whole weight is rounded, on the CPU a slice of it.
+    weight = head if values.device == "cuda" else min(head, 2048 * config.model_width)
+    operands = 0.0 if size == 4 else size * (stream * (values.root == 4) + weight * (values.root == 4))
+    buffers = (size + (4 if size == 2 else 0)) * tile
+    returned = 0.0 if values.root == 4 else values.root * (stream + head)
+    return operands + buffers, operands + buffers + size * tile + 4 * (stream + head) + returned
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerLosses:
+    """The networks beside the tokenizer: LPIPS and the discriminator, None where the loss is switched off."""
+
+    discriminator: DiscriminatorConfig | None
+    perceptual: bool
+
+
+def tokenizer_network(
+    config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, training: Training
+) -> Network:
+    """A tokenizer and its losses on one rank; the losses are the "head". The discriminator is on every rank whole."""
+    values = numerics(layout, training)
+    rows, recomputed = training.micro_batch, config.gradient_checkpointing
+    parts = tokenizer_parts(config, values)
+    units = [part for part in parts if part.inputs]
+    rest = [part for part in parts if not part.inputs]
+    blocks = [
+        Block(
+            elements=part.parameters,
+            products=part.parameters,
+            kept=rows * part.kept(recomputed),
+            saved=rows * (part.kept(recomputed) + (part.largest if recomputed else 0)),
+            working=rows * part.working,
+            recomputed=recomputed,
+        )
+        for part in units
+    ]
+    image, size = rows * config.in_channels * config.resolution**2, values.compute
+    saved, extra = image * (4 + 4 + size), 0.0
+    working = 3 * 64 * image * size / config.in_channels
+    own = 0.0  # of the discriminator's step
+    autocast = 2 if training.precision == "bf16" else 0
+    if losses.perceptual:
+        layers = perceptual_layers(config.resolution, values)
+        weights = sum(layer.parameters for layer in layers)
+        saved += rows * sum(layer.saved for layer in layers) + autocast * weights
+        extra += 4 * weights
+    if losses.discriminator is not None:
+        layers = discriminator_layers(losses.discriminator, config.resolution, values)
+        weights = sum(layer.parameters for layer in layers)
+        one = rows * sum(layer.saved for layer in layers) + autocast * weights
+        saved += one
+        own = 2 * one + 4 * weights
+        # Weights and moments, a copy of both in case the step must be undone, and DDP's buckets.
+        extra += (2 * (4 + training.moments) + (4 if layout.gpus > 1 else 0)) * weights
+    codebook = next(part.parameters for part in parts if part.name == "quantizer")
+    root = sum(part.parameters for part in rest)
+    return Network(
+        blocks=blocks,
+        root=root,
+        root_late=root - rest[-1].parameters,
+        root_products=root - codebook,
+        root_saved=rows * sum(part.kept(recomputed) for part in rest),
+        head_saved=saved,
+        head_forward=max(0.0, own - saved),
+        head_backward=working,
+        extra=extra,
+    )

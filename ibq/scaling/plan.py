@@ -1,0 +1,253 @@
+"""Which layouts a run could use on given GPUs, what each needs, and which to take."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ibq.models.tokenizer import TokenizerConfig
+from ibq.models.transformer import TransformerConfig
+from ibq.scaling.hardware import GIB, Gpu
+from ibq.scaling.layouts import Layout, Training, rules
+from ibq.scaling.memory import Memory, Network, peak_memory
+from ibq.scaling.networks import TokenizerLosses, tokenizer_network, transformer_network
+from ibq.scaling.tokenizer import (
+    discriminator_flops,
+    discriminator_layers,
+    perceptual_flops,
+    perceptual_layers,
+    tokenizer_flops,
+    tokenizer_parts,
+)
+from ibq.scaling.traffic import Traffic, exposed_seconds, parameter_traffic, tensor_traffic
+from ibq.scaling.transformer import Flops, Numerics, transformer_flops, transformer_weights
+
+EXACT = Numerics(stream=4, compute=4, root=4)
+
+
+class Stage(Protocol):
+    """What the planner must know of a stage."""
+
+    tokens: int  # per image
+
+    def parameters(self) -> dict[str, int]:
+        """Parameters by part."""
+
+    def flops(self) -> dict[str, Flops]:
+        """FLOPs of one image by part."""
+
+    def network(self, layout: Layout, training: Training) -> Network:
+        """What a micro-batch puts on a GPU."""
+
+    def tensor_bytes(self, layout: Layout, training: Training) -> float:
+        """Bytes of activations that tensor parallelism sends per rank and step."""
+
+    def tensor_sizes(self) -> dict[str, int]:
+        """What tensor parallelism divides; empty where it cannot be used."""
+
+
+@dataclass(frozen=True)
+class TransformerStage:
+    """Training of a transformer on codes."""
+
+    config: TransformerConfig
+
+    @property
+    def tokens(self) -> int:
+        """Codes of an image."""
+        return self.config.tokens
+
+    def parameters(self) -> dict[str, int]:
+        """See `Stage`."""
+        weights = transformer_weights(self.config)
+        names = {"embeddings": "embeddings", "head_norm": "final norm", "head": "head", "shared": "shared norms' layer"}
+        found = {f"{self.config.depth} blocks": self.config.depth * weights["block"].count}
+        return found | {text: weights[name].count for name, text in names.items() if weights[name].count}
+
+    def flops(self) -> dict[str, Flops]:
+        """See `Stage`."""
+        return {"transformer": transformer_flops(self.config)}
+
+    def network(self, layout: Layout, training: Training) -> Network:
+        """See `Stage`."""
+        return transformer_network(self.config, layout, training)
+
+    def tensor_bytes(self, layout: Layout, training: Training) -> float:
+        """See `Stage`."""
+        return tensor_traffic(self.config, layout, training)
+
+    def tensor_sizes(self) -> dict[str, int]:
+        """See `Stage`."""
+        config = self.config
+        return {
+            "heads": config.num_heads,
+            "key and value heads": config.num_kv_heads,
+            "hidden channels": config.ffn_width,
+            "codes of the vocabulary": config.vocab_size,
+        }
+
+
+@dataclass(frozen=True)
+class TokenizerStage:
+    """Training of a tokenizer against LPIPS and a discriminator."""
+
+    config: TokenizerConfig
+    losses: TokenizerLosses
+
+    @property
+    def tokens(self) -> int:
+        """Codes of an image."""
+        return self.config.tokens_per_side**2
+
+    def parameters(self) -> dict[str, int]:
+        """See `Stage`."""
+        found = dict.fromkeys(("encoder", "quantizer", "decoder"), 0)
+        for part in tokenizer_parts(self.config, EXACT):
+            found[part.name.split(".")[0]] += part.parameters
+        side = self.config.resolution
+        if self.losses.discriminator is not None:
+            layers = discriminator_layers(self.losses.discriminator, side, EXACT)
+            found["discriminator"] = sum(layer.parameters for layer in layers)
+        if self.losses.perceptual:
+            found["LPIPS (frozen)"] = sum(layer.parameters for layer in perceptual_layers(side, EXACT))
+        return found
+
+    def flops(self) -> dict[str, Flops]:
+        """See `Stage`."""
+        found = {"tokenizer": tokenizer_flops(self.config)}
+        if self.losses.discriminator is not None:
+            found["discriminator"] = discriminator_flops(self.losses.discriminator, self.config.resolution)
+        if self.losses.perceptual:
+            found["LPIPS"] = perceptual_flops(self.config.resolution)
+        return found
+
+    def network(self, layout: Layout, training: Training) -> Network:
+        """See `Stage`."""
+        return tokenizer_network(self.config, self.losses, layout, training)
+
+    def tensor_bytes(self, layout: Layout, training: Training) -> float:
+        """See `Stage`."""
+        return 0.0
+
+    def tensor_sizes(self) -> dict[str, int]:
+        """See `Stage`."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The GPUs, and what is assumed of them."""
+
+    gpu: Gpu
+    gpus: int
+    gpus_per_node: int = 8
+    reserve: float = 4 * GIB  # bytes a GPU: CUDA's context, collectives' buffers, fragmentation
+    mfu: float = 0.4  # share of the GPU's dense bf16 rate that all FLOPs run at, recomputed ones too
+
+    @property
+    def usable(self) -> float:
+        """Bytes a GPU that a run can fill."""
+        return self.gpu.memory - self.reserve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One layout."""
+
+    layout: Layout
+    memory: Memory  # with the micro-batch of the config
+    largest: int  # micro-batch that fits, 0 if none does
+    micro_batch: int  # the largest that fits and divides the batch, 0 if none
+    traffic: Traffic | None  # with that
+    seconds: float  # per step, infinite where nothing fits
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run can be made this way with some micro-batch."""
+        return self.micro_batch > 0
+
+
+def layouts(stage: Stage, machine: Machine) -> Iterator[Layout]:
+    """Every layout worth a look, the simplest first."""
+    common = {"gpus": machine.gpus, "gpus_per_node": machine.gpus_per_node}
+    yield Layout(kind="local", **common)
+    if stage.tensor_sizes():  # DeepSpeed is for transformers
+        for number in (1, 2, 3):
+            yield Layout(kind="zero", stage=number, **common)
+        for optimizer, parameters in (("cpu", "none"), ("cpu", "cpu"), ("nvme", "none"), ("nvme", "nvme")):
+            moved = {"offload_optimizer": optimizer, "offload_parameters": parameters}
+            yield Layout(kind="zero", stage=3, **moved, **common)
+    yield Layout(kind="fsdp", **common)
+    if machine.gpus > machine.gpus_per_node and machine.gpus % machine.gpus_per_node == 0:
+        yield Layout(kind="fsdp", shard_ranks=machine.gpus_per_node, **common)
+    yield Layout(kind="fsdp", offload_optimizer="cpu", **common)
+    for tensor in tensor_divisors(stage, machine):
+        yield Layout(kind="fsdp", tensor=tensor, **common)
+        if stage.tokens % tensor == 0:
+            yield Layout(kind="fsdp", tensor=tensor, sequence=True, **common)
+
+
+def tensor_divisors(stage: Stage, machine: Machine) -> list[int]:
+    """Numbers of ranks that can share each matrix within a machine."""
+    common = math.gcd(*stage.tensor_sizes().values(), machine.gpus)
+    limit = min(machine.gpus_per_node, machine.gpus)
+    return [number for number in range(2, limit + 1) if common % number == 0 and limit % number == 0]
+
+
+def memory(stage: Stage, layout: Layout, training: Training) -> Memory:
+    """What a rank needs in the fullest phase of a step."""
+    network = stage.network(layout, training)
+    return peak_memory(network, rules(layout, training), accumulated=training.accumulation(layout) > 1)
+
+
+def plan(stage: Stage, training: Training, machine: Machine, choices: Sequence[Layout]) -> list[Row]:
+    """The figures of every layout."""
+    return [_row(stage, layout, training, machine) for layout in choices]
+
+
+def _row(stage: Stage, layout: Layout, training: Training, machine: Machine) -> Row:
+    per_rank = training.batch_size // layout.data
+    found = memory(stage, layout, training)
+    largest = _largest(stage, layout, training, machine.usable, limit=per_rank)
+    divisors = [number for number in range(1, largest + 1) if per_rank % number == 0]
+    micro_batch = divisors[-1] if divisors else 0
+    if not micro_batch:
+        return Row(layout=layout, memory=found, largest=0, micro_batch=0, traffic=None, seconds=math.inf)
+    chosen = replace(training, micro_batch=micro_batch)
+    traffic = parameter_traffic(stage.network(layout, chosen), layout, chosen)
+    traffic = replace(traffic, tensor=stage.tensor_bytes(layout, chosen))
+    compute = step_flops(stage, layout, chosen) / (machine.gpu.flops * machine.mfu)
+    seconds = compute + exposed_seconds(traffic, layout, machine.gpu, compute)
+    return Row(
+        layout=layout, memory=found, largest=largest, micro_batch=micro_batch, traffic=traffic, seconds=seconds
+    )
+
+
+def step_flops(stage: Stage, layout: Layout, training: Training) -> float:
+    """FLOPs of a rank in one step, recomputed ones too."""
+    images = training.batch_size / layout.gpus
+    return images * sum(part.textbook + part.recomputed for part in stage.flops().values())
+
+
+def _largest(stage: Stage, layout: Layout, training: Training, usable: float, limit: int) -> int:
+    """The largest micro-batch up to `limit` that fits; memory grows with the micro-batch."""
+
+    def fits(rows: int) -> bool:
+        # Not less than with accumulation: its gradients are there from the start.
+        with_rows = replace(training, micro_batch=rows, batch_size=rows * layout.data * (1 if rows == limit else 2))
+        return memory(stage, layout, with_rows).total <= usable
+
+    low, high = 0, limit + 1  # fits; does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def recommend(rows: Sequence[Row]) -> Row | None:
+    """The fastest layout that fits; of those within 2% of it the simplest, which comes first."""
+    fitting = [row for row in rows if row.fits]
+    if not fitting:
+        return None
+    best = min(row.seconds for row in fitting)
+    return next(row for row in fitting if row.seconds <= 1.02 * best)

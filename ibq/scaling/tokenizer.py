@@ -1,0 +1,330 @@
+"""Parameters, FLOPs and saved activations of a tokenizer and of the networks of its losses, from their configs alone.
+
+A convolution of k x k from i to o channels that gives s x s pixels counts 2 k^2 i o s^2 FLOPs, in the backward pass once
+more for the gradient of its weight and once more for that of its input; attention over S positions of C channels counts
+4 S^2 C and twice that. Everything else counts none, as in torch.utils.flop_counter.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ibq.models.discriminator import DiscriminatorConfig
+from ibq.models.tokenizer import TokenizerConfig
+from ibq.quantizers import IBQConfig, LinearProjectorConfig, QuantizerConfig, SimVQConfig, VQBridgeConfig, VQConfig
+from ibq.scaling.transformer import Flops, Numerics
+
+# LPIPS: the channels of VGG-16's convolutions before each tap; a 2 x 2 pooling lies between two of them.
+VGG_TAPS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A layer, or a few that belong together, for one image."""
+
+    parameters: int
+    flops: int = 0  # of the forward pass
+    saved: int = 0  # bytes
+    inner: bool = False  # saved only where the ResBlock around it is not recomputed
+    backward: int = 2  # forward passes that the backward pass counts: 1 where the input needs no gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Layers whose weights are gathered together, and what a recomputed ResBlock needs on top while it is recomputed."""
+
+    name: str
+    layers: tuple[Layer, ...]
+    inputs: int = 0  # bytes that recomputed ResBlocks keep
+    largest: int = 0  # bytes of the largest recomputed ResBlock
+    working: int = 0  # bytes of temporaries: three maps of the widest layer
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weights."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of the forward pass."""
+        return sum(layer.flops for layer in self.layers)
+
+    @property
+    def backward(self) -> int:
+        """FLOPs of the backward pass."""
+        return sum(layer.backward * layer.flops for layer in self.layers)
+
+    @property
+    def inside(self) -> int:
+        """FLOPs of the forward passes of ResBlocks."""
+        return sum(layer.flops for layer in self.layers if layer.inner)
+
+    def kept(self, recomputed: bool) -> int:
+        """Bytes between forward and backward pass."""
+        if not recomputed:
+            return sum(layer.saved for layer in self.layers)
+        return self.inputs + sum(layer.saved for layer in self.layers if not layer.inner)
+
+
+class _Walk:
+    """Notes down the layers of one part in the order of the forward pass."""
+
+    def __init__(self, config: TokenizerConfig, numerics: Numerics):
+        self.config, self.size = config, numerics.compute
+        self.cuda_bf16 = numerics.compute == 2 and numerics.device == "cuda"  # CUDA's autocast normalizes in float32
+        self.mask = numerics.mask(numerics.compute)
+        self.on_cpu = numerics.device == "cpu"
+        self.layers: list[Layer] = []
+        self.inputs = self.largest = self.working = 0
+
+    def conv(self, inputs: int, outputs: int, kernel: int, side: int, **settings) -> None:
+        self.working = max(self.working, 3 * self.size * side * side * max(inputs, outputs))
+        weights = kernel * kernel * inputs * outputs
+        self.layers.append(Layer(parameters=weights + outputs, flops=2 * weights * side * side, **settings))
+
+    def norm_silu_conv(self, inputs: int, outputs: int, side: int, *, inner: bool = False, dropout: float = 0.0) -> None:
+        """GroupNorm, SiLU and a 3 x 3 convolution: each saves its input."""
+        pixels = inputs * side * side
+        each = (4 + 4 + 2) if self.cuda_bf16 else 3 * self.size
+        saved = each * pixels + 2 * 4 * self.config.norm_groups + (self.mask * pixels if dropout else 0)
+        self.layers.append(Layer(parameters=2 * inputs))
+        self.conv(inputs, outputs, 3, side, saved=saved, inner=inner)
+
+    def res_block(self, inputs: int, outputs: int, side: int) -> None:
+        first = len(self.layers)
+        self.norm_silu_conv(inputs, outputs, side, inner=True)
+        self.norm_silu_conv(outputs, outputs, side, inner=True, dropout=self.config.dropout)
+        if inputs != outputs:
+            # Its input is that of the norm, unless the norm has a float32 copy.
+            self.conv(inputs, outputs, 1, side, saved=2 * inputs * side * side if self.cuda_bf16 else 0, inner=True)
+        self.inputs += self.size * inputs * side * side
+        self.largest = max(self.largest, sum(layer.saved for layer in self.layers[first:]))
+
+    def attention(self, channels: int, side: int, *, fused: bool) -> None:
+        positions = side * side
+        pixels, size = channels * positions, self.size
+        # q, k and v each round the float32 output of the norm.
+        normed = 4 + 3 * 2 if self.cuda_bf16 else 2 * size
+        # The unfused form saves its scores, and computes in float32.
+        inside = 4 * positions if fused else 4 * positions * positions + 3 * (4 - size) * pixels
+        saved = (normed + 4 * size) * pixels + inside + 2 * 4 * self.config.norm_groups
+        self.layers.append(Layer(parameters=2 * channels, flops=4 * positions * positions * channels, saved=saved))
+        for _ in range(4):
+            self.conv(channels, channels, 1, side)
+
+    def level(self, inputs: int, outputs: int, blocks: int, side: int, *, attention: bool, fused: bool) -> None:
+        for number in range(blocks):
+            self.res_block(inputs if number == 0 else outputs, outputs, side)
+            if attention:
+                self.attention(outputs, side, fused=fused)
+
+    def middle(self, channels: int, side: int, *, fused: bool) -> None:
+        self.res_block(channels, channels, side)
+        self.attention(channels, side, fused=fused)
+        self.res_block(channels, channels, side)
+
+    def part(self, name: str) -> Part:
+        """What was noted since the last part."""
+        part = Part(
+            name=name, layers=tuple(self.layers), inputs=self.inputs, largest=self.largest, working=self.working
+        )
+        self.layers, self.inputs, self.largest, self.working = [], 0, 0, 0
+        return part
+
+
+def tokenizer_parts(config: TokenizerConfig, numerics: Numerics) -> list[Part]:
+    """The tokenizer in the order of its forward pass; names are `encoder...`, `quantizer...` and `decoder...`.
+
+    With channels-last memory (CUDA) all attention is fused; on the CPU that of the encoder is not.
+    """
+    return [*_encoder(config, numerics), _quantizer(config, numerics), *_decoder(config, numerics)]
+
+
+def _encoder(config: TokenizerConfig, numerics: Numerics) -> Iterator[Part]:
+    walk, fused = _Walk(config, numerics), numerics.device == "cuda"
+    widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+    side, previous, size = config.resolution, config.channels, numerics.compute
+    image = config.in_channels * side * side
+    walk.conv(config.in_channels, config.channels, 3, side, saved=size * image, backward=1)
+    yield walk.part("encoder.conv_in")
+    for level, width in enumerate(widths):
+        walk.level(previous, width, config.res_blocks, side, attention=config.has_attention(level), fused=fused)
+        if level < len(widths) - 1:
+            walk.conv(width, width, 3, side // 2, saved=size * width * (side + 1) ** 2)
+            side //= 2
+        previous = width
+        yield walk.part(f"encoder.down.{level}")
+    walk.middle(previous, side, fused=fused)
+    yield walk.part("encoder.mid")
+    walk.norm_silu_conv(previous, config.latent_channels, side)
+    dim = config.quantizer.dim
+    walk.conv(config.latent_channels, dim, 1, side, saved=size * config.latent_channels * side * side)
+    yield walk.part("encoder.conv_out, quant_conv")
+
+
+def _decoder(config: TokenizerConfig, numerics: Numerics) -> Iterator[Part]:
+    walk = _Walk(config, numerics)
+    widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+    side, size = config.tokens_per_side, numerics.compute
+    cast = 2 if numerics.casts else 0
+    walk.conv(config.quantizer.dim, config.latent_channels, 1, side, saved=cast * config.quantizer.dim * side * side)
+    walk.conv(config.latent_channels, widths[-1], 3, side, saved=size * config.latent_channels * side * side)
+    yield walk.part("decoder.conv_in, post_quant_conv")
+    walk.middle(widths[-1], side, fused=True)
+    yield walk.part("decoder.mid")
+    previous = widths[-1]
+    for level in reversed(range(len(widths))):
+        width, attention = widths[level], config.has_attention(level)
+        walk.level(previous, width, config.res_blocks + 1, side, attention=attention, fused=True)
+        if level > 0:
+            side *= 2
+            walk.conv(width, width, 3, side, saved=size * width * side * side)
+        previous = width
+        yield walk.part(f"decoder.up.{level}")
+    walk.norm_silu_conv(previous, config.in_channels, side)
+    yield walk.part("decoder.conv_out")
+
+
+# --- Quantizer ------------------------------------------------------------------------------------
+
+
+def quantizer_parameters(config: QuantizerConfig) -> int:
+    """Trained elements: the codebook, if there is one, and the projector."""
+    match config:
+        case SimVQConfig():
+            return config.dim * config.dim + config.dim
+        case IBQConfig() | VQConfig():
+            return config.num_codes * config.dim + _projector_parameters(config)
+        case _:
+            return 0
+
+
+def _projector_parameters(config: IBQConfig | VQConfig) -> int:
+    dim, projector = config.dim, config.projector
+    match projector:
+        case LinearProjectorConfig():
+            return dim * dim + dim
+        case VQBridgeConfig():
+            width, features = projector.width, projector.group * dim
+            block = 4 * width + 4 * (width * width + width) + 8 * width * width + 5 * width
+            edges = features * width + width + width * features + features + 2 * width
+            return edges + config.num_codes // projector.group * width + projector.blocks * block
+    return 0
+
+
+def quantizer_flops(config: QuantizerConfig, tokens: int) -> Flops:
+    """FLOPs of quantizing `tokens` vectors of D channels with K codes, without a projector.
+
+    IBQ's textbook form (`ibq.ops.textbook`): the logits, the straight-through and the hard selection, 2 N K D each, so
+    6 N K D forward; backward 10 N K D: both operands of the first two products and the codebook of the third. The lean
+    form looks rows up and needs 2 N K D forward and 8 N K D backward, of which 2 N K D are the logits once more: less
+    than the textbook form, so nothing counts as recomputed. Other kinds: the search for the nearest code.
+    """
+    if not isinstance(config, IBQConfig | VQConfig | SimVQConfig):
+        return Flops(forward=0, backward=0)
+    product = 2 * tokens * config.num_codes * config.dim
+    if isinstance(config, IBQConfig):
+        return Flops(forward=3 * product, backward=5 * product)
+    return Flops(forward=product, backward=0)
+
+
+def _quantizer(config: TokenizerConfig, numerics: Numerics) -> Part:
+    """Tokens, selected rows and latents in float32, and a few numbers a token."""
+    quantizer = config.quantizer
+    tokens = config.tokens_per_side**2
+    vectors = 3 if isinstance(quantizer, IBQConfig) else 2
+    vectors += getattr(quantizer, "l2_normalize", False)
+    saved = vectors * 4 * tokens * quantizer.dim + 32 * tokens
+    flops = quantizer_flops(quantizer, tokens)
+    layer = Layer(parameters=quantizer_parameters(quantizer), saved=saved)
+    forward = Layer(parameters=0, flops=flops.forward, backward=0)
+    return Part(name="quantizer", layers=(layer, forward))
+
+
+# --- Discriminator and LPIPS ----------------------------------------------------------------------
+
+
+def discriminator_layers(config: DiscriminatorConfig, resolution: int, numerics: Numerics) -> list[Layer]:
+    """The patch discriminator's convolutions of 4 x 4: each saves its input, as do the norms and activations."""
+    size = numerics.compute
+    widths = [config.channels * min(2**layer, 8) for layer in range(config.layers + 1)]
+    side, previous, layers = resolution // 2, 3, []
+    for number, width in enumerate(widths):
+        if number:
+            side = side // 2 if number < config.layers else side - 1
+        weights = 16 * previous * width
+        # The convolution's input, and what the norm and the activation after it save.
+        entering = size * 3 * resolution**2 if number == 0 else 0
+        maps = 2 if number == 0 else 3
+        layers.append(
+            Layer(
+                parameters=weights + (width if number == 0 else 2 * width),
+                flops=2 * weights * side * side,
+                saved=entering + maps * size * width * side * side,
+                backward=1 if number == 0 else 2,
+            )
+        )
+        previous = width
+    side -= 1
+    layers.append(Layer(parameters=16 * previous + 1, flops=2 * 16 * previous * side * side))
+    return layers
+
+
+def discriminator_flops(config: DiscriminatorConfig, resolution: int) -> Flops:
+    """FLOPs of one image: real and reconstruction in its own step, and the reconstruction, frozen, in the tokenizer's.
+
+    In its own step the first convolution's input needs no gradient; frozen, every convolution's input does, and no
+    weight.
+    """
+    layers = discriminator_layers(config, resolution, Numerics(stream=4, compute=4, root=4))
+    forward = sum(layer.flops for layer in layers)
+    own = sum(layer.backward * layer.flops for layer in layers)
+    return Flops(forward=3 * forward, backward=2 * own + forward)
+
+
+def perceptual_layers(resolution: int, numerics: Numerics) -> list[Layer]:
+    """VGG-16 up to its last tap, and what LPIPS does with each tap, for the reconstruction."""
+    size = numerics.compute
+    promoted = numerics.compute == 2 and numerics.device == "cuda"  # squares in float32
+    side, previous = resolution, 3
+    layers = [Layer(parameters=0, saved=size * 3 * side * side)]
+    for number, widths in enumerate(VGG_TAPS):
+        if number:
+            side //= 2
+            layers.append(Layer(parameters=0, saved=(8 + size) * previous * side * side))  # indices and values
+        for width in widths:
+            weights = 9 * previous * width
+            layers.append(
+                Layer(
+                    parameters=weights + width,
+                    flops=2 * weights * side * side,
+                    saved=size * width * side * side,
+                    backward=1,
+                )
+            )
+            previous = width
+        pixels = previous * side * side
+        tap = (4 + 4 + 2) if promoted else 2 * size
+        layers.append(Layer(parameters=previous, flops=2 * pixels, saved=tap * pixels, backward=1))
+    return layers
+
+
+def perceptual_flops(resolution: int) -> Flops:
+    """FLOPs of LPIPS for one image: VGG on image and reconstruction, and the gradient of the latter's pixels."""
+    layers = perceptual_layers(resolution, Numerics(stream=4, compute=4, root=4))
+    taps = sum(2 * widths[-1] * (resolution // 2**number) ** 2 for number, widths in enumerate(VGG_TAPS))
+    vgg = sum(layer.flops for layer in layers) - taps
+    return Flops(forward=2 * vgg + taps, backward=vgg + taps)
+
+
+# --- Together -------------------------------------------------------------------------------------
+
+
+def tokenizer_flops(config: TokenizerConfig) -> Flops:
+    """FLOPs of one image through the tokenizer; `recomputed` are the ResBlocks with gradient checkpointing."""
+    parts = tokenizer_parts(config, Numerics(stream=4, compute=4, root=4))
+    quantizer = quantizer_flops(config.quantizer, config.tokens_per_side**2)
+    return Flops(
+        forward=sum(part.forward for part in parts),
+        backward=sum(part.backward for part in parts) + quantizer.backward,
+        recomputed=sum(part.inside for part in parts) if config.gradient_checkpointing else 0,
+    )

@@ -1,0 +1,249 @@
+"""Plan a run before it is paid for: memory per GPU, communication, tokens per second and days, layout by layout.
+
+python tools/plan.py --config yaml/xxl.yaml --gpus 96 --gpu h100
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from ibq.config import UserError, exit_on_user_error, load_config
+from ibq.config_yaml import read_layers
+from ibq.engine import EngineConfig, FsdpEngineConfig, LocalEngineConfig, OptimizerConfig, ZeroEngineConfig
+from ibq.files import write_text
+from ibq.models.tokenizer import TokenizerConfig
+from ibq.models.transformer import TransformerConfig
+from ibq.scaling.hardware import GIB, GPUS, Gpu
+from ibq.scaling.layouts import Layout, Training
+from ibq.scaling.networks import TokenizerLosses
+from ibq.scaling.plan import Machine, Stage, TokenizerStage, TransformerStage, layouts, plan, recommend
+from ibq.training.loop import TrainingConfig
+from ibq.training.tokenizer_task import TokenizerLossConfig
+from tools.plan_table import as_json, as_text
+
+IMAGENET = 1_281_167
+EPILOG = """\
+The config is that of a training run (ibq/train_ar.py or ibq/train_tokenizer.py); its data is not opened, and
+key.path=value after the options changes it, as there. Every layout is shown with the micro-batch of the config, then
+with the largest micro-batch that fits and divides the batch. The config's own engine is marked with *.
+
+Memory is that of the fullest moment of a step, from the table of tensors that each layer saves. Time rests on --mfu, an
+assumption: the share of the GPU's dense bf16 rate at which all FLOPs run, those of recomputation too. Communication
+of data parallelism runs beside the computation and counts where it takes longer; the rest is waited for.
+
+examples:
+  python tools/plan.py --config yaml/xxl.yaml --gpus 96 --gpu h100
+  python tools/plan.py --config yaml/xxl.yaml --gpus 8 --gpu a100-80 model.gradient_checkpointing=true
+  python tools/plan.py --config yaml/tokenizer_262144.yaml --gpus 64 --gpu a100-40 --json plan.json
+  python tools/plan.py --config yaml/b.yaml --gpus 4 --gpu-memory-gib 24 --gpu-tflops 165
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunPlan:
+    """What both kinds of run say about their size; the rest of a run's settings is not looked at."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    training: TrainingConfig
+    engine: EngineConfig = field(default_factory=LocalEngineConfig)
+    output: Any = None
+    seed: Any = None
+    device: Any = None
+    ema_warmup: Any = None
+    data: Any = None
+    schedule: Any = None
+    checkpoint: Any = None
+    heartbeat: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerPlan(_RunPlan):
+    """The sizes in the config of a transformer run."""
+
+    ema_decay: float | None = 0.9999
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(kind="adamw"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerPlan(_RunPlan):
+    """The sizes in the config of a tokenizer run."""
+
+    ema_decay: float = 0.999
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    statistics: Any = None
+    usage_alarm: Any = None
+    codebook_start: Any = None
+
+
+def read_config(path: str, overrides: Sequence[str]) -> TransformerPlan | TokenizerPlan:
+    """The config, of the stage that its keys belong to; ConfigError or UserError for one that cannot be read."""
+    models = {TransformerPlan: TransformerConfig, TokenizerPlan: TokenizerConfig}
+    own = {plan: {field.name for field in fields(model)} for plan, model in models.items()}
+    sections = [layer.value for layer in read_layers(Path(path))]
+    said = {key for section in sections if "model" in section for key in section["model"].value or ()}
+    said |= {text.partition("=")[0].removeprefix("model.") for text in overrides if text.startswith("model.")}
+    both = own[TransformerPlan] & own[TokenizerPlan]
+    matching = [plan for plan, keys in own.items() if said & (keys - both)]
+    if len(matching) != 1:
+        raise UserError(
+            f"{path}: model: these keys do not tell a transformer from a tokenizer; give one of its sizes, such as "
+            "model.depth or model.resolution"
+        )
+    return load_config(matching[0], path, overrides)
+
+
+def stage_of(config: TransformerPlan | TokenizerPlan) -> Stage:
+    """What is trained."""
+    if isinstance(config, TransformerPlan):
+        return TransformerStage(config.model)
+    gan, perceptual = config.loss.gan, config.loss.perceptual
+    losses = TokenizerLosses(
+        discriminator=gan.discriminator if gan.enabled else None, perceptual=perceptual.weight > 0
+    )
+    return TokenizerStage(config.model, losses)
+
+
+def layout_of(engine: EngineConfig, machine: Machine) -> Layout:
+    """The layout of a config's engine on these GPUs; UserError where the numbers do not divide."""
+    common = {"gpus": machine.gpus, "gpus_per_node": machine.gpus_per_node}
+    match engine:
+        case LocalEngineConfig():
+            return Layout(kind="local", **common)
+        case ZeroEngineConfig():
+            return Layout(
+                kind="zero",
+                stage=engine.stage,
+                offload_optimizer=engine.offload_optimizer,
+                offload_parameters=engine.offload_parameters,
+                bucket=engine.reduce_bucket_size,
+                gather=engine.prefetch_bucket_size if engine.stage == 3 else engine.allgather_bucket_size,
+                live=engine.max_live_parameters,
+                sub_group=engine.sub_group_size,
+                **common,
+            )
+        case FsdpEngineConfig():
+            ranks = None
+            if engine.shard == "hybrid":
+                on_node = min(machine.gpus, machine.gpus_per_node)
+                explicit = replace(engine, shard_ranks=engine.shard_ranks or max(1, on_node // engine.tensor_parallel))
+                ranks = explicit.mesh_sizes(machine.gpus)[1]
+            else:
+                engine.mesh_sizes(machine.gpus)
+            return Layout(
+                kind="fsdp",
+                shard_ranks=ranks,
+                offload_optimizer=engine.offload,
+                tensor=engine.tensor_parallel,
+                sequence=engine.sequence_parallel,
+                **common,
+            )
+
+
+def check(config: TransformerPlan | TokenizerPlan, stage: Stage, own: Layout, machine: Machine) -> None:
+    """UserError for a run that these GPUs cannot make."""
+    training = config.training
+    if training.batch_size % (own.data * training.micro_batch):
+        raise UserError(
+            f"--gpus {machine.gpus}: the batch of {training.batch_size} images does not divide into micro-batches of "
+            f"{training.micro_batch} on {own.data} ranks; change --gpus, training.batch_size or training.micro_batch"
+        )
+    if own.kind == "zero" and isinstance(stage, TokenizerStage):
+        raise UserError("engine.kind: zero is for transformers; use local or fsdp for a tokenizer")
+    if own.tensor == 1:
+        return
+    sizes = dict(stage.tensor_sizes())
+    if not sizes:
+        raise UserError("engine.tensor_parallel: a tokenizer cannot be split; set it to 1")
+    if own.sequence:
+        sizes["tokens"] = stage.tokens
+    common = math.gcd(*sizes.values())
+    for name, size in sizes.items():
+        if size % own.tensor:
+            choice = ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)
+            raise UserError(f"engine.tensor_parallel: {own.tensor} does not divide the {size:,} {name}; use {choice}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; UserError for impossible numbers."""
+    first, *_ = __doc__.splitlines()
+    parser = argparse.ArgumentParser(
+        description=first, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML file of a training run")
+    add("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default: %(default)s)")
+    add("--gpu", choices=[*GPUS], default="h100", help="(default: %(default)s)")
+    add("--gpu-memory-gib", type=float, metavar="X", help="memory of another GPU")
+    add("--gpu-tflops", type=float, metavar="X", help="its dense bf16 rate in TFLOP/s")
+    add("--mfu", type=float, default=0.4, metavar="X", help="share of that rate; an assumption (default: %(default)s)")
+    add("--reserve-gib", type=float, default=4.0, metavar="X", help="memory left free (default: %(default)s)")
+    add("--images", type=int, default=IMAGENET, metavar="N", help="of an epoch (default: ImageNet's %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write everything here")
+    add("overrides", nargs="*", metavar="key.path=value", help="changes of the config")
+    arguments = parser.parse_args(argv)
+    for name in ("gpus", "gpus_per_node", "gpu_memory_gib", "gpu_tflops", "images"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is not positive; give a number above 0")
+    if not 0 < arguments.mfu <= 1:
+        raise UserError(f"--mfu: {arguments.mfu} is not a share; give a number above 0 and up to 1, such as 0.4")
+    if arguments.reserve_gib < 0:
+        raise UserError(f"--reserve-gib: {arguments.reserve_gib} is negative; give 0 or more")
+    return arguments
+
+
+def machine_of(arguments: argparse.Namespace) -> Machine:
+    """The GPUs that the options describe."""
+    gpu: Gpu = GPUS[arguments.gpu]
+    if arguments.gpu_memory_gib is not None:
+        gpu = replace(gpu, name="other GPU", memory_gib=arguments.gpu_memory_gib)
+    if arguments.gpu_tflops is not None:
+        gpu = replace(gpu, name="other GPU", flops=1e12 * arguments.gpu_tflops)
+    return Machine(
+        gpu=gpu,
+        gpus=arguments.gpus,
+        gpus_per_node=arguments.gpus_per_node,
+        reserve=arguments.reserve_gib * GIB,
+        mfu=arguments.mfu,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Plan as the command line says."""
+    arguments = parse(argv)
+    machine = machine_of(arguments)
+    config = read_config(arguments.config, arguments.overrides)
+    stage, run = stage_of(config), config.training
+    own = layout_of(config.engine, machine)
+    check(config, stage, own, machine)
+    training = Training(
+        precision=config.precision,
+        micro_batch=run.micro_batch,
+        batch_size=run.batch_size,
+        moments=0 if config.optimizer.kind == "sgd" else 8,
+        ema=config.ema_decay is not None,
+    )
+    choices = [*layouts(stage, machine)]
+    choices = [own if choice.name == own.name else choice for choice in choices]
+    choices = choices if own in choices else [own, *choices]
+    choices = [choice for choice in choices if run.batch_size % choice.data == 0]
+    rows = plan(stage, training, machine, choices)
+    steps = run.total_steps(arguments.images / run.batch_size)
+    facts = {"stage": stage, "training": training, "machine": machine, "rows": rows, "own": own, "steps": steps}
+    print(as_text(**facts, best=recommend(rows), source=arguments.config))
+    if arguments.json is not None:
+        write_text(arguments.json, as_json(**facts, best=recommend(rows)))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
