@@ -1,6 +1,8 @@
 """Rank, world size and the few collectives the project needs; everything works without a launcher."""
 
 import os
+import secrets
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -34,8 +36,45 @@ def setup(device: str = "auto") -> torch.device:
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
         backend, own = ("cpu:gloo,cuda:nccl", chosen) if device == "cuda" else ("gloo", None)
-        torch_dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store, own_rank, ranks = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
+            store = torch_dist.PrefixStore(f"ibq/group/{_agree_on_life(store, own_rank, ranks)}", store)
+            torch_dist.init_process_group(
+                backend, timeout=TIMEOUT, device_id=own, store=store, rank=own_rank, world_size=ranks
+            )
+        else:
+            torch_dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
     return chosen
+
+
+def _agree_on_life(store: torch_dist.Store, own_rank: int, ranks: int) -> str:
+    """A name that these processes have in common, and with no others that used the store before.
+
+    torchrun's agent keeps one store over all restarts, and the processes of a new life would find the addresses of
+    dead ones in it (https://github.com/pytorch/pytorch/issues/135712). No number that a launcher gives tells the lives
+    apart: every agent counts its own restarts. So each rank asks rank 0 under a random name, and rank 0 answers every
+    name that it finds until each rank has confirmed its own.
+    """
+    own = secrets.token_hex(8)
+    if own_rank:
+        store.set(f"ibq/asks/{own_rank}", own)
+        life = store.get(f"ibq/answer/{own}").decode()  # waits
+        store.set(f"ibq/confirmed/{life}/{own_rank}", "")
+        return life
+    waiting, answered = set(range(1, ranks)), set()
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while waiting:
+        if time.monotonic() > end:
+            raise TimeoutError(f"ranks {sorted(waiting)} did not start")
+        for rank in [rank for rank in waiting if store.check([f"ibq/asks/{rank}"])]:
+            name = store.get(f"ibq/asks/{rank}").decode()
+            if name not in answered:
+                answered.add(name)
+                store.set(f"ibq/answer/{name}", own)
+            if store.check([f"ibq/confirmed/{own}/{rank}"]):
+                waiting.remove(rank)
+        time.sleep(0.01)
+    return own
 
 
 def ensure_group() -> None:

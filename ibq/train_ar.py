@@ -124,8 +124,6 @@ def share_model(config: ARRunConfig) -> None:
             ranks,
             heads=model.num_heads,
             kv_heads=model.num_kv_heads,
-            ffn_width=model.ffn_width,
-            vocabulary=model.vocab_size,
             tokens=model.tokens if config.engine.sequence_parallel else None,
         )
         config.engine.mesh_sizes(dist.world_size())

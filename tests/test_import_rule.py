@@ -196,7 +196,11 @@ def test_allowed_imports_pass(path, source):
             "from ibq.models.tokenizer import Tokenizer",
             "data may import only config, dist, files, ops",
         ),
-        ("ibq/engine/x.py", "from ibq.quantizers import base", "engine may import only config, dist, files, ops, tensor_file"),
+        (
+            "ibq/engine/x.py",
+            "from ibq.quantizers import base",
+            "engine may import only config, dist, files, ops, tensor_file",
+        ),
         ("ibq/config.py", "from ibq.dist import rank", "config may import only config_yaml"),
         ("ibq/engine/fsdp.py", "import deepspeed", "only ibq/engine/zero*.py may import deepspeed"),
         (

@@ -301,7 +301,13 @@ def test_the_entry_script_leaves_nothing_on_nvme(tmp_path):
     ]  # large enough for NVMe
     engine = ["engine.kind=zero", "engine.offload_optimizer=nvme", f"engine.nvme_path={disk}"]
     result = run_script(
-        *launcher, "--config", str(tmp_path / "transformer.yaml"), f"output={tmp_path / 'run'}", *size, *engine
+        *launcher,
+        "--config",
+        str(tmp_path / "transformer.yaml"),
+        f"output={tmp_path / 'run'}",
+        *size,
+        *engine,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert set(scalars(tmp_path / "run")["loss/total"]) == {1, 2}

@@ -106,9 +106,7 @@ def stage_of(config: TransformerPlan | TokenizerPlan) -> Stage:
     if isinstance(config, TransformerPlan):
         return TransformerStage(config.model)
     gan, perceptual = config.loss.gan, config.loss.perceptual
-    losses = TokenizerLosses(
-        discriminator=gan.discriminator if gan.enabled else None, perceptual=perceptual.weight > 0
-    )
+    losses = TokenizerLosses(discriminator=gan.discriminator if gan.enabled else None, perceptual=perceptual.weight > 0)
     return TokenizerStage(config.model, losses)
 
 

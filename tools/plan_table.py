@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 
 from ibq.scaling.hardware import CPU_ADAM_ELEMENTS, DISK_BYTES, GIB, HOST_BYTES
@@ -9,7 +10,7 @@ from ibq.scaling.layouts import Layout, Training, numerics
 from ibq.scaling.memory import KINDS
 from ibq.scaling.plan import Machine, Row, Stage, tensor_divisors
 
-NAME = 36  # columns
+NAME, WIDTH = 36, 118  # columns of a layout's name, and of everything
 
 
 def as_text(
@@ -121,28 +122,34 @@ def days(row: Row, steps: int) -> float:
 
 
 def _notes(stage: Stage, training: Training, machine: Machine) -> str:
-    lines = [
-        f"Assumed: {machine.mfu:.0%} of the GPU's rate for all FLOPs (--mfu), {machine.reserve / GIB:g} GiB left free "
-        "(--reserve-gib),",
-        f"{machine.gpu.node_bytes / 1e9:g} GB/s within a machine of {machine.gpus_per_node}, "
-        f"{machine.gpu.network_bytes / 1e9:g} GB/s between machines, {HOST_BYTES / 1e9:g} GB/s to host memory,",
-        f"{DISK_BYTES / 1e9:g} GB/s of a machine's disks, {CPU_ADAM_ELEMENTS / 1e9:g} G elements/s updated by its "
-        "processors. Sent: per GPU and step.",
-        "Dropout masks are bytes, as on CUDA; on the CPU they are as large as what they mask, and the tokenizer's "
-        "norms stay in bf16.",
+    gpu = machine.gpu
+    paragraphs = [
+        f"Assumed: {machine.mfu:.0%} of the GPU's rate for all FLOPs (--mfu); {machine.reserve / GIB:g} GiB left free "
+        f"(--reserve-gib); {gpu.node_bytes / 1e9:g} GB/s per GPU within a machine of {machine.gpus_per_node}, "
+        f"{gpu.network_bytes / 1e9:g} GB/s between machines, {HOST_BYTES / 1e9:g} GB/s to host memory; "
+        f"{DISK_BYTES / 1e9:g} GB/s of a machine's disks; {CPU_ADAM_ELEMENTS / 1e9:g} billion parameters a second "
+        "updated by its processors. Sent: per GPU and step.",
+        "CUDA keeps dropout masks as bytes; the CPU keeps them in the dtype of what they mask. CUDA's autocast computes"
+        " the tokenizer's norms in float32, the CPU's in bf16. Attention and the head save the same on both.",
     ]
     if sizes := stage.tensor_sizes():
-        heads = sizes["heads"]
-        divisors = [str(number) for number in range(2, heads) if heads % number == 0]
-        common = math.gcd(*sizes.values())
-        allowed = [str(number) for number in range(2, common + 1) if common % number == 0]
-        used = [str(number) for number in tensor_divisors(stage, machine)]
-        others = ", ".join(f"{size:,} {name}" for name, size in sizes.items() if name != "heads")
-        lines.append(
-            f"Tensor parallelism: the {heads} heads divide by {', '.join(divisors) or 'nothing'}; with {others}: by "
-            f"{', '.join(allowed) or 'nothing'}; shown: {', '.join(used) or 'none'} (within a machine)."
-        )
-    return "\n".join(lines)
+        paragraphs.append(_tensor_note(sizes, tensor_divisors(stage, machine)))
+    return "\n".join(textwrap.fill(paragraph, WIDTH) for paragraph in paragraphs)
+
+
+def _tensor_note(sizes: dict[str, int], shown: Sequence[int]) -> str:
+    heads, common = sizes["heads"], math.gcd(*sizes.values())
+    others = ", ".join(f"{size:,} {name}" for name, size in sizes.items() if name != "heads")
+    return (
+        f"Tensor parallelism: the {heads} heads divide by {_numbers(heads)}; with {others} by {_numbers(common)}; "
+        f"shown: {', '.join(str(number) for number in shown) or 'none'} (within a machine)."
+    )
+
+
+def _numbers(whole: int) -> str:
+    """Its divisors between 1 and itself, and itself where there is no other."""
+    found = [str(number) for number in range(2, whole) if whole % number == 0]
+    return ", ".join(found) or (str(whole) if whole > 1 else "nothing")
 
 
 def recommendation(best: Row | None, rows: Sequence[Row], own: Layout, machine: Machine) -> str:
@@ -154,17 +161,15 @@ def recommendation(best: Row | None, rows: Sequence[Row], own: Layout, machine: 
             "take more or larger GPUs, or recompute (model.gradient_checkpointing=true)."
         )
     simpler = [row for row in rows[: rows.index(best)] if not row.fits]
-    if simpler:
-        why = f"the simplest layout that fits, {simpler[-1].layout.name} does not"
-    else:
-        why = "the simplest layout fits"
-    slower = [row for row in rows if row.fits and row is not best]
-    fastest = min(slower, key=lambda row: row.seconds, default=None)
-    if fastest is not None and fastest.seconds < best.seconds:
-        why += f", and none is more than {best.seconds / fastest.seconds - 1:.0%} faster"
-    elif fastest is not None:
-        why += f", and it is {fastest.seconds / best.seconds - 1:.0%} faster than the next ({fastest.layout.name})"
-    return f"Recommended: {best.layout.name} with training.micro_batch={best.micro_batch}: {why}.\n  {settings(best)}"
+    why = f"{simpler[-1].layout.name} does not fit" if simpler else "it is the simplest and fits"
+    others = [row for row in rows if row.fits and row is not best]
+    if others:
+        rival = min(others, key=lambda row: row.seconds)
+        gain = rival.seconds / best.seconds - 1
+        same = f"no other layout that fits is faster by more than 2% (next: {rival.layout.name})"
+        why += f", and {same if gain < 0.02 else f'it is {gain:.0%} faster than the next ({rival.layout.name})'}"
+    sentence = f"Recommended: {best.layout.name} with micro-batch {best.micro_batch}: {why}."
+    return f"{textwrap.fill(sentence, WIDTH)}\n  {settings(best)}"
 
 
 def settings(row: Row) -> str:

@@ -101,7 +101,7 @@ class FsdpEngine(TorchEngine):
         super().__init__(module, settings, held)
         self._parameters = dict(module.named_parameters())
         # Gradients that no rank has whole: used on a part of the tokens, or not sharded and so not reduced by FSDP.
-        self._partial = partial_gradients(module) if config.sequence_parallel else set()
+        self._partial = partial_gradients(module, config.tensor_parallel) if config.sequence_parallel else set()
 
     def _wrap(self, module: nn.Module, settings: EngineSettings) -> None:
         config = self.config

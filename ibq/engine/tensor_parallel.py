@@ -8,9 +8,10 @@ Which layers are split, and how, the module says itself in `tensor_parallel_plan
 - "rows_gathered": as "rows", and every rank gets all outputs;
 - "vocabulary": an embedding, or a head whose loss is computed without gathering the logits.
 
-Everything else is computed by all ranks alike. With sequence parallelism (arXiv 2205.05198) each rank has some of the
-tokens between the matrices inside the blocks (`gathered_together()`, run one after the other; each maps
-(x [B, T, C], condition, ...) to [B, T, C]): sums over the ranks become reduce-scatters, followed by all-gathers.
+Everything else, and what the number of ranks does not divide, is computed by all ranks alike. With sequence parallelism
+(arXiv 2205.05198) each rank has some of the tokens between the matrices inside the blocks (`gathered_together()`, run
+one after the other; each maps (x [B, T, C], condition, ...) to [B, T, C]): sums over the ranks become reduce-scatters,
+followed by all-gathers.
 """
 
 import math
@@ -35,16 +36,12 @@ from ibq.ops.linear_cross_entropy import split_linear_cross_entropy
 TOKENS = 1  # the dimension of the tokens in [B, T, C]
 
 
-def check_tensor_parallel(
-    ranks: int, *, heads: int, kv_heads: int, ffn_width: int, vocabulary: int, tokens: int | None = None
-) -> None:
-    """Raise UserError unless so many ranks can share a transformer of these sizes, with `tokens` also its tokens."""
-    sizes = {
-        "heads": heads,
-        "key and value heads": kv_heads,
-        "hidden channels of the feed-forward layers": ffn_width,
-        "codes of the vocabulary": vocabulary,
-    }
+def check_tensor_parallel(ranks: int, *, heads: int, kv_heads: int, tokens: int | None = None) -> None:
+    """Raise UserError unless so many ranks can share a transformer: by whole heads, and with `tokens` also these.
+
+    Other layers whose sizes do not divide are not split: each rank has them whole.
+    """
+    sizes = {"heads": heads, "key and value heads": kv_heads}
     if tokens is not None:
         sizes["tokens (sequence_parallel)"] = tokens
     common = math.gcd(*sizes.values())
@@ -58,7 +55,7 @@ def check_tensor_parallel(
 def tensor_shard(module: nn.Module, name: str, shape: tuple[int, ...], rank: int, size: int) -> Shard:
     """The elements of a whole parameter that one of `size` tensor ranks holds, in the order in which it holds them."""
     layer = _parent(name)
-    match _layout(module, layer):
+    match _layout(module, layer, size):
         case None:
             return whole(shape)
         case "columns":
@@ -79,13 +76,13 @@ def tensor_shard(module: nn.Module, name: str, shape: tuple[int, ...], rank: int
     return Shard(shape, tuple(runs))
 
 
-def partial_gradients(module: nn.Module) -> set[str]:
+def partial_gradients(module: nn.Module, ranks: int) -> set[str]:
     """Parameters that each rank uses on its tokens alone under sequence parallelism: their gradients must be summed."""
     within = {id(parameter) for part in module.gathered_together() for parameter in part.parameters()}
     return {
         name
         for name, parameter in module.named_parameters()
-        if id(parameter) in within and _layout(module, _parent(name)) is None
+        if id(parameter) in within and _layout(module, _parent(name), ranks) is None
     }
 
 
@@ -98,7 +95,7 @@ def apply_tensor_parallel(module: nn.Module, mesh: DeviceMesh, *, sequence_paral
     """
     if not hasattr(module, "tensor_parallel_plan"):
         raise UserError(f"engine.tensor_parallel: a {type(module).__name__} cannot be split; set it to 1")
-    layouts = {name: layout for name, _ in module.named_modules() if (layout := _layout(module, name))}
+    layouts = {name: layout for name, _ in module.named_modules() if (layout := _layout(module, name, mesh.size()))}
     between = Split(TOKENS) if sequence_parallel else Replicate()  # how the blocks' hidden states lie on the ranks
     for name, layout in layouts.items():
         _split_parameters(module, name, layout, mesh)
@@ -111,9 +108,14 @@ def apply_tensor_parallel(module: nn.Module, mesh: DeviceMesh, *, sequence_paral
         _split_tokens(module.gathered_together(), mesh, module, layouts)
 
 
-def _layout(module: nn.Module, layer: str) -> str | None:
+def _layout(module: nn.Module, layer: str, ranks: int) -> str | None:
+    """How a layer is split over so many ranks; None for one that is not in the plan, or does not divide."""
     plan: Mapping[str, str] = module.tensor_parallel_plan
-    return next((layout for pattern, layout in plan.items() if fnmatchcase(layer, pattern)), None)
+    layout = next((layout for pattern, layout in plan.items() if fnmatchcase(layer, pattern)), None)
+    if layout is None:
+        return None
+    size = module.get_submodule(layer).weight.shape[1 if layout == "columns" else 0]
+    return layout if size % ranks == 0 else None
 
 
 def _parent(name: str) -> str:

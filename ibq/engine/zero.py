@@ -259,27 +259,34 @@ class ZeroEngine:
             values = {part: group.read(part) for part in parts if part != "ema"}
             if "ema" in parts:
                 values["ema"] = self._shadows.read(number)
-            for piece in group.fragments:
-                end = piece.offset + piece.shard.numel
-                yield piece.name, ParameterState(**{part: flat[piece.offset : end] for part, flat in values.items()})
-            group.release()
+            try:
+                for piece in group.fragments:
+                    own = slice(piece.offset, piece.offset + piece.shard.numel)
+                    yield piece.name, ParameterState(**{part: flat[own] for part, flat in values.items()})
+            finally:
+                group.release()
 
     @torch.no_grad()
     def load_named_state(self, reader: Reader, steps: int) -> None:
         """Restore this rank's part of every parameter, and from all parts the module's own weights."""
         self.discard()
         found = torch.zeros((), dtype=torch.bool, device=self.settings.device)
-        for number, group in enumerate(self._partitions.groups):
-            values = _read_group(group, reader, self._shadows is not None)
-            weight, average = values.pop("weight"), values.pop("ema", None)
-            found |= bool(values)
-            group.write(weight, values, steps)
-            if self._shadows is not None:
-                self._shadows.write(number, weight if average is None else average)
-            if not group.aliased:
-                group.show(weight)
+        for number in range(len(self._partitions.groups)):
+            found |= self._load_group(number, reader, steps)
         self._partitions.refresh()
         self.steps, self._has_moments = steps, dist.any_rank(found)
+
+    def _load_group(self, number: int, reader: Reader, steps: int) -> bool:
+        """Restore one group, whose values need not stay in memory; whether there were moments."""
+        group = self._partitions.groups[number]
+        values = _read_group(group, reader, self._shadows is not None)
+        weight, average = values.pop("weight"), values.pop("ema", None)
+        group.write(weight, values, steps)
+        if self._shadows is not None:
+            self._shadows.write(number, weight if average is None else average)
+        if not group.aliased:
+            group.show(weight)
+        return bool(values)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the module and remove this process's files on NVMe."""

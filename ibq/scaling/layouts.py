@@ -5,9 +5,9 @@ Let P be the parameters, n the ranks that share one copy of the state ("shard"),
 by rings (a reduce-scatter or all-gather of S bytes sends S (n - 1) / n, an all-reduce twice that):
 
 - DDP: an all-reduce of the float32 gradients, once a step: 2 (d - 1) / d 4 P.
-- ZeRO-1: a reduce-scatter of the float32 gradients once a step, an all-gather of the new weights. ZeRO-2 the same, but
-  the reduce-scatter in every micro-batch. ZeRO-3: two all-gathers of the weights and a reduce-scatter of the gradients
-  in every micro-batch.
+- ZeRO-1: a reduce-scatter of the float32 gradients once a step (with bf16 an all-reduce) and an all-gather of the new
+  weights. ZeRO-2: the reduce-scatter in every micro-batch. ZeRO-3: two all-gathers of the weights and a reduce-scatter
+  of the gradients in every micro-batch.
 - FSDP2: in every micro-batch all-gathers of the blocks for the forward and for the backward pass, one of the rest (its
   weights stay), and a reduce-scatter of the float32 gradients; hybrid: within a group of n ranks, and an all-reduce of
   each rank's 1 / n between the groups.
@@ -22,6 +22,7 @@ from typing import Literal
 from ibq.scaling.memory import Rules
 from ibq.scaling.transformer import Device, Numerics
 
+ALLREDUCE = 500_000_000  # elements that DeepSpeed reduces at a time in stage 1 with bf16
 Target = Literal["none", "cpu", "nvme"]
 Precision = Literal["fp32", "bf16"]
 
@@ -67,8 +68,7 @@ class Layout:
         if self.kind == "local":
             return "one process" if self.gpus == 1 else "DDP"
         if self.kind == "zero":
-            moved = [f"{what} on {where}" for what, where in self._offloaded() if where != "none"]
-            return f"ZeRO-{self.stage}" + (f", {', '.join(moved)}" if moved else "")
+            return f"ZeRO-{self.stage}{self._offloaded()}"
         words = ["FSDP2 hybrid" if self.copies > 1 else "FSDP2"]
         if self.tensor > 1:
             words.append(f"x tensor {self.tensor}" + (" + sequence" if self.sequence else ""))
@@ -76,8 +76,14 @@ class Layout:
             words.append("on cpu")
         return " ".join(words)
 
-    def _offloaded(self) -> list[tuple[str, str]]:
-        return [("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)]
+    def _offloaded(self) -> str:
+        optimizer, weights = self.offload_optimizer, self.offload_parameters
+        if optimizer == weights:
+            return "" if weights == "none" else f", optimizer + weights on {weights}"
+        parts = [
+            f"{what} on {where}" for what, where in (("optimizer", optimizer), ("weights", weights)) if where != "none"
+        ]
+        return f", {', '.join(parts)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +157,11 @@ def _fsdp(layout: Layout, moments: float, ema: float, compute: float) -> Rules:
 def _zero(layout: Layout, moments: float, ema: float, compute: float) -> Rules:
     """Weights in the computation's dtype beside sharded float32 masters (also where they are float32 themselves).
 
-    Stage 1 keeps the float32 sums of all gradients until the update; from stage 2 on a rank keeps its part of them, and
-    whole ones only until a bucket is full. Gradients are reduced in float32, which takes a second bucket. Stage 3 frees
-    a gathered weight after its layer, but autograd saves the weight of a matrix product as a view of the same memory,
-    which so stays until the backward pass: only recomputed blocks give theirs up.
+    Stage 1 keeps all gradients until the update, in bf16 also float32 sums of them, which it copies to be reduced; from
+    stage 2 on a rank keeps its part of them, and whole ones only until a bucket is full. Gradients are reduced in
+    float32, which takes a second bucket. Stage 3 frees a gathered weight after its layer, but autograd saves the weight
+    of a matrix product as a view of the same memory, which so stays until the backward pass: only recomputed blocks
+    give theirs up.
     """
     n, stage = layout.shard, layout.stage
     if stage == 0:
@@ -163,6 +170,15 @@ def _zero(layout: Layout, moments: float, ema: float, compute: float) -> Rules:
     own = 0.0 if layout.offload_parameters != "none" else 1.0
     common = {"optimizer": state * moments / n, "ema": state * ema / n}
     match stage:
+        case 1 if compute == 2:
+            return Rules(
+                weights=compute + state * 4 / n,
+                gradient=4 + compute,
+                gradients_stay=True,
+                at_end=4,
+                at_end_bytes=4.0 * ALLREDUCE,
+                **common,
+            )
         case 1:
             return Rules(
                 weights=compute + state * 4 / n,

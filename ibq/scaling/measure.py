@@ -2,7 +2,7 @@
 
 import gc
 import time
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,31 +10,34 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_of_step(prepare: Callable[[], Callable[[], object]], steps: int = 3) -> int:
-    """Bytes of tensors that this process has on the CPU at most during the last of so many steps.
+def peak_of_step(prepare: Callable[[], Callable[[], object]], warmup: int = 2, repeats: int = 2) -> int:
+    """Bytes of tensors that this process has on the CPU at most during a step.
 
     `prepare` builds everything (model, engine, batch) and returns the step. What is counted are the allocations and
     frees of PyTorch's CPU allocator, as its profiler records them from before `prepare` on: every tensor counts with
     its exact size, whoever holds it (weights, optimizer, saved activations, buckets of gradients, temporaries within an
     operator), and without collectives the result is the same from run to run. Resident memory would add the
     interpreter, libraries, freed pages that were not given back and the collectives' staging buffers, and varies by
-    tens of MiB. The first step differs (the optimizer has no state yet, DDP has not sorted its buckets): take two or
-    more.
+    tens of MiB. The first steps differ (the optimizer has no state yet, DDP has not sorted its buckets) and do not
+    count; of several repeats the smallest does, as what a collective's thread frees may be counted for longer.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step = prepare()
-        for _ in range(steps - 1):
+        for _ in range(warmup):
             step()
-        gc.collect()
-        begin = time.time_ns()
-        step()
-    peak, memory = 0, _Memory()
+        begins = []
+        for _ in range(repeats):
+            gc.collect()
+            begins.append(time.time_ns())
+            step()
+    peaks, memory = [0] * repeats, _Memory()
     for moment, place, size in sorted(_allocations(recorded.profiler.kineto_results.experimental_event_tree())):
-        if moment >= begin:
-            peak = max(peak, memory.held)
+        number = bisect_right(begins, moment) - 1
+        if number >= 0:
+            peaks[number] = max(peaks[number], memory.held)
         memory.note(place, size)
-    return max(peak, memory.held)
+    return min(peaks)
 
 
 class _Memory:

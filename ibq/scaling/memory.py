@@ -30,6 +30,8 @@ class Rules:
     held: float = 0.0  # weights of products that autograd holds gathered until their backward pass
     live: float = 0.0  # other weights that stay gathered for a while, at most so many:
     live_elements: float = 0.0
+    at_end: float = 0.0  # at the end of the backward pass
+    at_end_bytes: float = 0.0  # at most so many
     update: float = 0.0  # during the update
     update_bytes: float = 0.0  # at most so many
     fixed: float = 0.0  # bytes at all times, whatever the size of the model
@@ -105,6 +107,7 @@ def step_phases(network: Network, rules: Rules, *, accumulated: bool) -> Iterato
     gathered_root = rules.root_gathered * network.root
     # What autograd holds is part of what is live.
     held = rules.held * sum(block.products for block in network.blocks if not block.recomputed)
+    held_at_head = held + rules.held * (network.root - network.root_late)
     live = rules.live * min(network.elements, rules.live_elements)
     passing = min(rules.bucket, 8 * network.elements)
     saved = network.root_saved + kept
@@ -112,7 +115,7 @@ def step_phases(network: Network, rules: Rules, *, accumulated: bool) -> Iterato
     last = network.blocks[-1].elements if network.blocks else 0.0
     yield phase(
         "forward pass",
-        weights=gathered_root + max(held, live) + (rules.gathered + rules.ahead) * last,
+        weights=gathered_root + max(held_at_head, live) + (rules.gathered + rules.ahead) * last,
         activations=saved + (widest if casts > kept_casts else 0.0),
         head=network.head_saved + network.head_forward,
         buffers=casts,
@@ -121,7 +124,7 @@ def step_phases(network: Network, rules: Rules, *, accumulated: bool) -> Iterato
     done += network.root - late
     yield phase(
         "backward pass of the head",
-        weights=gathered_root + max(held, live) + rules.ahead * last,
+        weights=gathered_root + max(held_at_head, live) + rules.ahead * last,
         activations=saved,
         head=network.head_saved + network.head_backward,
         buffers=kept_casts + passing + rules.root_passing * (network.root - late),
@@ -131,7 +134,6 @@ def step_phases(network: Network, rules: Rules, *, accumulated: bool) -> Iterato
         ahead = network.blocks[number - 1].elements if number else 0.0
         behind = network.blocks[number + 1].elements if number + 1 < len(network.blocks) else 0.0
         cast = rules.cast * block.products if block.recomputed else 0.0
-        done += block.elements
         yield phase(
             f"backward pass of block {number}",
             weights=gathered_root + max(held, live) + rules.gathered * block.elements + rules.ahead * ahead,
@@ -139,12 +141,14 @@ def step_phases(network: Network, rules: Rules, *, accumulated: bool) -> Iterato
             buffers=kept_casts + cast + rules.passing * max(block.elements, behind)
             + passing + rules.root_passing * (network.root - late),
         )  # fmt: skip
+        done += block.elements  # they came one by one: its activations were going by then
         saved -= block.kept
         if not block.recomputed:
             kept_casts -= rules.cast * block.products
             held -= rules.held * block.products
     done += late
     at_end = passing + 2 * rules.root_passing * network.root
+    at_end += min(rules.at_end * network.elements, rules.at_end_bytes)
     yield phase("end of the backward pass", weights=gathered_root + live, buffers=at_end)
     at_update = rules.update * network.elements + min(rules.update_bytes, 4 * network.elements)
     yield phase("update", weights=rules.root_gathered * network.root, buffers=at_update)

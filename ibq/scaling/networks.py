@@ -95,9 +95,7 @@ class TokenizerLosses:
     perceptual: bool
 
 
-def tokenizer_network(
-    config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, training: Training
-) -> Network:
+def tokenizer_network(config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, training: Training) -> Network:
     """A tokenizer and its losses on one rank; the losses are the "head". The discriminator is on every rank whole."""
     values = numerics(layout, training)
     rows, recomputed = training.micro_batch, config.gradient_checkpointing

@@ -23,6 +23,7 @@ from ibq.scaling.traffic import Traffic, exposed_seconds, parameter_traffic, ten
 from ibq.scaling.transformer import Flops, Numerics, transformer_flops, transformer_weights
 
 EXACT = Numerics(stream=4, compute=4, root=4)
+LARGEST = 2**16  # micro-batch that is looked at
 
 
 class Stage(Protocol):
@@ -189,7 +190,9 @@ def layouts(stage: Stage, machine: Machine) -> Iterator[Layout]:
 
 def tensor_divisors(stage: Stage, machine: Machine) -> list[int]:
     """Numbers of ranks that can share each matrix within a machine."""
-    common = math.gcd(*stage.tensor_sizes().values(), machine.gpus)
+    if not (sizes := stage.tensor_sizes()):
+        return []
+    common = math.gcd(*sizes.values(), machine.gpus)
     limit = min(machine.gpus_per_node, machine.gpus)
     return [number for number in range(2, limit + 1) if common % number == 0 and limit % number == 0]
 
@@ -208,9 +211,8 @@ def plan(stage: Stage, training: Training, machine: Machine, choices: Sequence[L
 def _row(stage: Stage, layout: Layout, training: Training, machine: Machine) -> Row:
     per_rank = training.batch_size // layout.data
     found = memory(stage, layout, training)
-    largest = _largest(stage, layout, training, machine.usable, limit=per_rank)
-    divisors = [number for number in range(1, largest + 1) if per_rank % number == 0]
-    micro_batch = divisors[-1] if divisors else 0
+    largest = _largest(stage, layout, training, machine.usable)
+    micro_batch = max((number for number in range(1, min(largest, per_rank) + 1) if per_rank % number == 0), default=0)
     if not micro_batch:
         return Row(layout=layout, memory=found, largest=0, micro_batch=0, traffic=None, seconds=math.inf)
     chosen = replace(training, micro_batch=micro_batch)
@@ -218,9 +220,7 @@ def _row(stage: Stage, layout: Layout, training: Training, machine: Machine) -> 
     traffic = replace(traffic, tensor=stage.tensor_bytes(layout, chosen))
     compute = step_flops(stage, layout, chosen) / (machine.gpu.flops * machine.mfu)
     seconds = compute + exposed_seconds(traffic, layout, machine.gpu, compute)
-    return Row(
-        layout=layout, memory=found, largest=largest, micro_batch=micro_batch, traffic=traffic, seconds=seconds
-    )
+    return Row(layout=layout, memory=found, largest=largest, micro_batch=micro_batch, traffic=traffic, seconds=seconds)
 
 
 def step_flops(stage: Stage, layout: Layout, training: Training) -> float:
@@ -229,15 +229,16 @@ def step_flops(stage: Stage, layout: Layout, training: Training) -> float:
     return images * sum(part.textbook + part.recomputed for part in stage.flops().values())
 
 
-def _largest(stage: Stage, layout: Layout, training: Training, usable: float, limit: int) -> int:
-    """The largest micro-batch up to `limit` that fits; memory grows with the micro-batch."""
+def _largest(stage: Stage, layout: Layout, training: Training, usable: float) -> int:
+    """The largest micro-batch that fits, up to LARGEST; memory grows with the micro-batch."""
+    per_rank = training.batch_size // layout.data
 
     def fits(rows: int) -> bool:
-        # Not less than with accumulation: its gradients are there from the start.
-        with_rows = replace(training, micro_batch=rows, batch_size=rows * layout.data * (1 if rows == limit else 2))
-        return memory(stage, layout, with_rows).total <= usable
+        # With accumulation, unless one micro-batch is all that a rank has of a batch.
+        batch = rows * layout.data * (1 if rows >= per_rank else 2)
+        return memory(stage, layout, replace(training, micro_batch=rows, batch_size=batch)).total <= usable
 
-    low, high = 0, limit + 1  # fits; does not
+    low, high = 0, LARGEST + 1  # fits; does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

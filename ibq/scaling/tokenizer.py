@@ -1,8 +1,8 @@
 """Parameters, FLOPs and saved activations of a tokenizer and of the networks of its losses, from their configs alone.
 
-A convolution of k x k from i to o channels that gives s x s pixels counts 2 k^2 i o s^2 FLOPs, in the backward pass once
-more for the gradient of its weight and once more for that of its input; attention over S positions of C channels counts
-4 S^2 C and twice that. Everything else counts none, as in torch.utils.flop_counter.
+A convolution of k x k from i to o channels that gives s x s pixels counts 2 k^2 i o s^2 FLOPs, in the backward pass
+once more for the gradient of its weight and once more for that of its input; attention over S positions of C channels
+counts 4 S^2 C and twice that. Everything else counts none, as in torch.utils.flop_counter.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Layers whose weights are gathered together, and what a recomputed ResBlock needs on top while it is recomputed."""
+    """Layers whose weights are gathered together, and what a ResBlock needs on top while it is recomputed."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -81,7 +81,9 @@ class _Walk:
         weights = kernel * kernel * inputs * outputs
         self.layers.append(Layer(parameters=weights + outputs, flops=2 * weights * side * side, **settings))
 
-    def norm_silu_conv(self, inputs: int, outputs: int, side: int, *, inner: bool = False, dropout: float = 0.0) -> None:
+    def norm_silu_conv(
+        self, inputs: int, outputs: int, side: int, *, inner: bool = False, dropout: float = 0.0
+    ) -> None:
         """GroupNorm, SiLU and a 3 x 3 convolution: each saves its input."""
         pixels = inputs * side * side
         each = (4 + 4 + 2) if self.cuda_bf16 else 3 * self.size

@@ -46,7 +46,8 @@ def parameter_traffic(network: Network, layout: Layout, training: Training) -> T
         host = passes * (gathered + 4 * elements) / n if layout.offload_optimizer != "none" else 0.0
         updated = elements / n if host else 0.0
         return Traffic(data=data, data_ranks=n, copies=copies, host=host, cpu_elements=updated)
-    data = ring(n) * elements * {1: 4 + size, 2: 4 * passes + size, 3: passes * (4 + 2 * size)}[layout.stage]
+    once = 4 if size == 4 else 8  # DeepSpeed's stage 1 with bf16 reduces by an all-reduce
+    data = ring(n) * elements * {1: once + size, 2: 4 * passes + size, 3: passes * (4 + 2 * size)}[layout.stage]
     host = disk = updated = 0.0
     if layout.offload_optimizer != "none":
         host, updated = (4 * passes + size) * elements / n, elements / n
@@ -80,12 +81,18 @@ def exposed_seconds(traffic: Traffic, layout: Layout, gpu: Gpu, compute: float) 
     """
     per_node = layout.gpus_per_node
 
-    def seconds(size: float, ranks: int) -> float:
-        return size / (gpu.node_bytes if ranks <= per_node else gpu.network_bytes)
+    def seconds(size: float, ranks: int, stride: int) -> float:
+        if ranks * stride <= per_node:
+            return size / gpu.node_bytes
+        # Rings over all members in a machine use the network of each of them.
+        members = max(1, per_node // stride)
+        return size / min(gpu.node_bytes, members * gpu.network_bytes)
 
-    beside = seconds(traffic.data, traffic.data_ranks * layout.tensor) + seconds(traffic.copies, layout.gpus)
+    tensor = layout.tensor
+    beside = seconds(traffic.data, traffic.data_ranks, tensor)
+    beside += seconds(traffic.copies, layout.copies, layout.shard * tensor)
     beside = max(beside, traffic.host / HOST_BYTES)
     on_node = min(per_node, layout.gpus)
-    waited = seconds(traffic.tensor, layout.tensor)
+    waited = seconds(traffic.tensor, tensor, 1)
     waited += on_node * traffic.disk / DISK_BYTES + on_node * traffic.cpu_elements / CPU_ADAM_ELEMENTS
     return waited + max(0.0, beside - compute)

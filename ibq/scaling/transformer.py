@@ -67,7 +67,9 @@ class Saved:
 
     name: str
     bytes: int
-    lies: Literal["channels", "tokens", "whole"] = "whole"  # split by tensor parallelism, by sequence parallelism, never
+    lies: Literal["channels", "tokens", "whole"] = (
+        "whole"  # split by tensor parallelism, by sequence parallelism, never
+    )
     dear: bool = False  # kept by selective checkpointing: a result of a matrix product or of attention
 
 
@@ -94,7 +96,9 @@ def transformer_weights(config: TransformerConfig) -> dict[str, Weights]:
 
 def transformer_parameters(config: TransformerConfig) -> int:
     """All parameters."""
-    return sum(part.count * (config.depth if name == "block" else 1) for name, part in transformer_weights(config).items())
+    return sum(
+        part.count * (config.depth if name == "block" else 1) for name, part in transformer_weights(config).items()
+    )
 
 
 def checkpointing(config: TransformerConfig) -> Checkpointing:
@@ -117,8 +121,8 @@ def transformer_flops(config: TransformerConfig) -> Flops:
     """FLOPs of one image of T tokens; forward and backward exactly as FlopCounterMode counts the textbook form.
 
     forward = L (2 T (C (h + 2 k) d + C^2 + 3 C F) + 4 T^2 C + 12 C^2) + 4 C^2 + 2 T V C, where 12 C^2 and 4 C^2 are the
-    adaptive norms' layers, once an image; with `shared_adaln` one for all blocks. backward = 2 forward: the gradients of
-    both operands of every product. Causality is not deducted, as in the textbook form.
+    adaptive norms' layers, once an image; with `shared_adaln` one for all blocks. backward = 2 forward: the gradients
+    of both operands of every product. Causality is not deducted, as in the textbook form.
 
     Recomputed: the logits in the head's backward pass (2 T V C), the scores in that of fused attention (2 T^2 C a
     block), and with full checkpointing the forward pass of every recomputed block.
@@ -168,7 +172,9 @@ def block_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
         ]
 
     def end(name: str, dropout: float) -> list[Saved]:
-        mask = [Saved(name=f"{name} dropout mask", bytes=numerics.mask(size) * stream, lies="tokens")] if dropout else []
+        mask = (
+            [Saved(name=f"{name} dropout mask", bytes=numerics.mask(size) * stream, lies="tokens")] if dropout else []
+        )
         return [*mask, Saved(name=f"{name} output", bytes=size * stream, lies="tokens", dear=True)]
 
     return [

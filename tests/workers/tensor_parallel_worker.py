@@ -93,7 +93,7 @@ def run_module(job: Job) -> dict:
     mesh = mesh["tensor"]
     module.apply_tensor_parallel(model, mesh, sequence_parallel=job.sequence)
     found = backward(job, model)
-    summed = module.partial_gradients(model) if job.sequence else set()
+    summed = module.partial_gradients(model, mesh.size()) if job.sequence else set()
     found["parts"] = {}
     for name, parameter in model.named_parameters():
         shard, gradient = whole(shapes[name]), parameter.grad
@@ -198,7 +198,7 @@ FAULTS = {
             *args[1:],
         )
     },
-    "norms not summed": {"partial_gradients": lambda model: set()},
+    "norms not summed": {"partial_gradients": lambda model, ranks: set()},
     "modulation not summed": {"_local_output": lambda between, _module, _args, output: output.to_local()},
 }
 

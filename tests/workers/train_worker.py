@@ -20,7 +20,7 @@ from ibq import dist
 from ibq.engine.torch_engine import TorchEngine
 from ibq.training import loop
 
-reduce_scatter = torch_dist.reduce_scatter_tensor
+reduce_scatter = torch_dist.reduce_scatter_single
 backward, seed_step = TorchEngine.backward, loop.seed_step
 
 
@@ -48,7 +48,7 @@ def plant(fault: dict | None) -> None:
     loop.seed_step = note_step
     TorchEngine.backward = faulty if fault else backward
     unreduced = fault is not None and fault["kind"] == "unreduced"
-    torch_dist.reduce_scatter_tensor = keep_own if unreduced else reduce_scatter
+    torch_dist.reduce_scatter_single = keep_own if unreduced else reduce_scatter
 
 
 def main() -> None:
