@@ -32,7 +32,7 @@ from ibq.quantizers import (
 from ibq.scaling.layouts import Layout, Training, numerics, rules
 from ibq.scaling.measure import peak_of_step
 from ibq.scaling.memory import peak_memory
-from ibq.scaling.networks import transformer_network
+from ibq.scaling.networks import TokenizerLosses, tokenizer_network, transformer_network
 from ibq.scaling.plan import TransformerStage
 from ibq.scaling.tokenizer import (
     discriminator_flops,
@@ -294,13 +294,12 @@ SIZES = {
     "weights": (WEIGHTS, "fp32", 2, 1),
     "weights, accumulated": (WEIGHTS, "bf16", 2, 2),
     "activations": (ACTIVATIONS, "fp32", 16, 1),
-    "activations, bf16": (ACTIVATIONS, "bf16", 16, 1),
     "activations, recomputed": ({**ACTIVATIONS, "gradient_checkpointing": True}, "bf16", 32, 1),
 }
 
 
 def case(engine: str, size: str) -> dict:
-    model, precision, micro_batch, accumulation = SIZES[size]
+    model, precision, micro_batch, accumulation = (SIZES | TOKENIZER_SIZES)[size]
     return {
         "model": model,
         "engine": ENGINES[engine],
@@ -310,7 +309,21 @@ def case(engine: str, size: str) -> dict:
     }
 
 
+TOKENIZER_WEIGHTS = {
+    **{"resolution": 32, "channels": 64, "channel_multipliers": [1, 2, 4], "res_blocks": 1, "latent_channels": 64},
+    **{"attention_resolutions": [], "quantizer": {"kind": "ibq", "num_codes": 16384, "dim": 64}},
+}
+TOKENIZER_ACTIVATIONS = {
+    **{"resolution": 64, "channels": 32, "channel_multipliers": [1, 2], "res_blocks": 1, "latent_channels": 32},
+    **{"attention_resolutions": [], "norm_groups": 16, "quantizer": {"kind": "ibq", "num_codes": 512, "dim": 32}},
+}
+TOKENIZER_SIZES = {
+    "tokenizer's weights": (TOKENIZER_WEIGHTS, "fp32", 1, 1),
+    "tokenizer's activations": (TOKENIZER_ACTIVATIONS, "bf16", 4, 1),
+    "tokenizer's activations, recomputed": ({**TOKENIZER_ACTIVATIONS, "gradient_checkpointing": True}, "fp32", 4, 2),
+}
 CASES = {f"{engine}: {size}": case(engine, size) for engine in ENGINES for size in SIZES}
+CASES |= {f"{engine}: {size}": case(engine, size) for engine in ("local", "fsdp") for size in TOKENIZER_SIZES}
 
 
 def planned_peak(found: dict, gpus: int) -> float:
@@ -334,7 +347,12 @@ def planned_peak(found: dict, gpus: int) -> float:
         batch_size=rows * found["accumulation"] * layout.data,
         device="cpu",
     )
-    network = transformer_network(parse_config(TransformerConfig, found["model"]), layout, training)
+    if "resolution" in found["model"]:
+        config = parse_config(TokenizerConfig, found["model"])
+        losses = TokenizerLosses(discriminator=DiscriminatorConfig(channels=16), perceptual=True)
+        network = tokenizer_network(config, losses, layout, training)
+    else:
+        network = transformer_network(parse_config(TransformerConfig, found["model"]), layout, training)
     return peak_memory(network, rules(layout, training), accumulated=found["accumulation"] > 1).total
 
 

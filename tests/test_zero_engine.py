@@ -48,7 +48,8 @@ def list_jobs() -> dict[str, dict]:
     jobs |= {f"sgd: {name}": {"engine": engine, "optimizer": SGD, "settings": TWO} for name, engine in STAGES.items()}
     jobs |= {f"adam: {name}": {"engine": e, "optimizer": ADAM, "settings": TWO} for name, e in (STAGES | CPU).items()}
     odd = STAGES | {name: CPU[name] for name in ("stage 2, cpu", "stage 3, cpu")}
-    jobs |= {f"odd: {name}": {"engine": e, "odd": True, "settings": TWO} for name, e in odd.items()}
+    jobs |= {f"odd: {name}": {"engine": e, "odd": 1, "settings": TWO} for name, e in odd.items()}
+    jobs["odd nvme: nvme"] = {"engine": NVME["nvme"], "odd": 300_000, "settings": TWO}
     jobs["adam nvme: nvme"] = {"engine": NVME["nvme"], "optimizer": ADAM, "settings": TWO, "model": LARGE}
     for kind in ("gradient_checkpointing", "checkpoint_selective"):
         model = {"gradient_checkpointing": True, kind: True}
@@ -102,6 +103,8 @@ def bf16_jobs() -> dict[str, dict]:
             jobs[f"bf16: {name}"] = job
     for name in ("stage 1", "stage 2", "stage 3", "nvme"):
         jobs[f"bf16 start: {name}"] = jobs[f"bf16: {name}"] | {"steps": 0}
+    four = {"settings": BF16 | {"accumulation": 4}, "steps": 1}
+    jobs |= {f"bf16 sums: {name}": {"engine": e, **four} for name, e in (STAGES | CPU).items() if name != "stage 0"}
     return jobs
 
 
@@ -157,13 +160,20 @@ def plain_loop(job: worker.Job, skip: bool) -> dict:
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[job.optimizer["kind"]]
     optimizer = kind([{"params": groups[name], **hyper[name]} for name in groups], **settings)
     average = {name: p.detach().clone() for name, p in module.named_parameters()}
-    rows = []
+    rows, parts = [], 2 if job.odd else 1  # as many micro-batches as the engine where it matters
     for step in range(5):
         optimizer.zero_grad()
-        loss = module(*worker.batch(step)).mean()
-        loss.backward()
+        total = 0.0
+        for number, part in enumerate(zip(*(t.chunk(parts) for t in worker.batch(step)), strict=True)):
+            module.turn = step + number
+            loss = module(*part).mean() / parts
+            loss.backward()
+            total += loss.item()
+        for parameter in module.parameters():
+            if parameter.grad is None:  # none is zero: the parameter still decays
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.stack([p.grad.double().norm() for p in module.parameters()]).norm().float()
-        rows.append((loss.item(), norm.item()))
+        rows.append((total, norm.item()))
         if skip and step == 2:
             continue
         torch.nn.utils.clip_grads_with_norm_(module.parameters(), job.optimizer["clip_norm"], norm)
@@ -273,6 +283,16 @@ def test_masters_in_bf16_start_exact(runs, name):
             rounded += not torch.equal(value.bfloat16().float(), value)
     assert rounded > 10  # a master that came by way of bfloat16 would have been noticed
     assert set(state) == {"weight", "ema"}
+
+
+@pytest.mark.parametrize("name", [n for n in JOBS if n.startswith("bf16 sums")])
+def test_gradients_in_bf16_are_summed_in_float32(runs, name):
+    """Else stages, which round at different times, would differ by more than the order of a sum does."""
+    found, expected = (worker.assemble(runs, n, 2)["moment1"] for n in (name, "bf16 sums: stage 2"))
+    rounded = {tensor: value.bfloat16().float() for tensor, value in expected.items()}
+    for tensor, value in expected.items():
+        assert largest_difference({tensor: found[tensor]}, {tensor: value}) < 1e-5, tensor
+    assert largest_difference(rounded, expected) > 1e-4
 
 
 # --- Without a launcher ---

@@ -250,6 +250,8 @@ def deepspeed_settings(
         raise UserError(
             "engine.deepspeed: pipelined swapping is not supported; leave out pipeline_read, pipeline_write"
         )
+    if offload.get("ratio", 1.0) != 1.0:
+        raise UserError("engine.deepspeed: offloading a part of the optimizer is not supported; leave out ratio")
     return result
 
 

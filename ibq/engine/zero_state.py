@@ -5,6 +5,7 @@ the master weights and what belongs to it: per parameter (stage 0), per optimize
 sub-group (stage 3, whose groups may live on NVMe). This module alone knows the attributes of DeepSpeed's optimizers.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,11 +134,29 @@ class FlatPartitions(Partitions):
         else:  # DeepSpeed's BF16_Optimizer, which it chooses for stage 1 in bf16 without offload
             self._flats, self._cuts = optimizer.bf16_groups_flat, optimizer.bf16_partitioned_groups
             parameters, masters = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+        self._masters = masters
+        if getattr(optimizer, "cpu_offload", False):
+            _accumulate_in_float32(optimizer)
         rank = torch_dist.get_rank()
         return [
             Group([_flat_fragment(names[id(p)], p) for p in params], master, self.base, cuts[rank])
             for params, master, cuts in zip(parameters, masters, self._cuts, strict=True)
         ]
+
+    @torch.no_grad()
+    def step(self, apply: Callable[[], bool], after: Update | None) -> bool:
+        """As in `Partitions`; with offload DeepSpeed takes only gradients of which the last micro-batch has a part."""
+        optimizer = self.engine.optimizer
+        if getattr(optimizer, "cpu_offload", False):
+            for parameter in itertools.chain(*optimizer.params_in_partition):
+                key = optimizer.get_param_id(parameter)
+                sums = optimizer.accumulated_grads_in_cpu.get(key)
+                if sums is not None and key not in optimizer.norm_for_param_grads:
+                    number, start, offset, numel = optimizer.grad_position[key]
+                    part = sums[start : start + numel]
+                    self._masters[number].grad[offset : offset + numel].copy_(part)
+                    optimizer.norm_for_param_grads[key] = part.double().norm()
+        return super().step(apply, after)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -166,6 +185,23 @@ class FlatPartitions(Partitions):
             optimizer.all_grad_tensors[number] = None
         if optimizer.cpu_offload:
             optimizer.reset_cpu_buffers()
+            # A parameter that then gets no gradient counts as one with a gradient of zero.
+            torch._foreach_zero_([master.grad for master in self._masters])
+            for sums in optimizer.accumulated_grads_in_cpu.values():
+                sums.zero_()
+
+
+def _accumulate_in_float32(optimizer: Any) -> None:
+    """Replace the buffers in which DeepSpeed sums the gradients of several micro-batches in the weights' dtype."""
+    if optimizer.gradient_accumulation_steps == 1:
+        return
+    largest = optimizer.temp_grad_buffer_for_gpu_offload
+    optimizer.temp_grad_buffer_for_gpu_offload = largest.float()
+    for parameter in itertools.chain(*optimizer.params_in_partition):
+        sums = torch.zeros(parameter.numel(), device=optimizer.device)
+        if optimizer.cpu_offload_pin_memory:
+            sums = sums.pin_memory()
+        optimizer.accumulated_grads_in_cpu[optimizer.get_param_id(parameter)] = sums
 
 
 def _flat_fragment(name: str, parameter: nn.Parameter) -> Fragment:
@@ -181,8 +217,13 @@ class ParameterPartitions(Partitions):
 
     def _build(self, module: nn.Module) -> list[Group]:
         optimizer = self.engine.optimizer
-        if optimizer.swap_optimizer:
-            _keep_gradients_in_memory(optimizer)
+        starts = itertools.accumulate(optimizer.fp16_partitioned_groups_flat_numel, initial=0)
+        self._gradients = [
+            optimizer.grad_partitions_flat_buffer.narrow(0, start, numel)
+            for start, numel in zip(starts, optimizer.fp16_partitioned_groups_flat_numel, strict=False)
+        ]
+        if optimizer.offload_optimizer:
+            self._share_gradients()
         names = {p.ds_id: name for name, p in module.named_parameters()}
         return [self._group(number, names) for number in range(len(optimizer.fp16_groups))]
 
@@ -204,9 +245,11 @@ class ParameterPartitions(Partitions):
 
     def step(self, apply: Callable[[], bool], after: Update | None) -> bool:
         """As in `Partitions`, but while a sub-group is in memory: one on NVMe is not read again."""
+        optimizer = self.engine.optimizer
+        if optimizer.offload_optimizer:
+            self._complete_norms()
         if after is None:
             return apply()
-        optimizer = self.engine.optimizer
         original = optimizer._optimizer_step
 
         def update(number: int) -> None:
@@ -228,32 +271,47 @@ class ParameterPartitions(Partitions):
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def forget(self) -> None:
-        """Drop all gradients: the next backward pass overwrites what was accumulated."""
+        """Drop all gradients; a parameter that then gets none counts as one with a gradient of zero."""
         optimizer = self.engine.optimizer
         optimizer.zero_grad(set_to_none=True)
+        optimizer.grad_partitions_flat_buffer.zero_()
         if optimizer.offload_optimizer:
             optimizer.reset_cpu_buffers()
+            self._offer_gradients()
 
+    def _share_gradients(self) -> None:
+        """Let offloaded sub-groups take their gradients from the buffer that accumulates them.
 
-def _keep_gradients_in_memory(optimizer: Any) -> None:
-    """Let sub-groups on NVMe take their gradients from the buffer in memory that accumulates them.
+        For those in memory DeepSpeed has a second buffer, for those on NVMe it writes them out and reads them back, at
+        their places in the sub-group, where direct I/O needs multiples of 512 bytes: at any other place the read fails,
+        nothing says so, and the parameter gets no gradient. In both it misses parameters without a gradient in the last
+        micro-batch.
+        """
+        optimizer = self.engine.optimizer
+        for number, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+            if not optimizer._swappable_optimizer_subgroup(number):
+                master.grad = self._gradients[number]
+        if optimizer.swap_optimizer:
+            optimizer.optimizer_swapper.swap_out_gradients = lambda **_: None
+        self._offer_gradients()
 
-    DeepSpeed writes them out and reads them back besides, at their places in the sub-group, where direct I/O needs
-    multiples of 512 bytes: at any other place the read fails, nothing says so, and the parameter gets no gradient.
-    """
-    swapper = optimizer.optimizer_swapper
-    starts = [0]
-    for numel in optimizer.fp16_partitioned_groups_flat_numel:
-        starts.append(starts[-1] + numel)
-    numbers = {master.ds_id: number for number, master in enumerate(optimizer.fp32_partitioned_groups_flat)}
+    def _offer_gradients(self) -> None:
+        """Tell the swapper again what it forgets with every update."""
+        optimizer = self.engine.optimizer
+        for number, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+            if optimizer._swappable_optimizer_subgroup(number):
+                info = optimizer.optimizer_swapper._get_param_swap_info(master)
+                info.unswapped_gradients = {0: self._gradients[number]}
 
-    def note(parameter: Tensor, gradient_offsets: Sequence[int], gradient_tensors: Sequence[Tensor]) -> None:
-        info, start = swapper._get_param_swap_info(parameter), starts[numbers[parameter.ds_id]]
-        for offset, gradient in zip(gradient_offsets, gradient_tensors, strict=True):
-            kept = optimizer.grad_partitions_flat_buffer.narrow(0, start + offset, gradient.numel())
-            info.unswapped_gradients[offset] = kept
-
-    swapper.swap_out_gradients = note
+    def _complete_norms(self) -> None:
+        """Norms that DeepSpeed does not have, for it takes them in the last micro-batch."""
+        optimizer = self.engine.optimizer
+        for group, gradients, parameters in zip(self.groups, self._gradients, optimizer.fp16_groups, strict=True):
+            for fragment, parameter in zip(group.fragments, parameters, strict=True):
+                key = optimizer.get_param_id(parameter)
+                if key not in optimizer.norm_for_param_grads:
+                    part = gradients[fragment.offset : fragment.offset + fragment.shard.numel]
+                    optimizer.norm_for_param_grads[key] = part.double().norm()
 
 
 class ParameterWeights:

@@ -169,16 +169,18 @@ class Row:
 
 
 def layouts(stage: Stage, machine: Machine) -> Iterator[Layout]:
-    """Every layout worth a look, the simplest first."""
+    """Every layout worth a look, the simplest first; on one GPU there is nothing to shard, only to offload."""
     common = {"gpus": machine.gpus, "gpus_per_node": machine.gpus_per_node}
+    several = machine.gpus > 1
     yield Layout(kind="local", **common)
     if stage.tensor_sizes():  # DeepSpeed is for transformers
-        for number in (1, 2, 3):
-            yield Layout(kind="zero", stage=number, **common)
+        if several:
+            yield from (Layout(kind="zero", stage=number, **common) for number in (1, 2, 3))
         for optimizer, parameters in (("cpu", "none"), ("cpu", "cpu"), ("nvme", "none"), ("nvme", "nvme")):
             moved = {"offload_optimizer": optimizer, "offload_parameters": parameters}
             yield Layout(kind="zero", stage=3, **moved, **common)
-    yield Layout(kind="fsdp", **common)
+    if several:
+        yield Layout(kind="fsdp", **common)
     if machine.gpus > machine.gpus_per_node and machine.gpus % machine.gpus_per_node == 0:
         yield Layout(kind="fsdp", shard_ranks=machine.gpus_per_node, **common)
     yield Layout(kind="fsdp", offload_optimizer="cpu", **common)

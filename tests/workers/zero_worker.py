@@ -51,7 +51,7 @@ class Job:
     optimizer: dict = field(default_factory=lambda: dict(ADAMW))
     settings: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)
-    odd: bool = False  # another module, with numbers of elements that ranks cannot share equally
+    odd: int = 0  # another module, with numbers of elements that ranks cannot share equally, and so many rows to spare
     steps: int = 5
     # What goes wrong: "scale" (gradients too large), "alone" (rank 1 has other data), and in step 2 on rank 1 "nan"
     # (the loss) or "nan gradient" (of a finite loss).
@@ -74,14 +74,19 @@ class Poison(torch.autograd.Function):
 
 
 class Odd(nn.Module):
-    """Parameters of 35, 21, 3 and 1 elements; codes of the transformer's kind in, losses out."""
+    """Parameters of 35, 21, 3 and 1 elements; codes of the transformer's kind in, losses out.
 
-    def __init__(self):
+    One more has a gradient in every third micro-batch, if these are numbered `turn` = step + number in the step.
+    """
+
+    def __init__(self, rows: int):
         super().__init__()
         self.table = nn.Embedding(5, 7)
         self.first = nn.Linear(7, 3)
         self.last = nn.Linear(3, 1, bias=False)
         self.scale = nn.Parameter(torch.ones(1))
+        self.spare = nn.Parameter(torch.ones(rows, 3))
+        self.turn = 0
 
     @torch.no_grad()
     def initialize_parameter(self, name, parameter, generator=None):
@@ -89,12 +94,14 @@ class Odd(nn.Module):
 
     def forward(self, codes, classes):
         hidden = torch.tanh(self.first(self.table(codes % 5)))
+        if self.turn % 3 == 0:
+            hidden = hidden * self.spare[0]
         return ((self.last(hidden)[..., 0] * self.scale - (classes % 3)[:, None]) ** 2).float()
 
 
 def blueprint(job: Job) -> Blueprint:
     if job.odd:
-        return Blueprint(name="odd", build=Odd, seed=3)
+        return Blueprint(name="odd", build=lambda: Odd(job.odd), seed=3)
     return Blueprint(name="transformer", build=lambda: Transformer(TransformerConfig(**MODEL | job.model)), seed=3)
 
 
@@ -119,6 +126,7 @@ def train_step(engine: ZeroEngine, job: Job, step: int) -> tuple[float, float, b
     for number, (codes, classes) in enumerate(micro_batches(step, count)):
         if job.fault == "alone" and dist.rank() == 1:
             codes = codes.flip(1)
+        engine.module.turn = step + number
         with engine.micro_batch():
             loss = engine(codes, classes).mean()
             total += loss.detach().float() / count
