@@ -276,6 +276,7 @@ def test_what_the_losses_networks_save(precision):
 # Weights dominate, activations dominate.
 WEIGHTS = {"depth": 3, "width": 384, "heads": 6, "vocab_size": 2048, "num_classes": 10, "tokens_per_side": 4}
 ACTIVATIONS = {"depth": 3, "width": 128, "heads": 4, "vocab_size": 512, "num_classes": 10, "tokens_per_side": 8}
+RECOMPUTED = {**ACTIVATIONS, "gradient_checkpointing": True}
 BUCKETS = {
     **dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size"), 200_000),
     "max_live_parameters": 1_000_000,
@@ -294,12 +295,16 @@ SIZES = {
     "weights": (WEIGHTS, "fp32", 2, 1),
     "weights, accumulated": (WEIGHTS, "bf16", 2, 2),
     "activations": (ACTIVATIONS, "fp32", 16, 1),
-    "activations, recomputed": ({**ACTIVATIONS, "gradient_checkpointing": True}, "bf16", 32, 1),
+    "activations, recomputed": (RECOMPUTED, "bf16", 32, 1),
+}
+KEPT_SIZES = {
+    "activations, selective": ({**RECOMPUTED, "checkpoint_selective": True}, "bf16", 32, 1),
+    "activations, every second": ({**RECOMPUTED, "checkpoint_every": 2}, "fp32", 32, 1),
 }
 
 
 def case(engine: str, size: str) -> dict:
-    model, precision, micro_batch, accumulation = (SIZES | TOKENIZER_SIZES)[size]
+    model, precision, micro_batch, accumulation = (SIZES | KEPT_SIZES | TOKENIZER_SIZES)[size]
     return {
         "model": model,
         "engine": ENGINES[engine],
@@ -324,6 +329,7 @@ TOKENIZER_SIZES = {
 }
 CASES = {f"{engine}: {size}": case(engine, size) for engine in ENGINES for size in SIZES}
 CASES |= {f"{engine}: {size}": case(engine, size) for engine in ("local", "fsdp") for size in TOKENIZER_SIZES}
+CASES |= {f"local: {size}": case("local", size) for size in KEPT_SIZES}
 
 
 def planned_peak(found: dict, gpus: int) -> float:
@@ -375,11 +381,20 @@ def test_peak_memory_on_two_processes(peaks, name):
 
 
 @pytest.mark.slow
-def test_other_layouts_figures_would_not_pass(peaks):
-    """The control: what one engine needs is not what the plan says of another."""
-    for measured, other in (("local", "zero-2"), ("zero-1", "zero-2"), ("zero-3", "fsdp"), ("fsdp", "local")):
-        wrong = planned_peak(CASES[f"{other}: weights, accumulated"], gpus=2)
-        assert wrong != pytest.approx(peaks[f"{measured}: weights, accumulated"], rel=0.1)
+@pytest.mark.parametrize(
+    "measured, other",
+    [
+        ("local: weights", "zero-2: weights"),
+        ("zero-1: weights, accumulated", "zero-2: weights, accumulated"),
+        ("zero-2: weights", "local: weights"),
+        ("fsdp: weights, accumulated", "local: weights, accumulated"),
+        ("fsdp: activations", "fsdp x tensor: activations"),
+        ("local: activations, recomputed", "local: activations"),
+        ("local: tokenizer's weights", "fsdp: tokenizer's weights"),
+    ],
+)
+def test_the_figures_of_another_layout_would_not_pass(peaks, measured, other):
+    assert planned_peak(CASES[other], gpus=2) != pytest.approx(peaks[measured], rel=0.1)
 
 
 def test_measuring_counts_every_tensor():

@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     choices = [*layouts(stage, machine)]
     choices = [own if choice.name == own.name else choice for choice in choices]
-    choices = choices if own in choices else [own, *choices]
+    choices = choices if own in choices else [*choices, own]
     choices = [choice for choice in choices if run.batch_size % choice.data == 0]
     rows = plan(stage, training, machine, choices)
     steps = run.total_steps(arguments.images / run.batch_size)

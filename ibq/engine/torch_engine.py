@@ -101,7 +101,8 @@ class TorchEngine:
         found = torch.zeros(2, dtype=torch.float64, device=self._loss_is_bad.device)
         found[1] = self._loss_is_bad
         if parts:
-            norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in parts])).double()
+            # In float64: float32 sums on the CPU are off by 1e-4 for large gradients that are mostly zero.
+            norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in parts], dtype=torch.float64))
             copies = torch.tensor([copies for _, copies in parts], dtype=torch.float64, device=norms.device)
             found[0] = (norms.square() / copies).sum()
         dist.all_reduce_sum(found)

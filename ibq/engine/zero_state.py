@@ -135,8 +135,6 @@ class FlatPartitions(Partitions):
             self._flats, self._cuts = optimizer.bf16_groups_flat, optimizer.bf16_partitioned_groups
             parameters, masters = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
         self._masters = masters
-        if getattr(optimizer, "cpu_offload", False):
-            _accumulate_in_float32(optimizer)
         rank = torch_dist.get_rank()
         return [
             Group([_flat_fragment(names[id(p)], p) for p in params], master, self.base, cuts[rank])
@@ -150,13 +148,20 @@ class FlatPartitions(Partitions):
         if getattr(optimizer, "cpu_offload", False):
             for parameter in itertools.chain(*optimizer.params_in_partition):
                 key = optimizer.get_param_id(parameter)
-                sums = optimizer.accumulated_grads_in_cpu.get(key)
-                if sums is not None and key not in optimizer.norm_for_param_grads:
-                    number, start, offset, numel = optimizer.grad_position[key]
-                    part = sums[start : start + numel]
+                if key not in optimizer.norm_for_param_grads and (part := self._sum_of(key)) is not None:
+                    number, _, offset, numel = optimizer.grad_position[key]
                     self._masters[number].grad[offset : offset + numel].copy_(part)
                     optimizer.norm_for_param_grads[key] = part.double().norm()
         return super().step(apply, after)
+
+    def _sum_of(self, key: int) -> Tensor | None:
+        """This rank's part of a parameter's gradient so far, with offload."""
+        optimizer = self.engine.optimizer
+        number, start, _, numel = optimizer.grad_position[key]
+        if optimizer._use_compact_grad_partition_buffer(number):  # bf16
+            return optimizer._get_compact_grad_partition_slice(number, torch_dist.get_rank(), key, numel)
+        sums = optimizer.accumulated_grads_in_cpu.get(key)
+        return None if sums is None else sums[start : start + numel]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -189,19 +194,6 @@ class FlatPartitions(Partitions):
             torch._foreach_zero_([master.grad for master in self._masters])
             for sums in optimizer.accumulated_grads_in_cpu.values():
                 sums.zero_()
-
-
-def _accumulate_in_float32(optimizer: Any) -> None:
-    """Replace the buffers in which DeepSpeed sums the gradients of several micro-batches in the weights' dtype."""
-    if optimizer.gradient_accumulation_steps == 1:
-        return
-    largest = optimizer.temp_grad_buffer_for_gpu_offload
-    optimizer.temp_grad_buffer_for_gpu_offload = largest.float()
-    for parameter in itertools.chain(*optimizer.params_in_partition):
-        sums = torch.zeros(parameter.numel(), device=optimizer.device)
-        if optimizer.cpu_offload_pin_memory:
-            sums = sums.pin_memory()
-        optimizer.accumulated_grads_in_cpu[optimizer.get_param_id(parameter)] = sums
 
 
 def _flat_fragment(name: str, parameter: nn.Parameter) -> Fragment:

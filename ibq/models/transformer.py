@@ -207,7 +207,8 @@ class Transformer(nn.Module):
         the device), for codes and classes out of range.
         """
         hidden = self._hidden(codes, classes).flatten(0, 1)
-        return self.head(hidden, codes.flatten().long()).view(codes.shape)
+        nll = self.head(hidden, codes.flatten().long())
+        return nll.view(codes.shape).clone()  # not a view: engines put hooks on the output
 
     def logits(self, codes: Tensor, classes: Tensor) -> Tensor:
         """Logits [B, T, V]: those at i predict code i. Modes and errors as in `forward`."""

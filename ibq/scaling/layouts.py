@@ -130,7 +130,7 @@ def rules(layout: Layout, training: Training) -> Rules:
         case "fsdp":
             return _fsdp(layout, moments, ema, 2.0 if bf16 else 4.0)
         case "zero":
-            return _zero(layout, moments, ema, 2.0 if bf16 and layout.stage else 4.0)
+            return _zero(layout, moments, ema, 2.0 if bf16 else 4.0)
 
 
 def _fsdp(layout: Layout, moments: float, ema: float, compute: float) -> Rules:
@@ -163,47 +163,31 @@ def _zero(layout: Layout, moments: float, ema: float, compute: float) -> Rules:
     of a matrix product as a view of the same memory, which so stays until the backward pass: only recomputed blocks
     give theirs up.
     """
-    n, stage = layout.shard, layout.stage
+    n, stage, bucket = layout.shard, layout.stage, layout.bucket
     if stage == 0:
-        return Rules(weights=4, optimizer=moments, ema=ema, gradient=4, cast=2.0, fixed=4.0 * layout.bucket)
+        cast = 2.0 if compute == 2 else 0.0
+        return Rules(weights=4, optimizer=moments, ema=ema, gradient=4, cast=cast, bucket=4.0 * bucket)
     state = 0.0 if layout.offload_optimizer != "none" else 1.0
-    own = 0.0 if layout.offload_parameters != "none" else 1.0
+    part = state * 4 / n  # of masters, and of anything else in float32
     common = {"optimizer": state * moments / n, "ema": state * ema / n}
-    match stage:
-        case 1 if compute == 2:
-            return Rules(
-                weights=compute + state * 4 / n,
-                gradient=4 + compute,
-                gradients_stay=True,
-                at_end=4,
-                at_end_bytes=4.0 * ALLREDUCE,
-                **common,
-            )
-        case 1:
-            return Rules(
-                weights=compute + state * 4 / n,
-                gradient=4,
-                update=state * 4 / n,
-                bucket=4.0 * layout.bucket,
-                **common,
-            )
-        case 2:
-            return Rules(
-                weights=compute + state * 4 / n,
-                gradient=state * 4 / n,
-                update=state * 4 / n,
-                bucket=(4.0 + compute) * layout.bucket,
-                **common,
-            )
+    if stage == 1 and compute == 2:
+        gradients = {"gradient": 4 + compute, "gradients_stay": True, "at_end": 4, "at_end_bytes": 4.0 * ALLREDUCE}
+        return Rules(weights=compute + part, **gradients, **common)
+    if stage == 1:
+        return Rules(weights=compute + part, gradient=4, update=part, bucket=4.0 * bucket, **common)
+    if stage == 2:
+        gradients = {"gradient": part, "bucket": (4.0 + compute) * bucket}
+        return Rules(weights=compute + part, update=part, **gradients, **common)
+    own = 0.0 if layout.offload_parameters != "none" else compute / n
     return Rules(
-        weights=(own * compute + state * 4) / n,
-        gradient=state * 4 / n,
+        weights=own + part,
+        gradient=part,
         gradients_stay=True,
         held=compute,
         live=compute,
         live_elements=layout.live + layout.gather,
-        bucket=compute * layout.bucket,
-        fixed=4.0 * layout.bucket,
+        bucket=compute * bucket,
+        fixed=4.0 * bucket,
         update_bytes=4.0 * state * layout.sub_group,
         **common,
     )

@@ -90,74 +90,97 @@ def peak_memory(network: Network, rules: Rules, *, accumulated: bool) -> Memory:
 
 def step_phases(network: Network, rules: Rules, *, accumulated: bool) -> Iterator[Memory]:
     """Every phase of a step in order."""
-    kept = sum(block.kept for block in network.blocks)
-    casts = rules.cast * (network.root_products + sum(block.products for block in network.blocks))
-    kept_casts = rules.cast * (
-        network.root_products + sum(block.products for block in network.blocks if not block.recomputed)
-    )
-    done = 0.0  # elements whose gradients are there
+    whole = accumulated or rules.gradients_stay
 
-    def phase(name: str, **kinds: float) -> Memory:
+    def phase(name: str, done: float, kinds: dict[str, float]) -> Memory:
         base = _static(network, rules)
-        base["gradients"] = rules.gradient * (network.elements if accumulated or rules.gradients_stay else done)
-        for kind, size in kinds.items():
-            base[kind] += size
-        return Memory(phase=name, kinds=base)
+        base["gradients"] = rules.gradient * (network.elements if whole else done)
+        return Memory(phase=name, kinds={kind: size + kinds.get(kind, 0.0) for kind, size in base.items()})
 
-    gathered_root = rules.root_gathered * network.root
-    # What autograd holds is part of what is live.
-    held = rules.held * sum(block.products for block in network.blocks if not block.recomputed)
-    held_at_head = held + rules.held * (network.root - network.root_late)
-    live = rules.live * min(network.elements, rules.live_elements)
-    passing = min(rules.bucket, 8 * network.elements)
-    saved = network.root_saved + kept
-    widest = max((block.working for block in network.blocks), default=0.0)
-    last = network.blocks[-1].elements if network.blocks else 0.0
-    yield phase(
-        "forward pass",
-        weights=gathered_root + max(held_at_head, live) + (rules.gathered + rules.ahead) * last,
-        activations=saved + (widest if casts > kept_casts else 0.0),
-        head=network.head_saved + network.head_forward,
-        buffers=casts,
-    )
-    late = network.root_late
-    done += network.root - late
-    yield phase(
-        "backward pass of the head",
-        weights=gathered_root + max(held_at_head, live) + rules.ahead * last,
-        activations=saved,
-        head=network.head_saved + network.head_backward,
-        buffers=kept_casts + passing + rules.root_passing * (network.root - late),
-    )
+    yield phase("forward pass", 0.0, _forward(network, rules))
+    done = network.root - network.root_late
+    yield phase("backward pass of the head", done, _head(network, rules))
     for number in reversed(range(len(network.blocks))):
-        block = network.blocks[number]
-        ahead = network.blocks[number - 1].elements if number else 0.0
-        behind = network.blocks[number + 1].elements if number + 1 < len(network.blocks) else 0.0
-        cast = rules.cast * block.products if block.recomputed else 0.0
-        yield phase(
-            f"backward pass of block {number}",
-            weights=gathered_root + max(held, live) + rules.gathered * block.elements + rules.ahead * ahead,
-            activations=saved - block.kept + block.saved + block.working,
-            buffers=kept_casts + cast + rules.passing * max(block.elements, behind)
-            + passing + rules.root_passing * (network.root - late),
-        )  # fmt: skip
-        done += block.elements  # they came one by one: its activations were going by then
-        saved -= block.kept
-        if not block.recomputed:
-            kept_casts -= rules.cast * block.products
-            held -= rules.held * block.products
-    done += late
-    at_end = passing + 2 * rules.root_passing * network.root
-    at_end += min(rules.at_end * network.elements, rules.at_end_bytes)
-    yield phase("end of the backward pass", weights=gathered_root + live, buffers=at_end)
-    at_update = rules.update * network.elements + min(rules.update_bytes, 4 * network.elements)
-    yield phase("update", weights=rules.root_gathered * network.root, buffers=at_update)
+        # The block's own gradients come one by one, while its activations go.
+        yield phase(f"backward pass of block {number}", done, _block(network, rules, number))
+        done += network.blocks[number].elements
+    yield phase("end of the backward pass", network.elements, _end(network, rules))
+    buffers = rules.update * network.elements + min(rules.update_bytes, 4 * network.elements)
+    kinds = {"weights": rules.root_gathered * network.root, "buffers": buffers}
+    yield phase("update", network.elements, kinds)
 
 
 def _static(network: Network, rules: Rules) -> dict[str, float]:
+    """What is there at all times."""
     kinds = dict.fromkeys(KINDS, 0.0)
     kinds["weights"] = rules.weights * network.elements
     kinds["optimizer"] = rules.optimizer * network.elements
     kinds["ema"] = rules.ema * network.elements
     kinds["buffers"] = rules.buckets * network.elements + rules.fixed + network.extra
     return kinds
+
+
+def _waiting(network: Network, blocks: int) -> float:
+    """Elements of product weights, in the first so many blocks, that are saved for their backward pass."""
+    return sum(block.products for block in network.blocks[:blocks] if not block.recomputed)
+
+
+def _gathered(network: Network, rules: Rules, waiting: float) -> float:
+    """Bytes of gathered weights outside the block in use; what autograd holds is part of what is live."""
+    live = rules.live * min(network.elements, rules.live_elements)
+    return rules.root_gathered * network.root + max(rules.held * waiting, live)
+
+
+def _passing(network: Network, rules: Rules) -> float:
+    """Bytes of gradients before they are reduced."""
+    return min(rules.bucket, 8 * network.elements) + rules.root_passing * (network.root - network.root_late)
+
+
+def _forward(network: Network, rules: Rules) -> dict[str, float]:
+    """The end of the forward pass. Autocast remembers every copy until then, also for blocks that are recomputed."""
+    last = network.blocks[-1].elements if network.blocks else 0.0
+    recomputed = rules.cast and any(block.recomputed for block in network.blocks)
+    widest = max((block.working for block in network.blocks), default=0.0) if recomputed else 0.0
+    head = network.root - network.root_late
+    gathered = _gathered(network, rules, _waiting(network, len(network.blocks)) + head)
+    return {
+        "weights": gathered + (rules.gathered + rules.ahead) * last,
+        "activations": network.root_saved + sum(block.kept for block in network.blocks) + widest,
+        "head": network.head_saved + network.head_forward,
+        "buffers": rules.cast * (network.root_products + sum(block.products for block in network.blocks)),
+    }
+
+
+def _head(network: Network, rules: Rules) -> dict[str, float]:
+    """The head's backward pass."""
+    last = network.blocks[-1].elements if network.blocks else 0.0
+    waiting = _waiting(network, len(network.blocks))
+    head = network.root - network.root_late
+    return {
+        "weights": _gathered(network, rules, waiting + head) + rules.ahead * last,
+        "activations": network.root_saved + sum(block.kept for block in network.blocks),
+        "head": network.head_saved + network.head_backward,
+        "buffers": rules.cast * (network.root_products + waiting) + _passing(network, rules),
+    }
+
+
+def _block(network: Network, rules: Rules, number: int) -> dict[str, float]:
+    """A block's backward pass, once it is recomputed if it has to be."""
+    blocks, block = network.blocks, network.blocks[number]
+    ahead = blocks[number - 1].elements if number else 0.0
+    behind = blocks[number + 1].elements if number + 1 < len(blocks) else 0.0
+    waiting = _waiting(network, number + 1)
+    cast = network.root_products + waiting + (block.products if block.recomputed else 0.0)
+    gathered = _gathered(network, rules, waiting)
+    return {
+        "weights": gathered + rules.gathered * block.elements + rules.ahead * ahead,
+        "activations": network.root_saved + sum(other.kept for other in blocks[:number]) + block.saved + block.working,
+        "buffers": rules.cast * cast + rules.passing * max(block.elements, behind) + _passing(network, rules),
+    }
+
+
+def _end(network: Network, rules: Rules) -> dict[str, float]:
+    """The last gradients, of what is outside the blocks, are reduced."""
+    bucket = min(rules.bucket, 8 * network.elements)
+    reduced = 2 * rules.root_passing * network.root + min(rules.at_end * network.elements, rules.at_end_bytes)
+    return {"weights": _gathered(network, rules, 0.0), "buffers": bucket + reduced}

@@ -113,11 +113,26 @@ def tokenizer_network(config: TokenizerConfig, losses: TokenizerLosses, layout: 
         )
         for part in units
     ]
-    image, size = rows * config.in_channels * config.resolution**2, values.compute
-    saved, extra = image * (4 + 4 + size), 0.0
-    working = 3 * 64 * image * size / config.in_channels
-    own = 0.0  # of the discriminator's step
+    beside = _losses(config, losses, layout, training)
+    codebook = next(part.parameters for part in parts if part.name == "quantizer")
+    root = sum(part.parameters for part in rest)
+    return Network(
+        blocks=blocks,
+        root=root,
+        root_late=root - rest[-1].parameters,
+        root_products=root - codebook,
+        root_saved=rows * sum(part.kept(recomputed) for part in rest),
+        **beside,
+    )
+
+
+def _losses(config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, training: Training) -> dict[str, float]:
+    """Bytes of LPIPS and of the discriminator, in its own step and frozen in the tokenizer's."""
+    values, rows = numerics(layout, training), training.micro_batch
     autocast = 2 if training.precision == "bf16" else 0
+    pixels = rows * config.resolution**2
+    saved, extra = pixels * config.in_channels * (4 + 4 + values.compute), 0.0
+    own_step = 0.0
     if losses.perceptual:
         layers = perceptual_layers(config.resolution, values)
         weights = sum(layer.parameters for layer in layers)
@@ -128,19 +143,12 @@ def tokenizer_network(config: TokenizerConfig, losses: TokenizerLosses, layout: 
         weights = sum(layer.parameters for layer in layers)
         one = rows * sum(layer.saved for layer in layers) + autocast * weights
         saved += one
-        own = 2 * one + 4 * weights
+        own_step = 2 * one + 4 * weights
         # Weights and moments, a copy of both in case the step must be undone, and DDP's buckets.
         extra += (2 * (4 + training.moments) + (4 if layout.gpus > 1 else 0)) * weights
-    codebook = next(part.parameters for part in parts if part.name == "quantizer")
-    root = sum(part.parameters for part in rest)
-    return Network(
-        blocks=blocks,
-        root=root,
-        root_late=root - rest[-1].parameters,
-        root_products=root - codebook,
-        root_saved=rows * sum(part.kept(recomputed) for part in rest),
-        head_saved=saved,
-        head_forward=max(0.0, own - saved),
-        head_backward=working,
-        extra=extra,
-    )
+    return {
+        "head_saved": saved,
+        "head_forward": max(0.0, own_step - saved),
+        "head_backward": 3 * 64 * pixels * values.compute,  # gradients of VGG's first maps
+        "extra": extra,
+    }

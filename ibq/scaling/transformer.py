@@ -162,37 +162,43 @@ def block_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
     modulation = [] if config.shared_adaln else [Saved(name="ada_lin input", bytes=size * width)]
     modulation.append(Saved(name="modulation", bytes=size * 6 * width, dear=True))
 
-    def norm(name: str, copies: int = 1) -> list[Saved]:
-        return [
-            Saved(name=f"{name} input", bytes=4 * stream, lies="tokens"),
-            Saved(name=f"{name} normalized", bytes=4 * stream, lies="tokens"),
-            Saved(name=f"{name} 1 / rms", bytes=4 * tokens, lies="tokens"),
-            Saved(name=f"{name} scale, with and without weight", bytes=2 * 4 * width),
-            Saved(name=f"{name} output", bytes=copies * size * stream),
-        ]
-
-    def end(name: str, dropout: float) -> list[Saved]:
-        mask = (
-            [Saved(name=f"{name} dropout mask", bytes=numerics.mask(size) * stream, lies="tokens")] if dropout else []
-        )
-        return [*mask, Saved(name=f"{name} output", bytes=size * stream, lies="tokens", dear=True)]
-
     return [
         *modulation,
-        *norm("attention_norm"),
+        *_norm_saved("attention_norm", config, numerics),
         Saved(name="wqkv output", bytes=size * tokens * packed, lies="channels", dear=True),
         Saved(name="rotated queries and keys", bytes=size * tokens * rotated, lies="channels"),
         Saved(name="attention output", bytes=size * stream, lies="channels", dear=True),
         Saved(name="log-sum-exp of scores", bytes=4 * tokens * config.num_heads, lies="channels", dear=True),
-        *end("attention", config.residual_dropout),
+        *_end_saved("attention", config, numerics, config.residual_dropout),
         # Autocast rounds the float32 output for w1 and once more for w3: it remembers weights alone.
-        *norm("ffn_norm", copies=2 if numerics.casts and numerics.stream > size else 1),
+        *_norm_saved("ffn_norm", config, numerics, outputs=2 if numerics.casts and numerics.stream > size else 1),
         Saved(name="w1 output", bytes=size * tokens * hidden, lies="channels", dear=True),
         Saved(name="silu", bytes=size * tokens * hidden, lies="channels"),
         Saved(name="w3 output", bytes=size * tokens * hidden, lies="channels", dear=True),
         Saved(name="gated", bytes=size * tokens * hidden, lies="channels"),
-        *end("feed_forward", config.ffn_dropout),
+        *_end_saved("feed_forward", config, numerics, config.ffn_dropout),
     ]
+
+
+def _norm_saved(name: str, config: TransformerConfig, numerics: Numerics, outputs: int = 1) -> list[Saved]:
+    """What an adaptive norm saves, and its output, rounded so many times, for the products after it."""
+    tokens, width = config.tokens, config.model_width
+    return [
+        Saved(name=f"{name} input", bytes=4 * tokens * width, lies="tokens"),
+        Saved(name=f"{name} normalized", bytes=4 * tokens * width, lies="tokens"),
+        Saved(name=f"{name} 1 / rms", bytes=4 * tokens, lies="tokens"),
+        Saved(name=f"{name} scale, with and without weight", bytes=2 * 4 * width),
+        Saved(name=f"{name} output", bytes=outputs * numerics.compute * tokens * width),
+    ]
+
+
+def _end_saved(name: str, config: TransformerConfig, numerics: Numerics, dropout: float) -> list[Saved]:
+    """What the dropout and the gate at the end of a part of a block save."""
+    stream, size = config.tokens * config.model_width, numerics.compute
+    output = Saved(name=f"{name} output", bytes=size * stream, lies="tokens", dear=True)
+    if not dropout:
+        return [output]
+    return [Saved(name=f"{name} dropout mask", bytes=numerics.mask(size) * stream, lies="tokens"), output]
 
 
 def block_kept(config: TransformerConfig, numerics: Numerics, *, recomputed: bool) -> list[Saved]:
