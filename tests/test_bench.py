@@ -1,6 +1,7 @@
 """The benches of numeric cores run, and write what the README says."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,46 @@ def test_growth_and_its_picture(tmp_path):
 
 def form(size: int) -> dict[str, float]:
     return {"seconds": size / 1000, "extra_peak_gib": size / 10_000}
+
+
+def test_tokenizer_memory(tmp_path):
+    config = tmp_path / "t.yaml"
+    config.write_text(
+        "model: {resolution: 64, channels: 32, channel_multipliers: [1, 1], res_blocks: 2, attention_resolutions: [], "
+        "latent_channels: 16, quantizer: {num_codes: 64, dim: 16}}\n"
+    )
+    file = tmp_path / "t.json"
+    size = ("--config", str(config), "--batch", "4", "--repeats", "1")
+    done = bench("tokenizer-memory", *size, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    kept, recomputed, ratio = figures["kept"], figures["recomputed"], figures["ratio"]
+    assert ratio["memory"] == pytest.approx(recomputed["activation_gib"] / kept["activation_gib"])
+    assert 0 < ratio["memory"] < 1 and ratio["time"] > 0 and "recomputed" in done.stdout
+
+
+@pytest.mark.slow
+def test_xxl_step_in_small(tmp_path):
+    """The same two runs by the deepspeed launcher, of a model that is small in everything."""
+    file = tmp_path / "x.json"
+    small = [f"model.{size}" for size in ("depth=2", "heads=2", "width=32", "vocab_size=64", "num_classes=12")]
+    arguments = (
+        "--folder",
+        str(tmp_path / "run"),
+        "--steps",
+        "3",
+        "--more-steps",
+        "2",
+        "--batch",
+        "2",
+        "--set",
+        *small,
+    )
+    done = bench("xxl-step", *arguments, "optimizer.learning_rate=1e-2", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert len(figures["losses"]) == 3 and len(figures["resumed_losses"]) == 2
+    assert figures["losses"][0] == pytest.approx(math.log(64), abs=1e-3)
+    assert figures["resumed_losses"][-1] < figures["losses"][0]
+    assert 0 < figures["peak_gib"] < 8 and figures["seconds_per_step"] > 0
+    assert figures["parameters"] > 2 * 64 * 32 and not (tmp_path / "run").exists()

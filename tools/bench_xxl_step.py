@@ -117,16 +117,14 @@ def _make_codes(folder: Path, config: str, sizes: list[str]) -> None:
         sys.executable, "ibq/train_tokenizer.py", "--config", "yaml/quickstart_tokenizer.yaml", f"output={tokenizer}",
         *TOKENIZER, f"model.quantizer.num_codes={wanted.vocab_size}",
     )  # fmt: skip
-    for split in ("train", "val"):
-        _run(
-            sys.executable, "tools/encode_shards.py", "--tokenizer", str(tokenizer / "checkpoints/step-00000024"),
-            "--images", str(IMAGES / f"{split}-*.tar"), "--output", str(folder / "codes" / split),
-        )  # fmt: skip
-        meta = folder / "codes" / split / META_FILE
-        content = json.loads(meta.read_text())
-        unused = wanted.num_classes - len(content["classes"])
-        content["classes"] += [f"unused {number}" for number in range(unused)]
-        write_text(meta, json.dumps(content))
+    _run(
+        sys.executable, "tools/encode_shards.py", "--tokenizer", str(tokenizer / "checkpoints/step-00000024"),
+        "--images", str(IMAGES / "val-*.tar"), "--output", str(folder / "codes"),
+    )  # fmt: skip
+    meta = folder / "codes" / META_FILE
+    content = json.loads(meta.read_text())
+    content["classes"] += [f"unused {number}" for number in range(wanted.num_classes - len(content["classes"]))]
+    write_text(meta, json.dumps(content))
 
 
 def _train(arguments: argparse.Namespace, last: int, after: int = 0) -> list[dict]:
@@ -136,7 +134,7 @@ def _train(arguments: argparse.Namespace, last: int, after: int = 0) -> list[dic
     settings = [
         *("engine.kind=zero", "engine.stage=3", "engine.offload_optimizer=nvme", f"engine.nvme_path={folder / 'nvme'}"),
         *("precision=bf16", "ema_decay=null", "model.gradient_checkpointing=true", f"output={folder / 'run'}"),
-        *(f"data.train={folder / 'codes/train'}", f"data.validation={folder / 'codes/val'}"),
+        *(f"data.train={folder / 'codes'}", f"data.validation={folder / 'codes'}"),
         *(f"training={{epochs: null, max_steps: {last}, batch_size: {arguments.batch}}}", "training.log_every=1"),
         *(f"training.micro_batch={arguments.batch}", "training.validate_every=null", "checkpoint.keep=1"),
         *("optimizer.scale_learning_rate=false", "optimizer.learning_rate=1e-4", "schedule.end=1.0"),
