@@ -115,10 +115,10 @@ def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device, we
 def _from_checkpoint(kind: type, config_kind: type, path: Path, weights: Weights) -> tuple:
     """(config, weights) of a training run's checkpoint, in whatever layout it was written."""
     try:
-        with ShardReader(path, kind.__name__.lower()) as reader:
-            part = "ema" if weights == "ema" and "ema" in reader.parts else "weight"
-            state = {name: reader.full(part, name) for name in reader.shapes} | reader.untrained()
-            return parse_config(config_kind, reader.model["config"], str(path)), state
+        reader = ShardReader(path, kind.__name__.lower())
+        part = "ema" if weights == "ema" and "ema" in reader.parts else "weight"
+        state = {name: reader.full(part, name) for name in reader.shapes} | reader.untrained()
+        return parse_config(config_kind, reader.model["config"], str(path)), state
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: a damaged checkpoint ({error}); take another") from error
 

@@ -268,9 +268,9 @@ def trained(place, tmp_path_factory):
 
 
 DAMAGE = {
-    "cut off": ("tokenizer.safetensors", lambda data: data[: len(data) // 2]),
-    "empty": ("tokenizer.safetensors", lambda data: b""),
-    "no discriminator": ("discriminator.safetensors", None),
+    "cut off": ("tokenizer-0000.safetensors", lambda data: data[: len(data) // 2]),
+    "empty": ("tokenizer-0000.safetensors", lambda data: b""),
+    "no discriminator": ("discriminator-0000.safetensors", None),
     "no state": ("state.json", None),
     "state is no JSON": ("state.json", lambda data: data[:20]),
     "state is a list": ("state.json", lambda data: b"[]"),

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_support import CLASSES, picture, png, run_script, write_images, write_shard
+from training_support import CLASSES, picture, png, run_script, write_best, write_images, write_shard
 
 import ibq
-from ibq.config import dump_config, exit_on_user_error
+from ibq.config import exit_on_user_error
 from ibq.data.codes import CodeDataset
 from ibq.data.transforms import AugmentConfig, random_square, square, to_unit_range
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.quantizers import IBQConfig
-from ibq.training.checkpoint import save_pretrained, weights_hash
+from ibq.training.checkpoint import weights_hash
 
 COUNT, ROWS, BATCH, SIZE = 40, 7, 3, 16
 
@@ -40,7 +40,7 @@ def save_tokenizer(folder, seed=0, num_codes=32, change=lambda model: None):
     model = Tokenizer(config)
     with torch.no_grad():
         change(model)
-    save_pretrained(folder / "best", dump_config(config), model.state_dict())
+    write_best(folder / "best", model)
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_support import write_best
 
-from ibq.config import dump_config, load_config
+from ibq.config import load_config
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.quantizers import IBQConfig
 from ibq.train_ar import ARRunConfig
 from ibq.train_tokenizer import TokenizerRunConfig
-from ibq.training.checkpoint import save_pretrained
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,11 +40,8 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
         quantizer=IBQConfig(num_codes=64, dim=16),
     )
     transformer = TransformerConfig(vocab_size=64, num_classes=9, tokens_per_side=8, depth=1, width=64, heads=2)
-    for name, config, module in (
-        ("tokenizer", tokenizer, Tokenizer(tokenizer)),
-        ("transformer", transformer, Transformer(transformer)),
-    ):
-        save_pretrained(tmp_path / "runs/quickstart" / name / "best", dump_config(config), module.state_dict())
+    for name, module in (("tokenizer", Tokenizer(tokenizer)), ("transformer", Transformer(transformer))):
+        write_best(tmp_path / "runs/quickstart" / name / "best", module)
     monkeypatch.chdir(tmp_path)
     (example,) = blocks("python")
     names: dict = {}

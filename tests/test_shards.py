@@ -81,23 +81,23 @@ def write(folder, shards: list[Shard], name="net", parts=("weight", "ema")) -> N
 @pytest.mark.parametrize("stored", LAYOUTS)
 def test_any_layout_reads_any_other(tmp_path, stored, wanted):
     write(tmp_path, LAYOUTS[stored])
-    with ShardReader(tmp_path, "net") as reader:
-        assert reader.shapes == {"p": SHAPE} and reader.parts == ("weight", "ema")
-        for shard in LAYOUTS[wanted]:
-            state = reader("p", shard)
-            assert torch.equal(state.weight, take(FULL, shard)) and torch.equal(state.ema, -state.weight)
-            assert state.moment1 is None
-        assert torch.equal(reader.full("weight", "p"), FULL)
+    reader = ShardReader(tmp_path, "net")
+    assert reader.shapes == {"p": SHAPE} and reader.parts == ("weight", "ema")
+    for shard in LAYOUTS[wanted]:
+        state = reader("p", shard)
+        assert torch.equal(state.weight, take(FULL, shard)) and torch.equal(state.ema, -state.weight)
+        assert state.moment1 is None
+    assert torch.equal(reader.full("weight", "p"), FULL)
 
 
 def test_elements_that_are_in_no_file_are_noticed(tmp_path):
     write(tmp_path, LAYOUTS["rows of 3 ranks"][:2])
-    with ShardReader(tmp_path, "net") as reader:
-        assert torch.equal(reader.read("weight", "p", rows(2, 8)), FULL[2:8].flatten())
-        with pytest.raises(MissingPartError, match="80 of 120"):
-            reader.full("weight", "p")
-        with pytest.raises(MissingPartError, match="p with shape"):
-            reader.read("weight", "p", whole((10, 12)))
+    reader = ShardReader(tmp_path, "net")
+    assert torch.equal(reader.read("weight", "p", rows(2, 8)), FULL[2:8].flatten())
+    with pytest.raises(MissingPartError, match="80 of 120"):
+        reader.full("weight", "p")
+    with pytest.raises(MissingPartError, match="p with shape"):
+        reader.read("weight", "p", whole((10, 12)))
 
 
 def test_overlaps_of_runs_with_gaps():
@@ -110,8 +110,8 @@ def test_a_scalar_is_a_parameter_too(tmp_path):
     state = ParameterState(weight=torch.tensor(3.5))
     _, pieces = write_shards(tmp_path / shard_file("net", 0), {"s": shard}, ("weight",), iter([("s", state)]))
     write_index(tmp_path / index_file("net"), [pieces], ("weight",), {"kind": "Net", "config": None})
-    with ShardReader(tmp_path, "net") as reader:
-        assert reader.full("weight", "s") == 3.5
+    reader = ShardReader(tmp_path, "net")
+    assert reader.full("weight", "s") == 3.5
 
 
 # --- Files that are written tensor by tensor ---

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ibq.config import UserError
+from ibq.config import UserError, dump_config
 from ibq.data.codes import CodesMeta, write_codes
 from ibq.engine.shard_files import ShardReader
+from ibq.tensor_file import write_tensors
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"tokenizer": "ibq/train_tokenizer.py", "transformer": "ibq/train_ar.py"}
@@ -124,6 +125,14 @@ def make_workplace(folder: Path) -> Path:
     return folder
 
 
+def write_best(folder: Path, module: torch.nn.Module) -> None:
+    """A `best` folder as a run writes it, with the weights of `module`."""
+    folder.mkdir(parents=True)
+    write_tensors(folder / "model.safetensors", module.state_dict())
+    (folder / "config.yaml").write_text(dump_config(module.config))
+    (folder / "info.json").write_text("{}")
+
+
 def train_here(stage: str, argv: list[str]) -> int:
     """Run an entry script's main in this process, on one thread; its exit code."""
     path = list(sys.path)
@@ -171,8 +180,8 @@ def checkpoint_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     tensors = {}
     for index in checkpoint.glob("*.index.json"):
         engine = index.name.removesuffix(".index.json")
-        with ShardReader(checkpoint, engine) as reader:
-            tensors |= {f"{engine}/{part}/{n}": reader.full(part, n) for n in reader.shapes for part in reader.parts}
+        reader = ShardReader(checkpoint, engine)
+        tensors |= {f"{engine}/{part}/{n}": reader.full(part, n) for n in reader.shapes for part in reader.parts}
     assert tensors
     for file in checkpoint.glob("rank-*.safetensors"):
         tensors |= {f"{file.stem}/{name}": tensor for name, tensor in load_file(file).items()}

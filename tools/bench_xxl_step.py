@@ -16,11 +16,11 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ibq.config import UserError, load_section
-from ibq.data.codes import META_FILE
-from ibq.files import write_text
+from ibq.data.codes import META_FILE, CodesMeta, code_files, write_codes
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.progress import progress_bar, say
 
@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         raise UserError(
             f"--folder {folder}: {free / GIB:.0f} GiB are free, {needed / GIB:.0f} are needed; name another"
         )
-    _make_codes(folder, arguments.config, sizes)
+    _make_codes(folder, arguments.config, sizes, arguments.batch)
     last = arguments.steps + arguments.more_steps
     first_rows = _train(arguments, arguments.steps)
     rows = _train(arguments, last, after=arguments.steps)
@@ -109,8 +109,8 @@ def _stored(folder: Path, step: int) -> int:
     return sum(torch.Size(entry["shape"]).numel() for entry in index["parameters"].values())
 
 
-def _make_codes(folder: Path, config: str, sizes: list[str]) -> None:
-    """Codes of the bundled images, and class names for all the classes that the model knows."""
+def _make_codes(folder: Path, config: str, sizes: list[str], images: int) -> None:
+    """Codes of some of the bundled images, and class names for all the classes that the model knows."""
     wanted = load_section(TransformerConfig, config, "model", [size.removeprefix("model.") for size in sizes])
     tokenizer = folder / "tokenizer"
     _run(
@@ -119,12 +119,15 @@ def _make_codes(folder: Path, config: str, sizes: list[str]) -> None:
     )  # fmt: skip
     _run(
         sys.executable, "tools/encode_shards.py", "--tokenizer", str(tokenizer / "checkpoints/step-00000024"),
-        "--images", str(IMAGES / "val-*.tar"), "--output", str(folder / "codes"),
+        "--images", str(IMAGES / "val-*.tar"), "--output", str(folder / "encoded"),
     )  # fmt: skip
-    meta = folder / "codes" / META_FILE
-    content = json.loads(meta.read_text())
-    content["classes"] += [f"unused {number}" for number in range(wanted.num_classes - len(content["classes"]))]
-    write_text(meta, json.dumps(content))
+    encoded = folder / "encoded"
+    meta = json.loads((encoded / META_FILE).read_text())
+    meta["classes"] += [f"unused {number}" for number in range(wanted.num_classes - len(meta["classes"]))]
+    codes, labels = (np.load(file) for file in code_files(encoded, 0))
+    # The same images at every step: so few steps show a falling loss only on what they have seen.
+    chosen = np.linspace(0, len(codes) - 1, images).astype(int)
+    write_codes(folder / "codes", codes[chosen], labels[chosen], CodesMeta(**meta))
 
 
 def _train(arguments: argparse.Namespace, last: int, after: int = 0) -> list[dict]:
@@ -134,7 +137,7 @@ def _train(arguments: argparse.Namespace, last: int, after: int = 0) -> list[dic
     settings = [
         *("engine.kind=zero", "engine.stage=3", "engine.offload_optimizer=nvme", f"engine.nvme_path={folder / 'nvme'}"),
         *("precision=bf16", "ema_decay=null", "model.gradient_checkpointing=true", f"output={folder / 'run'}"),
-        *(f"data.train={folder / 'codes'}", f"data.validation={folder / 'codes'}"),
+        *(f"data.train={folder / 'codes'}", f"data.validation={folder / 'codes'}", "data.streams=1"),
         *(f"training={{epochs: null, max_steps: {last}, batch_size: {arguments.batch}}}", "training.log_every=1"),
         *(f"training.micro_batch={arguments.batch}", "training.validate_every=null", "checkpoint.keep=1"),
         *("optimizer.scale_learning_rate=false", "optimizer.learning_rate=1e-4", "schedule.end=1.0"),

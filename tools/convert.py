@@ -61,21 +61,21 @@ def export(checkpoint: Path, output: Path, weights: str) -> None:
     name = next((name for name in MODELS if (checkpoint / index_file(name)).exists()), None)
     if name is None:
         raise UserError(f"{checkpoint}: holds no {' or '.join(MODELS)}")
-    with ShardReader(checkpoint, name) as reader:
-        part = "ema" if weights == "ema" else "weight"
-        if part not in reader.parts:
-            raise UserError(f"{checkpoint}: its run kept no averaged weights; give --weights raw")
-        metadata = {"model": json.dumps(reader.model), "weights": weights, "checkpoint": checkpoint.name}
-        temporary = output.with_name(f".tmp-{output.name}")
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_model(temporary, reader, part, metadata)
-            temporary.replace(output)
-        except OSError as error:
-            raise UserError(f"{output}: cannot be written ({error}); make room or give another place") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        say(f"{output}: {len(reader.shapes)} tensors, {output.stat().st_size / 2**30:.2f} GiB, {weights} weights")
+    reader = ShardReader(checkpoint, name)
+    part = "ema" if weights == "ema" else "weight"
+    if part not in reader.parts:
+        raise UserError(f"{checkpoint}: its run kept no averaged weights; give --weights raw")
+    metadata = {"model": json.dumps(reader.model), "weights": weights, "checkpoint": checkpoint.name}
+    temporary = output.with_name(f".tmp-{output.name}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_model(temporary, reader, part, metadata)
+        temporary.replace(output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error}); make room or give another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    say(f"{output}: {len(reader.shapes)} tensors, {output.stat().st_size / 2**30:.2f} GiB, {weights} weights")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ A rank that holds whole parameters writes them in their shape, else as a flat li
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -131,18 +130,11 @@ class ShardReader:
     """Reads any part of any parameter from the files of any layout; see `ibq.engine.base.Reader`."""
 
     def __init__(self, folder: Path, engine: str):
-        self._folder, self._engine, self._stack, self._files = folder, engine, ExitStack(), {}
+        self._folder, self._engine = folder, engine
         index = json.loads((folder / index_file(engine)).read_text())
         self.parts: tuple[str, ...] = tuple(part for part in PARTS if part in index["parts"])
         self.model: dict = index["model"]  # see `describe`
         self._entries: dict[str, dict] = index["parameters"]
-
-    def __enter__(self) -> "ShardReader":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._files.clear()
-        self._stack.close()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -185,16 +177,16 @@ class ShardReader:
 
     def _elements(self, file: str, key: str, first: int, end: int) -> Tensor:
         """Elements [first, end) of a stored tensor."""
-        if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(self._folder / file, "pt"))
-        stored = self._files[file].get_slice(key)
-        shape = stored.get_shape()
-        if len(shape) == 0:
-            return self._files[file].get_tensor(key).reshape(-1)[first:end]
-        row = math.prod(shape[1:])
-        begin = first // row
-        rows = stored[begin : -(-end // row)].reshape(-1)
-        return rows[first - begin * row : end - begin * row]
+        # Opened anew each time: a mapping that is kept counts all pages read so far as this process's memory.
+        with safe_open(self._folder / file, "pt") as opened:
+            stored = opened.get_slice(key)
+            shape = stored.get_shape()
+            if len(shape) == 0:
+                return opened.get_tensor(key).reshape(-1)[first:end].clone()
+            row = math.prod(shape[1:])
+            begin = first // row
+            rows = stored[begin : -(-end // row)].reshape(-1)
+            return rows[first - begin * row : end - begin * row].clone()
 
 
 def write_model(path: Path, reader: ShardReader, part: str, metadata: Mapping[str, str] | None = None) -> None:

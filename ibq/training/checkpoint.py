@@ -319,10 +319,10 @@ def load_checkpoint(path: Path, engines: Mapping[str, Engine]) -> tuple[Training
             raise UserError(f"{path}: written by another version; {START_OVER}")
         updates = info.pop("updates")
         for name, engine in engines.items():
-            with ShardReader(path, name) as reader:
-                if reader.shapes != {parameter: shard.shape for parameter, shard in engine.shards().items()}:
-                    raise UserError(f"{path}: holds another model than the config describes; {START_OVER}")
-                engine.load_named_state(reader, updates[name])
+            reader = ShardReader(path, name)
+            if reader.shapes != {parameter: shard.shape for parameter, shard in engine.shards().items()}:
+                raise UserError(f"{path}: holds another model than the config describes; {START_OVER}")
+            engine.load_named_state(reader, updates[name])
         rank_tensors = _rank_tensors(path)
         state = TrainingState(**info)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -382,8 +382,8 @@ def _finish_model(temporary: Path, folder: Path, engine: Engine, part: str, all_
     write_index(temporary / index_file("pieces"), all_pieces, (part,), describe(engine.module))
     if rest := untrained(engine):
         write_tensors(temporary / buffers_file("pieces"), rest)
-    with ShardReader(temporary, "pieces") as reader:
-        write_model(temporary / "model.safetensors", reader, part)
+    reader = ShardReader(temporary, "pieces")
+    write_model(temporary / "model.safetensors", reader, part)
     for path in temporary.glob("pieces*"):
         path.unlink()
     write_text(temporary / "config.yaml", dump_config(engine.module.config))
