@@ -142,7 +142,8 @@ def _tensor_note(sizes: dict[str, int], shown: Sequence[int]) -> str:
     others = ", ".join(f"{size:,} {name}" for name, size in sizes.items() if name != "heads")
     return (
         f"Tensor parallelism: the {heads} heads divide by {_numbers(heads)}; with {others} by {_numbers(common)}; "
-        f"shown: {', '.join(str(number) for number in shown) or 'none'} (within a machine)."
+        f"shown: {', '.join(str(number) for number in shown) or 'none'} (within a machine). Other divisors of the "
+        "heads work too, and leave the layers whole whose sizes do not divide."
     )
 
 
@@ -160,8 +161,12 @@ def recommendation(best: Row | None, rows: Sequence[Row], own: Layout, machine: 
             f"Recommended: none. Even {least.layout.name} needs more than the {machine.usable / GIB:.1f} GiB of a GPU; "
             "take more or larger GPUs, or recompute (model.gradient_checkpointing=true)."
         )
-    simpler = [row for row in rows[: rows.index(best)] if not row.fits]
-    why = f"{simpler[-1].layout.name} does not fit" if simpler else "it is the simplest and fits"
+    simpler = rows[: rows.index(best)]
+    too_large = [row.layout.name for row in simpler if not row.fits]
+    if too_large:
+        why = f"{too_large[-1]} does not fit"
+    else:
+        why = "it is the simplest and fits" if not simpler else "it fits, and simpler layouts are slower"
     others = [row for row in rows if row.fits and row is not best]
     if others:
         rival = min(others, key=lambda row: row.seconds)
