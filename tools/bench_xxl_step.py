@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -144,6 +145,7 @@ def _train(arguments: argparse.Namespace, last: int, after: int = 0) -> list[dic
         *("schedule.warmup_epochs=null", "schedule.warmup_steps=0", *arguments.overrides),
     ]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1"]
+    launcher += ["--master_port", str(_free_port())]
     log = folder / "run" / "metrics.jsonl"
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(log, after, last, folder / "run/checkpoints", done))
@@ -169,6 +171,12 @@ def _watch(log: Path, after: int, last: int, checkpoints: Path, done: threading.
 def _rows(log: Path) -> list[dict]:
     lines = log.read_text().splitlines() if log.exists() else []
     return [row for row in map(json.loads, lines) if "loss/total" in row]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _run(*command: str) -> None:
