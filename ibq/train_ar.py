@@ -18,26 +18,25 @@ import torch
 
 from ibq import dist
 from ibq.api import load_tokenizer
-from ibq.config import UserError, dump_config, exit_on_user_error
+from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
 from ibq.data.shards import ImageDataConfig
 from ibq.engine import Blueprint, EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
 from ibq.engine.heartbeat import HeartbeatConfig
 from ibq.engine.tensor_parallel import check_tensor_parallel
-from ibq.engine.zero import ZeroEngine
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.ar_task import ARScheduleConfig, ARTask
 from ibq.training.checkpoint import CheckpointConfig, weights_hash
-from ibq.training.loop import TrainingConfig, train
+from ibq.training.loop import TrainingConfig
 from ibq.training.run import (
     bind_data,
     check_schedule,
     check_seed_and_average,
     naming,
     parse_arguments,
-    run_folder,
     set_up_torch,
+    train_in_folder,
 )
 from ibq.training.run_data import RunData, code_data, image_data
 
@@ -93,26 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bind_data(data, config.training, device, arguments.source)
     task = build_task(config, data, device, tokenizer)
     check_schedule(task.hyper, arguments.source)
-    try:
-        with run_folder(config.output, arguments.fresh) as folder:
-            code = train(
-                task,
-                data,
-                folder=folder,
-                config=config.training,
-                checkpoint=config.checkpoint,
-                heartbeat=config.heartbeat,
-                config_text=dump_config(config),
-                total_steps=config.training.total_steps(data.steps_per_epoch),
-                seed=config.seed,
-                device=device,
-                title="transformer",
-            )
-    finally:
-        if isinstance(task.engine, ZeroEngine):  # its files on NVMe: a process of several ends without clean-up
-            task.engine.close()
-    dist.shutdown()
-    return code
+    return train_in_folder(task, data, config, arguments.fresh, device, title="transformer")
 
 
 def share_model(config: ARRunConfig) -> None:

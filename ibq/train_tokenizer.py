@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from ibq import dist
-from ibq.config import UserError, dump_config, exit_on_user_error
+from ibq.config import UserError, exit_on_user_error
 from ibq.data.shards import ImageDataConfig
 from ibq.engine import (
     Blueprint,
@@ -35,15 +35,15 @@ from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.perceptual import build_perceptual
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.training.checkpoint import CheckpointConfig
-from ibq.training.loop import TrainingConfig, train
+from ibq.training.loop import TrainingConfig
 from ibq.training.run import (
     bind_data,
     check_schedule,
     check_seed_and_average,
     naming,
     parse_arguments,
-    run_folder,
     set_up_torch,
+    train_in_folder,
 )
 from ibq.training.run_data import RunData, image_data
 from ibq.training.tokenizer_task import (
@@ -115,22 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"{arguments.source}: codebook_start.warmup_steps: {warmup} must be below the run's {total} steps"
         )
-    with run_folder(config.output, arguments.fresh) as folder:
-        code = train(
-            task,
-            data,
-            folder=folder,
-            config=config.training,
-            checkpoint=config.checkpoint,
-            heartbeat=config.heartbeat,
-            config_text=dump_config(config),
-            total_steps=total,
-            seed=config.seed,
-            device=device,
-            title="tokenizer",
-        )
-    dist.shutdown()
-    return code
+    return train_in_folder(task, data, config, arguments.fresh, device, title="tokenizer")
 
 
 def build_task(config: TokenizerRunConfig, data: RunData, device: torch.device, perceptual) -> TokenizerTask:

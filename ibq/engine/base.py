@@ -142,6 +142,9 @@ class Engine(Protocol):
     def load_named_state(self, reader: Reader, steps: int) -> None:
         """Restore this rank's part of every parameter from `reader`; `steps` is the number of updates so far."""
 
+    def close(self) -> None:
+        """Remove what the engine keeps outside of this process's memory; it trains no more."""
+
 
 @torch.no_grad()
 def snapshot(engine: Engine) -> Callable[[], None]:

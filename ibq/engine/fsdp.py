@@ -100,7 +100,7 @@ class FsdpEngine(TorchEngine):
                 own.tensor.data.copy_(take(full, own.shard).view(own.tensor.shape))
         super().__init__(module, settings, held)
         self._parameters = dict(module.named_parameters())
-        # Gradients that no rank has whole: used on a part of the tokens, or not sharded and so not reduced by FSDP.
+        # Parameters that each tensor rank uses on its tokens alone: FSDP does not add up their gradients.
         self._partial = partial_gradients(module, config.tensor_parallel) if config.sequence_parallel else set()
 
     def _wrap(self, module: nn.Module, settings: EngineSettings) -> None:

@@ -99,7 +99,8 @@ def overlaps(wanted: Sequence[Runs], stored: Sequence[Runs]) -> Iterator[tuple[i
     for start, length, place_wanted in wanted_pieces:
         while position < len(stored_pieces) and stored_pieces[position][0] + stored_pieces[position][1] <= start:
             position += 1
-        for first, size, place_stored in stored_pieces[position:]:
+        for number in range(position, len(stored_pieces)):
+            first, size, place_stored = stored_pieces[number]
             if first >= start + length:
                 break
             low, high = max(first, start), min(first + size, start + length)

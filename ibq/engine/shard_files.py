@@ -143,7 +143,8 @@ class ShardReader:
 
     def __call__(self, name: str, shard: Shard) -> ParameterState:
         """A part of a parameter, flat on the CPU."""
-        return ParameterState(**{part: self.read(part, name, shard) for part in self.parts})
+        pieces = self._pieces(name, shard)
+        return ParameterState(**{part: self._read(part, name, shard, pieces) for part in self.parts})
 
     def untrained(self) -> dict[str, Tensor]:
         """The tensors that are not trained."""
@@ -157,22 +158,30 @@ class ShardReader:
 
     def read(self, part: str, name: str, shard: Shard) -> Tensor:
         """The elements [numel] of a shard. MissingPartError if not all of them are in the files."""
+        return self._read(part, name, shard, self._pieces(name, shard))
+
+    def _pieces(self, name: str, shard: Shard) -> list[tuple[str, list[tuple[int, int, int]]]]:
+        """(file, its overlaps with the shard) of every file that holds some of it."""
         if name not in self._entries or tuple(self._entries[name]["shape"]) != shard.shape:
             raise MissingPartError(f"{name} with shape {list(shard.shape)} is not in it")
-        found, count = torch.empty(shard.numel), 0
-        for piece in self._entries[name]["pieces"]:
-            stored = [Runs(*numbers) for numbers in piece["runs"]]
-            places = list(overlaps(shard.runs, stored))
-            if not places:
-                continue
-            first = min(place for _, place, _ in places)
-            end = max(place + length for _, place, length in places)
-            values = self._elements(piece["file"], f"{part}/{name}", first, end)
-            for target, place, length in places:
-                found[target : target + length] = values[place - first : place - first + length]
-                count += length
+        pieces = [
+            (piece["file"], list(overlaps(shard.runs, [Runs(*numbers) for numbers in piece["runs"]])))
+            for piece in self._entries[name]["pieces"]
+        ]
+        pieces = [(file, places) for file, places in pieces if places]
+        count = sum(length for _, places in pieces for _, _, length in places)
         if count != shard.numel:
             raise MissingPartError(f"{name}: {count:,} of {shard.numel:,} elements are in it")
+        return pieces
+
+    def _read(self, part: str, name: str, shard: Shard, pieces) -> Tensor:
+        found = torch.empty(shard.numel)
+        for file, places in pieces:
+            first = min(place for _, place, _ in places)
+            end = max(place + length for _, place, length in places)
+            values = self._elements(file, f"{part}/{name}", first, end)
+            for target, place, length in places:
+                found[target : target + length] = values[place - first : place - first + length]
         return found
 
     def _elements(self, file: str, key: str, first: int, end: int) -> Tensor:

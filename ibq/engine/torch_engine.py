@@ -199,6 +199,9 @@ class TorchEngine:
                     "exp_avg_sq": torch.empty_like(tensor).copy_(state.moment2.view(tensor.shape)),
                 }
 
+    def close(self) -> None:
+        """Nothing is kept outside of memory."""
+
 
 def _build_optimizer(config: OptimizerConfig, held: dict[str, Held]) -> torch.optim.Optimizer:
     groups: dict[str, list] = {"decay": [], "no_decay": []}

@@ -2,11 +2,9 @@
 
 import contextlib
 import itertools
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -32,7 +30,7 @@ from ibq.training.checkpoint import (
 )
 from ibq.training.metrics import Interval, MetricLogger, Stopwatch, peak_memory_gib
 from ibq.training.run_data import RunData
-from ibq.training.stopping import STATUS_FILE, StopSignals, read_status, write_status
+from ibq.training.stopping import StopSignals, write_status
 
 Batch = tuple[Tensor, Tensor]
 
@@ -195,18 +193,6 @@ def _steps(run: "_Run", total_steps: int, seed: int, title: str) -> None:
             run.finish_save()
 
 
-class _MarkingStopwatch(Stopwatch):
-    """A stopwatch of which every part is a phase for the heartbeat."""
-
-    def __init__(self, device: torch.device, mark: Callable[[str], None]):
-        super().__init__(device)
-        self._mark = mark
-
-    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
-        self._mark(name)
-        return super().part(name)
-
-
 class _Run:
     """The state of one run: its step, its best score, its files."""
 
@@ -227,7 +213,7 @@ class _Run:
         self.config, self.checkpoint = config, checkpoint
         self.state = TrainingState(order=data.describe())
         self.heartbeat = Heartbeat(heartbeat, dist.rank(), dist.world_size(), self.write_failure)
-        self.stopwatch, self.interval = _MarkingStopwatch(device, self.mark), Interval(device)
+        self.stopwatch, self.interval = Stopwatch(device, entered=self.mark), Interval(device)
         self.bad_samples = BadSamples(folder, data.order.size, data.max_bad_fraction)
         self.bad_in_a_row = 0
         self._saved: tuple[int, bool] | None = None  # step of the last checkpoint, and whether it waits for validation
@@ -245,10 +231,7 @@ class _Run:
 
     def write_failure(self, reason: str) -> None:
         """Say in `status.json` why the run fails; on one rank, not always 0, and beside a main thread that waits."""
-        failed = {"state": "failed", "step": self.state.step, "total_steps": self.total_steps, "reason": reason}
-        now = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": os.uname().nodename, "pid": os.getpid()}
-        with contextlib.suppress(OSError):
-            write_text(self.folder / STATUS_FILE, json.dumps(read_status(self.folder) | failed | now, indent=1) + "\n")
+        write_status(self.folder, "failed", self.state.step, self.total_steps, reason, any_rank=True)
 
     def resume(self) -> None:
         """Continue from the last checkpoint, if there is one."""

@@ -6,7 +6,7 @@ import resource
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -161,15 +161,20 @@ class Interval:
 
 
 class Stopwatch:
-    """Time per part of the step; on CUDA by events, so that nothing waits for the device."""
+    """Time per part of the step; on CUDA by events, so that nothing waits for the device.
 
-    def __init__(self, device: torch.device):
+    `entered` is told the name of every part that begins.
+    """
+
+    def __init__(self, device: torch.device, entered: Callable[[str], None] = lambda _: None):
         self._cuda = device.type == "cuda"
+        self._entered = entered
         self._spans: dict[str, list] = defaultdict(list)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Measure a part; parts with the same name add up."""
+        self._entered(name)
         start = self._now()
         try:
             yield

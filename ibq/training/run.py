@@ -12,11 +12,11 @@ from typing import IO
 import torch
 
 from ibq import dist
-from ibq.config import UserError, load_config
+from ibq.config import UserError, dump_config, load_config
 from ibq.files import remove
 from ibq.progress import say
 from ibq.training import bad_samples
-from ibq.training.loop import TrainingConfig
+from ibq.training.loop import Task, TrainingConfig, train
 from ibq.training.run_data import RunData
 from ibq.training.stopping import STATUS_FILE
 
@@ -84,6 +84,30 @@ def run_folder(output: str, fresh: bool) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.close()
+
+
+def train_in_folder(task: Task, data: RunData, config, fresh: bool, device: torch.device, title: str) -> int:
+    """Train in the run's folder as its config says, and leave the process group; the exit code."""
+    try:
+        with run_folder(config.output, fresh) as folder:
+            code = train(
+                task,
+                data,
+                folder=folder,
+                config=config.training,
+                checkpoint=config.checkpoint,
+                heartbeat=config.heartbeat,
+                config_text=dump_config(config),
+                total_steps=config.training.total_steps(data.steps_per_epoch),
+                seed=config.seed,
+                device=device,
+                title=title,
+            )
+    finally:
+        for engine in task.engines.values():  # a process of several ends without the interpreter's clean-up
+            engine.close()
+    dist.shutdown()
+    return code
 
 
 def _lock(folder: Path) -> IO:

@@ -67,9 +67,11 @@ class StopSignals:
         return 128 + self.agreed
 
 
-def write_status(folder: Path, state: Status, step: int, total_steps: int, reason: str = "") -> None:
-    """Say in `status.json` how the run stands; rank 0 alone. A full disk is no reason to fail here."""
-    if not dist.is_main():
+def write_status(
+    folder: Path, state: Status, step: int, total_steps: int, reason: str = "", *, any_rank: bool = False
+) -> None:
+    """Say in `status.json` how the run stands; rank 0, or `any_rank`. A full disk is no reason to fail here."""
+    if not (dist.is_main() or any_rank):
         return
     said = {"state": state, "step": step, "total_steps": total_steps, "reason": reason}
     if said.items() <= read_status(folder).items() and state != "running":
