@@ -26,6 +26,7 @@ from training_support import (
 )
 
 from ibq.data.index import sha256_of
+from ibq.training import checkpoint
 from ibq.training.checkpoint import DamagedError, verify_checkpoint
 
 
@@ -364,3 +365,56 @@ def test_no_source_unpickles():
         for call in re.finditer(r"torch\.load\(", text):
             assert "weights_only=True" in text[call.start() : call.start() + 200], path
         assert "SafeLoader" in text or "yaml.load(" not in text, path
+
+
+# --- Saving while training goes on ---
+
+ASYNCHRONOUS = ("checkpoint.asynchronous=true", "checkpoint.save_every=1", "checkpoint.keep=10")
+
+
+def slowly(write, seconds: float):
+    def slow(*arguments):
+        time.sleep(seconds)  # the next steps go on meanwhile, and change what is being written if it is no copy
+        return write(*arguments)
+
+    return slow
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4])
+def test_a_checkpoint_written_beside_the_steps_is_that_of_its_step(place, tmp_path, monkeypatch, seconds):
+    def train(name: str, *overrides: str):
+        folder = tmp_path / name
+        argv = ["--config", str(place / "transformer.yaml"), f"output={folder}", "training.validate_every=null"]
+        assert train_here("transformer", [*argv, "training.max_steps=6", *overrides]) == 0
+        return folder
+
+    waiting = train("waiting", *ASYNCHRONOUS[1:])
+    monkeypatch.setattr(checkpoint, "write_shards", slowly(checkpoint.write_shards, seconds))
+    beside = train("beside", *ASYNCHRONOUS)
+    saved = [path.name for path in checkpoint.checkpoints_in(beside / "checkpoints")]
+    assert saved == [path.name for path in checkpoint.checkpoints_in(waiting / "checkpoints")]
+    for step in range(1, 7):
+        ours, theirs = (checkpoint_tensors(folder, step) for folder in (beside, waiting))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), step
+    # The control: the steps do differ.
+    first, second = (checkpoint_tensors(beside, step) for step in (1, 2))
+    assert not torch.equal(first["transformer/weight/head.weight"], second["transformer/weight/head.weight"])
+
+
+def test_a_disk_that_fails_beside_the_steps_costs_a_checkpoint(place, tmp_path, monkeypatch, capsys):
+    write, calls = checkpoint.write_shards, []
+
+    def fail_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_shards", fail_once)
+    argv = ["--config", str(place / "transformer.yaml"), f"output={tmp_path / 'run'}", "training.validate_every=null"]
+    assert train_here("transformer", [*argv, *ASYNCHRONOUS]) == 0
+    said = capsys.readouterr().err
+    assert "WARNING: the checkpoint of step" in said and "No space left" in said
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert "step-00000002" not in saved and "step-00000004" in saved and not [n for n in saved if n.startswith(".")]
