@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_support import run_script
 
 from ibq.config import exit_on_user_error, load_section, parse_config
+from ibq.engine.tensor_parallel import tensor_shard
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.perceptual import PerceptualConfig, build_perceptual
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
@@ -52,6 +53,7 @@ from ibq.scaling.transformer import (
     root_saved,
     transformer_flops,
     transformer_parameters,
+    transformer_weights,
 )
 from tools.plan import TokenizerPlan, TransformerPlan, main
 
@@ -480,12 +482,29 @@ def test_plan_of_xxl(capsys, tmp_path):
     found = json.loads(path.read_text())
     names = [layout["name"] for layout in found["layouts"]]
     assert names[:4] == ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
-    assert "FSDP2 x tensor 2" in names and not any("tensor 3" in name for name in names)  # 3 splits no vocabulary
+    assert "FSDP2 x tensor 2" in names and not any("tensor 3" in name for name in names)  # 3 divides no machine of 8
     memory = {layout["name"]: layout["memory_bytes"] for layout in found["layouts"]}
     assert memory["ZeRO-2"]["total"] < memory["ZeRO-1"]["total"] < memory["DDP"]["total"]
     for layout in found["layouts"]:
         kinds = layout["memory_bytes"]
         assert kinds["total"] == pytest.approx(sum(size for kind, size in kinds.items() if kind != "total"))
+
+
+def test_layers_that_do_not_divide_stay_whole():
+    config = parse_config(TransformerConfig, {"vocab_size": 64, "num_classes": 3, "tokens_per_side": 4, "depth": 2,
+                                              "heads": 6, "width": 96})  # fmt: skip
+    module = Transformer(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    for tensor in (1, 2, 3, 6):
+        held = sum(tensor_shard(module, name, shape, 0, tensor).numel for name, shape in shapes.items())
+        weights = transformer_weights(config, tensor)
+        planned = sum(part.local(tensor) * (config.depth if name == "block" else 1) for name, part in weights.items())
+        assert planned == held, tensor
+    # Of 3 ranks each makes the head's and the feed-forward part's products alone.
+    stage = TransformerStage(config)
+    two, three = (stage.rank_flops(Layout(kind="fsdp", gpus=6, tensor=tensor)) for tensor in (2, 3))
+    whole = sum(flops.textbook + flops.recomputed for flops in stage.flops().values())
+    assert two == whole / 2 and whole / 3 < three < whole
 
 
 def test_days_follow_from_flops(tmp_path):
@@ -547,7 +566,10 @@ def test_a_gpu_that_is_too_small(capsys):
         (["--gpus", "100"], ["--gpus 100", "768 images does not divide"]),
         (["--gpus", "0"], ["--gpus", "0 is not positive"]),
         (["--gpus", "8", "--mfu", "2"], ["--mfu", "not a share"]),
-        (["--gpus", "8", "engine={kind: fsdp, tensor_parallel: 4}"], ["tensor_parallel: 4 does not", "use 1, 2"]),
+        (
+            ["--gpus", "8", "engine={kind: fsdp, tensor_parallel: 4}"],
+            ["tensor_parallel: 4 does not", "use 1, 2, 3, 5, 6, 10, 15 or 30"],
+        ),
         (["--gpus", "96", "engine={kind: fsdp, tensor_parallel: 5}"], ["tensor_parallel", "5"]),
         (["--gpus", "8", "model.dept=3"], ["model.dept", "depth"]),
         (["--gpus", "8", "training.micro_batch=null"], ["micro_batch"]),

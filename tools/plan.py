@@ -16,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from ibq.config import UserError, exit_on_user_error, load_config
 from ibq.config_yaml import read_layers
 from ibq.engine import EngineConfig, FsdpEngineConfig, LocalEngineConfig, OptimizerConfig, ZeroEngineConfig
+from ibq.engine.tensor_parallel import check_tensor_parallel
 from ibq.files import write_text
 from ibq.models.tokenizer import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
@@ -158,16 +159,11 @@ def check(config: TransformerPlan | TokenizerPlan, stage: Stage, own: Layout, ma
         raise UserError("engine.kind: zero is for transformers; use local or fsdp for a tokenizer")
     if own.tensor == 1:
         return
-    sizes = dict(stage.tensor_sizes())
+    sizes = stage.tensor_sizes()
     if not sizes:
         raise UserError("engine.tensor_parallel: a tokenizer cannot be split; set it to 1")
-    if own.sequence:
-        sizes["tokens"] = stage.tokens
-    common = math.gcd(*sizes.values())
-    for name, size in sizes.items():
-        if size % own.tensor:
-            choice = ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)
-            raise UserError(f"engine.tensor_parallel: {own.tensor} does not divide the {size:,} {name}; use {choice}")
+    tokens = stage.tokens if own.sequence else None
+    check_tensor_parallel(own.tensor, heads=sizes["heads"], kv_heads=sizes["key and value heads"], tokens=tokens)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

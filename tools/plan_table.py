@@ -138,12 +138,11 @@ def _notes(stage: Stage, training: Training, machine: Machine) -> str:
 
 
 def _tensor_note(sizes: dict[str, int], shown: Sequence[int]) -> str:
-    heads, common = sizes["heads"], math.gcd(*sizes.values())
-    others = ", ".join(f"{size:,} {name}" for name, size in sizes.items() if name != "heads")
+    said = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
     return (
-        f"Tensor parallelism: the {heads} heads divide by {_numbers(heads)}; with {others} by {_numbers(common)}; "
-        f"shown: {', '.join(str(number) for number in shown) or 'none'} (within a machine). Other divisors of the "
-        "heads work too, and leave the layers whole whose sizes do not divide."
+        f"Tensor parallelism: the {said} divide by {_numbers(math.gcd(*sizes.values()))}; shown: "
+        f"{', '.join(str(number) for number in shown) or 'none'} (what divides a machine too). Where the hidden "
+        "channels or the codes do not divide, every rank has these layers whole."
     )
 
 

@@ -16,6 +16,7 @@ from ibq.scaling.transformer import (
     on_rank,
     recomputed_blocks,
     root_saved,
+    share_of,
     transformer_weights,
 )
 
@@ -26,16 +27,16 @@ HEAD_TILE = (2048, 512)  # codes and tokens of the lean head's tile of logits on
 def transformer_network(config: TransformerConfig, layout: Layout, training: Training) -> Network:
     """A transformer on one rank."""
     values = numerics(layout, training)
-    weights = transformer_weights(config)
     t, rows = layout.tensor, training.micro_batch
-    share = {"tensor": t, "sequence": layout.sequence}
+    weights = transformer_weights(config, t)
+    share = {"tensor": t, "hidden": share_of(config.ffn_width, t), "sequence": layout.sequence}
     block = weights["block"]
     saved = rows * on_rank(block_saved(config, values), **share)
     working = rows * _block_working(config, layout, values)
     blocks = [
         Block(
             elements=block.local(t),
-            products=block.products / t,
+            products=block.local_products(t),
             kept=rows * on_rank(block_kept(config, values, recomputed=recomputed), **share),
             saved=saved,
             working=working,
@@ -65,7 +66,8 @@ def _block_working(config: TransformerConfig, layout: Layout, values: Numerics) 
     The stream's gradient and that of the part's output, and the gradients of the product and of both its factors, less
     the output, its mask and the product itself, whose part is over.
     """
-    stream, hidden = config.tokens * config.model_width, config.tokens * config.ffn_width / layout.tensor
+    stream = config.tokens * config.model_width
+    hidden = config.tokens * config.ffn_width / share_of(config.ffn_width, layout.tensor)
     over = values.compute * stream + (values.mask(values.compute) * stream if config.ffn_dropout else 0)
     return values.stream * stream + values.compute * (stream + 2 * hidden) - over
 
@@ -75,7 +77,7 @@ def _head_working(
 ) -> tuple[float, float]:
     """Temporaries of the lean head: its input rounded and a tile; backward also both gradients in float32."""
     stream, size = tokens * config.model_width, values.compute
-    vocab = config.vocab_size / tensor
+    vocab = config.vocab_size / share_of(config.vocab_size, tensor)
     tile = min(vocab, HEAD_TILE[0]) * min(tokens, HEAD_TILE[1])
     if values.device == "cuda":
         tile = min(HEAD_WORKSPACE / size, tokens * vocab)

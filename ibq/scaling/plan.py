@@ -20,7 +20,7 @@ from ibq.scaling.tokenizer import (
     tokenizer_parts,
 )
 from ibq.scaling.traffic import Traffic, exposed_seconds, parameter_traffic, tensor_traffic
-from ibq.scaling.transformer import Flops, Numerics, transformer_flops, transformer_weights
+from ibq.scaling.transformer import Flops, Numerics, transformer_flops, transformer_weights, unsplit_flops
 
 EXACT = Numerics(stream=4, compute=4, root=4)
 LARGEST = 2**16  # micro-batch that is looked at
@@ -43,8 +43,11 @@ class Stage(Protocol):
     def tensor_bytes(self, layout: Layout, training: Training) -> float:
         """Bytes of activations that tensor parallelism sends per rank and step."""
 
+    def rank_flops(self, layout: Layout) -> float:
+        """FLOPs of a rank for one image, recomputed ones too."""
+
     def tensor_sizes(self) -> dict[str, int]:
-        """What tensor parallelism divides; empty where it cannot be used."""
+        """What tensor parallelism must divide; empty where it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,14 @@ class TransformerStage:
         """See `Stage`."""
         return tensor_traffic(self.config, layout, training)
 
+    def rank_flops(self, layout: Layout) -> float:
+        """See `Stage`."""
+        flops, whole = transformer_flops(self.config), unsplit_flops(self.config, layout.tensor)
+        return (flops.textbook + flops.recomputed - whole) / layout.tensor + whole
+
     def tensor_sizes(self) -> dict[str, int]:
         """See `Stage`."""
-        config = self.config
-        return {
-            "heads": config.num_heads,
-            "key and value heads": config.num_kv_heads,
-            "hidden channels": config.ffn_width,
-            "codes of the vocabulary": config.vocab_size,
-        }
+        return {"heads": self.config.num_heads, "key and value heads": self.config.num_kv_heads}
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ class TokenizerStage:
     def tensor_bytes(self, layout: Layout, training: Training) -> float:
         """See `Stage`."""
         return 0.0
+
+    def rank_flops(self, layout: Layout) -> float:
+        """See `Stage`."""
+        return sum(part.textbook + part.recomputed for part in self.flops().values())
 
     def tensor_sizes(self) -> dict[str, int]:
         """See `Stage`."""
@@ -227,8 +233,7 @@ def _row(stage: Stage, layout: Layout, training: Training, machine: Machine) -> 
 
 def step_flops(stage: Stage, layout: Layout, training: Training) -> float:
     """FLOPs of a rank in one step, recomputed ones too."""
-    images = training.batch_size / layout.gpus
-    return images * sum(part.textbook + part.recomputed for part in stage.flops().values())
+    return training.batch_size / layout.data * stage.rank_flops(layout)
 
 
 def _largest(stage: Stage, layout: Layout, training: Training, usable: float) -> int:

@@ -21,6 +21,7 @@ class Weights:
     split: int = 0
     whole: int = 0
     products: int = 0  # of both: weights of matrix products, of which autocast makes a bf16 copy
+    whole_products: int = 0  # those of them that are not split
 
     @property
     def count(self) -> int:
@@ -30,6 +31,10 @@ class Weights:
     def local(self, tensor: int) -> float:
         """Elements on one of `tensor` ranks."""
         return self.split / tensor + self.whole
+
+    def local_products(self, tensor: int) -> float:
+        """Weights of matrix products on one of `tensor` ranks."""
+        return (self.products - self.whole_products) / tensor + self.whole_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,30 +72,41 @@ class Saved:
 
     name: str
     bytes: int
-    lies: Literal["channels", "tokens", "whole"] = (
-        "whole"  # split by tensor parallelism, by sequence parallelism, never
-    )
+    # Split by tensor parallelism ("hidden" only if it divides the hidden channels), by sequence parallelism, never.
+    lies: Literal["channels", "hidden", "tokens", "whole"] = "whole"
     dear: bool = False  # kept by selective checkpointing: a result of a matrix product or of attention
 
 
-def transformer_weights(config: TransformerConfig) -> dict[str, Weights]:
-    """Parameters by part: `embeddings`, `block` (each of `depth`), `shared`, `head_norm`, `head`; exact."""
-    width, vocab = config.model_width, config.vocab_size
-    ada = 6 * width * width
+def share_of(size: int, tensor: int) -> int:
+    """Ranks that share a layer of `size` outputs: all of `tensor`, or each has it whole where they do not divide it."""
+    return tensor if size % tensor == 0 else 1
+
+
+def transformer_weights(config: TransformerConfig, tensor: int = 1) -> dict[str, Weights]:
+    """Parameters by part: `embeddings`, `block` (each of `depth`), `shared`, `head_norm`, `head`; exact.
+
+    What is split is said for `tensor` ranks: the heads divide by it, other layers that do not stay whole.
+    """
+    width = config.model_width
+    ada, norms = 6 * width * width, 2 * width
     products = _block_products(config)
-    norms = 2 * width
+    hidden = 3 * width * config.ffn_width if share_of(config.ffn_width, tensor) < tensor else 0  # not split
+    codes = config.vocab_size * width
+    table = Weights(whole=codes) if share_of(config.vocab_size, tensor) < tensor else Weights(split=codes)
+    of_block = {"whole_products": hidden, "products": products}
     if config.shared_adaln:
-        block = Weights(split=products, whole=norms + 6 * width, products=products)
+        block = Weights(split=products - hidden, whole=norms + hidden + 6 * width, **of_block)
         shared = Weights(split=ada + 6 * width, products=ada)
     else:
-        block = Weights(split=products + ada + 6 * width, whole=norms, products=products + ada)
+        of_block["products"] += ada
+        block = Weights(split=products - hidden + ada + 6 * width, whole=norms + hidden, **of_block)
         shared = Weights()
     return {
-        "embeddings": Weights(split=vocab * width, whole=(config.num_classes + 1) * width),
+        "embeddings": Weights(split=table.split, whole=table.whole + (config.num_classes + 1) * width),
         "block": block,
         "shared": shared,
         "head_norm": Weights(split=2 * width * width + 2 * width, whole=width, products=2 * width * width),
-        "head": Weights(split=vocab * width),
+        "head": table,
     }
 
 
@@ -140,6 +156,17 @@ def transformer_flops(config: TransformerConfig) -> Flops:
     return Flops(forward=forward, backward=2 * forward, recomputed=logits + config.depth * attention // 2 + again)
 
 
+def unsplit_flops(config: TransformerConfig, tensor: int) -> int:
+    """FLOPs of an image, recomputed ones too, that each of `tensor` ranks makes by itself: of whole layers."""
+    logits = 2 * config.tokens * config.vocab_size * config.model_width
+    hidden = 2 * config.tokens * 3 * config.model_width * config.ffn_width
+    again = sum(recomputed_blocks(config)) if checkpointing(config) == "full" else 0
+    found = 4 * logits if share_of(config.vocab_size, tensor) < tensor else 0
+    if share_of(config.ffn_width, tensor) < tensor:
+        found += (3 * config.depth + again) * hidden
+    return found
+
+
 def _block_products(config: TransformerConfig) -> int:
     """Elements of the weights that meet every token in a block."""
     width = config.model_width
@@ -172,10 +199,10 @@ def block_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
         *_end_saved("attention", config, numerics, config.residual_dropout),
         # Autocast rounds the float32 output for w1 and once more for w3: it remembers weights alone.
         *_norm_saved("ffn_norm", config, numerics, outputs=2 if numerics.casts and numerics.stream > size else 1),
-        Saved(name="w1 output", bytes=size * tokens * hidden, lies="channels", dear=True),
-        Saved(name="silu", bytes=size * tokens * hidden, lies="channels"),
-        Saved(name="w3 output", bytes=size * tokens * hidden, lies="channels", dear=True),
-        Saved(name="gated", bytes=size * tokens * hidden, lies="channels"),
+        Saved(name="w1 output", bytes=size * tokens * hidden, lies="hidden", dear=True),
+        Saved(name="silu", bytes=size * tokens * hidden, lies="hidden"),
+        Saved(name="w3 output", bytes=size * tokens * hidden, lies="hidden", dear=True),
+        Saved(name="gated", bytes=size * tokens * hidden, lies="hidden"),
         *_end_saved("feed_forward", config, numerics, config.ffn_dropout),
     ]
 
@@ -240,7 +267,7 @@ def head_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
     ]
 
 
-def on_rank(saved: list[Saved], *, tensor: int = 1, sequence: bool = False) -> float:
-    """Bytes of one image on one of `tensor` ranks."""
-    parts = {"channels": tensor, "tokens": tensor if sequence else 1, "whole": 1}
+def on_rank(saved: list[Saved], *, tensor: int = 1, hidden: int = 1, sequence: bool = False) -> float:
+    """Bytes of one image on one of `tensor` ranks, of which `hidden` share the feed-forward part."""
+    parts = {"channels": tensor, "hidden": hidden, "tokens": tensor if sequence else 1, "whole": 1}
     return sum(item.bytes / parts[item.lies] for item in saved)
