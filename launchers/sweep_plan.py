@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ibq.config import ConfigError
+from ibq.config import ConfigError, UserError
 from ibq.config_yaml import config_error, parse_yaml, read_layers, unwrap
+from ibq.models.transformer import TransformerConfig
+from launchers.run_config import check_run, is_training_script, load_run
+from launchers.sweep_rules import ScalingConfig, scaling_runs
 
 PICTURES = "pictures"  # a folder beside the runs' folders
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
@@ -39,17 +42,21 @@ class SweepConfig:
     script: str = "ibq/train_tokenizer.py"
     base: str  # config of all runs
     overrides: tuple[str, ...] = ()  # key.path=value, common to all runs
-    # Give either `runs`, each with its settings, or `grid`, of which every combination is a run.
+    # Give `runs`, each with its settings, or `grid`, of which every combination is a run, or `scaling`, whose rules
+    # make the runs of several sizes and token budgets.
     runs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    scaling: ScalingConfig | None = None
     output: str | None = None  # null: runs/NAME
     evaluation: ReconstructionConfig | None = field(default_factory=ReconstructionConfig)  # null: training alone
 
     def __post_init__(self):
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"name: {self.name!r} cannot name a folder; use letters, digits and . _ + = , -")
-        if bool(self.runs) == bool(self.grid):
-            raise ValueError("runs: give either `runs` ({NAME: [key=value, ...]}) or `grid` ({key: [value, ...]})")
+        if bool(self.runs) + bool(self.grid) + bool(self.scaling) != 1:
+            raise ValueError(
+                "runs: give either `runs` ({NAME: [key=value, ...]}) or `grid` ({key: [value, ...]}) or `scaling`"
+            )
         for name in self.runs:
             if not _NAME.fullmatch(name) or name == PICTURES:
                 raise ValueError(f"runs: {name!r} cannot name a run's folder; use letters, digits and . _ + = , -")
@@ -80,11 +87,11 @@ class Run:
     overrides: tuple[str, ...]  # what makes it different from the others
     settings: dict[str, Any]  # all that its config says, by dotted key; to see whether that has changed
     parts: tuple[Part, ...]
+    held_out: bool = False  # of the fit of a scaling law
 
 
 def plan(config: SweepConfig, source: str) -> list[Run]:
-    """The runs of a sweep in order; ConfigError for settings that cannot be read."""
-    named = dict(config.runs) or _grid_runs(config.grid)
+    """The runs of a sweep in order; ConfigError for settings that cannot be read, or that no run could start with."""
     if not Path(config.script).is_file():
         raise config_error(source, "script", f"{config.script} does not exist; give a path from the project's folder")
     try:
@@ -92,6 +99,7 @@ def plan(config: SweepConfig, source: str) -> list[Run]:
     except ConfigError as error:
         raise config_error(source, "base", str(error)) from error
     common = _overrides_layer(config.overrides, f"{source}: overrides")
+    named, held_out = _named_runs(config, source)
     runs = []
     for name, overrides in named.items():
         own = _overrides_layer(overrides, f"{source}: runs.{name}")
@@ -102,11 +110,42 @@ def plan(config: SweepConfig, source: str) -> list[Run]:
         settings.pop("output", None)  # each run has its own
         folder = config.folder / name
         train = ("--config", config.base, *config.overrides, *overrides, f"output={folder}")
+        _check(config.script, train, f"{source}: run {name}")
         parts = (Part(name="train", command=(config.script, *train)),)
         if config.evaluation is not None:
             parts += _evaluations(config.evaluation, folder, settings, source)
-        runs.append(Run(name=name, folder=folder, overrides=tuple(overrides), settings=settings, parts=parts))
+        runs.append(Run(name=name, folder=folder, overrides=tuple(overrides), settings=settings, parts=parts,
+                        held_out=name in held_out))  # fmt: skip
     return runs
+
+
+def _named_runs(config: SweepConfig, source: str) -> tuple[dict[str, tuple[str, ...]], set[str]]:
+    """The runs' settings by name, and which runs are held out of a fit."""
+    if config.scaling is None:
+        return dict(config.runs) or _grid_runs(config.grid), set()
+    if not is_training_script(config.script):
+        raise config_error(source, "scaling", f"its rules are for ibq/train_ar.py, not for {config.script}")
+    try:
+        base = load_run(config.script, ("--config", config.base, *config.overrides))
+    except (ConfigError, UserError) as error:
+        raise config_error(source, "base", str(error)) from error
+    if not isinstance(base.model, TransformerConfig):
+        raise config_error(source, "scaling", f"its rules are for ibq/train_ar.py, not for {config.script}")
+    try:
+        runs = scaling_runs(config.scaling, base.model, base.training.micro_batch)
+    except ValueError as error:
+        raise config_error(source, f"scaling.{error}", "") from error
+    return {run.name: run.overrides for run in runs}, {run.name for run in runs if run.held_out}
+
+
+def _check(script: str, arguments: Sequence[str], name: str) -> None:
+    """ConfigError, which names the run, unless its whole config can be read and its sizes fit together."""
+    if not is_training_script(script):
+        return
+    try:
+        check_run(load_run(script, arguments))
+    except (ConfigError, UserError) as error:
+        raise config_error(name, "", str(error)) from error
 
 
 def _grid_runs(grid: Mapping[str, Sequence[Any]]) -> dict[str, tuple[str, ...]]:

@@ -16,12 +16,18 @@ from ibq.evaluation.ablation_report import COLUMNS, AblationData, cell, head, wr
 from ibq.evaluation.figures import as_number
 from ibq.files import write_text
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.transformer import TransformerConfig
+from ibq.scaling.transformer import transformer_flops, transformer_parameters, transformer_weights
 from ibq.training.stopping import read_status
+from launchers.run_config import is_training_script, load_run
 from launchers.sweep_plan import PICTURES, Run, SweepConfig
 from launchers.sweep_state import MEASURED_FILES, RECORD_FILE
 from launchers.sweep_table import aligned
 
-CURVES = {"PSNR": "psnr", "SSIM": "ssim", "Codebook usage": "usage", "Codebook perplexity": "perplexity"}
+CURVES = {
+    "PSNR": "psnr", "SSIM": "ssim", "Codebook usage": "usage", "Codebook perplexity": "perplexity",
+    "Validation NLL": "nll",
+}  # fmt: skip
 RECONSTRUCTION = ("psnr", "ssim", "lpips", "l1", "thumbnail_psnr")
 USAGE = ("usage", "perplexity", "effective_rank", "tokens_per_code")
 
@@ -65,6 +71,7 @@ def figures(run: Run) -> dict[str, float]:
         row |= {name: usage["metrics"].get(name) for name in USAGE}
         row["parameters"] = parameters(run.folder / "best" / "config.yaml")
     logged = metric_rows(run.folder)
+    row |= transformer_figures(run, logged)
     timed = [line["seconds/step"] for line in logged if "seconds/step" in line]
     memory = [line["peak_memory_gib"] for line in logged if "peak_memory_gib" in line]
     row["steps"] = read_status(run.folder).get("step")
@@ -74,6 +81,39 @@ def figures(run: Run) -> dict[str, float]:
     found = {name: as_number(row[name]) for name in COLUMNS if row.get(name) is not None}
     return {name: int(value) if COLUMNS[name][1] == "int" else value for name, value in found.items()
             if np.isfinite(value)}  # fmt: skip
+
+
+def transformer_figures(run: Run, logged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a fit of a scaling law needs of a transformer's run; nothing for other runs.
+
+    Tokens are those of all steps, and FLOPs those of forward and backward pass without recomputation; `nll` is that of
+    the last validation, with averaged weights, and `train_loss` the mean of the last log interval.
+    """
+    script, *arguments = run.parts[0].command
+    if not is_training_script(script):
+        return {}
+    config = load_run(script, arguments)
+    if not isinstance(config.model, TransformerConfig):
+        return {}
+    model, batch = config.model, config.training.batch_size
+    weights, count = transformer_weights(model), transformer_parameters(model)
+    images = batch * int(read_status(run.folder).get("step", 0))
+    validations = [as_number(line["validation/nll"]) for line in logged if "validation/nll" in line]
+    losses = [line["loss/total"] for line in logged if "loss/total" in line]
+    return {
+        "depth": model.depth,
+        "width": model.model_width,
+        "batch_size": batch,
+        "learning_rate": config.optimizer.peak_learning_rate(batch),
+        "non_embedding_parameters": count - weights["embeddings"].count - weights["head"].count,
+        "parameters": count,
+        "tokens": images * model.tokens,
+        "flops": images * transformer_flops(model).textbook,
+        "nll": validations[-1] if validations else None,
+        "best_nll": min(validations, default=None),
+        "train_loss": losses[-1] if losses else None,
+        "held_out": int(run.held_out),
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

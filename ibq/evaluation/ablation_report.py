@@ -29,13 +29,25 @@ COLUMNS = {
     "perplexity": ("Perplexity", *FIELDS["codebook.perplexity"][1:]),
     "effective_rank": ("Rank", *FIELDS["codebook.effective_rank"][1:]),
     "tokens_per_code": ("Tokens/code", *FIELDS["codebook.tokens_per_code"][1:]),
+    "depth": ("Depth", "int", "", "Blocks of the transformer."),
+    "width": ("Width", "int", "", "Channels of the transformer."),
+    "tokens": ("Tokens", "short", "", "Codes seen in training, repeated ones counted again: D of a scaling law."),
+    "flops": ("FLOPs", "short", "", "Of the training: forward and backward pass, without recomputation."),
+    "batch_size": ("Batch", "int", "", "Images in a step."),
+    "learning_rate": ("Rate", "short", "", "Peak learning rate."),
+    "nll": ("NLL", "nats/token", "lower", "Of the validation images at the end, with averaged weights."),
+    "best_nll": ("Best NLL", "nats/token", "lower", "The lowest at any validation."),
+    "train_loss": ("Train loss", "nats/token", "", "Mean of the last steps, with dropout and the weights as they are."),
     "steps": ("Steps", "int", "", "Training steps."),
     "seconds_per_step": ("Per step", "s", "lower", "Median wall-clock time of a training step."),
     "seconds": ("Training", "s", "lower", "Wall-clock time of the training command, with start and validations."),
     "peak_memory_gib": ("Memory", "GiB", "lower", "Peak memory: on a GPU allocated, else the whole process."),
-    "parameters": ("Weights", "int", "", "Trained numbers, codebook included."),
+    "parameters": ("Weights", "int", "", "Trained numbers, codebook and embeddings included."),
+    "non_embedding_parameters": ("Without embeddings", "int", "", "Of them, those that are no embeddings and no head."),
+    "held_out": ("Held out", "int", "", "1: left out of the fit of a scaling law, which then predicts it."),
 }
-UNITS_IN_HEAD = ("dB", "GiB")
+UNITS_IN_HEAD = ("dB", "GiB", "nats/token")
+DECIMALS = {"nats/token": 4}  # of units in the head; else 2
 CHART_WIDTH = 470  # two charts side by side
 PERCENT, UNITS = {"Codebook usage"}, {"PSNR": "dB"}
 # Their first steps differ so much from the last that the runs would not differ on the same scale.
@@ -110,9 +122,9 @@ def cell(row: Mapping[str, float], column: str) -> str:
         return "–"
     if column == "seconds_per_step" and value < 10:
         return f"{1000 * value:,.0f} ms"
-    if column == "parameters":
+    if column in ("parameters", "non_embedding_parameters"):
         return f"{value / 1e6:.2f}M"
-    return f"{value:.2f}" if unit in UNITS_IN_HEAD else number(value, unit)
+    return f"{value:.{DECIMALS.get(unit, 2)}f}" if unit in UNITS_IN_HEAD else number(value, unit)
 
 
 def head(column: str) -> str:
@@ -204,9 +216,11 @@ def _chart(data: AblationData, quantity: str) -> str:
 
 def _charts(data: AblationData) -> str:
     charts = "".join(_chart(data, quantity) for quantity in data.curves)
-    text = (
-        "On the validation images, with averaged weights. Figures beside the names are the last values; usage and "
-        "perplexity are lower than in the table where that counts the codes of more images."
+    text = "On the validation images, with averaged weights. Figures beside the names are the last values"
+    text += (
+        "; usage and perplexity are lower than in the table where that counts the codes of more images."
+        if any("perplexity" in row for row in data.rows.values())
+        else "."
     )
     return f'<p class="soft">{text}</p><div class="charts columns2">{charts}</div>' if charts else ""
 

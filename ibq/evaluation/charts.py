@@ -8,6 +8,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from ibq.evaluation.figures import short_number
+
 HEIGHT = 210  # user units, about pixels: the page scales a drawing a little to fit its column
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 38
 MAX_POINTS = 100  # longer series are averaged over neighbouring steps
@@ -66,14 +68,6 @@ def nice_step(span: float, count: int) -> float:
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     return next(factor * power for factor in (1, 2, 5, 10) if raw <= factor * power * (1 + 1e-9))
-
-
-def short_number(value: float) -> str:
-    """A number for a tick: 1,500 -> 1.5k, 2,000,000 -> 2M."""
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:.4g}{name}"
-    return f"{value:.3g}"
 
 
 def value_axis(values: Sequence[float], *, percent: bool = False, allow_log: bool = True) -> Axis:

@@ -58,7 +58,7 @@ def as_number(value: object) -> float:
 
 
 def number(value: float, unit: str = "") -> str:
-    """A figure with its unit ("int", "%" and "s" have their own forms); "n/a" for NaN."""
+    """A figure with its unit ("int", "%", "s" and "short" have their own forms); "n/a" for NaN."""
     if math.isnan(value):
         return "n/a"
     if math.isinf(value):
@@ -72,8 +72,18 @@ def number(value: float, unit: str = "") -> str:
             return duration(value)
         case "dB":
             return f"{value:.2f} dB"
+        case "short":
+            return short_number(value)
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
     return f"{value:,.{digits}f} {unit}".strip()
+
+
+def short_number(value: float) -> str:
+    """A number in few characters: 1,500 -> 1.5k, 2,000,000 -> 2M."""
+    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g}{name}"
+    return f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
