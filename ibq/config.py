@@ -100,7 +100,6 @@ def dump_config(config: Any) -> str:
 
 def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its code; ConfigError and UserError: one line, exit 2; Ctrl-C: exit 130."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         code = main()
     except (ConfigError, UserError) as error:
@@ -109,17 +108,22 @@ def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except Exception:
-        if not several:
+        if not _one_of_several():
             raise
         traceback.print_exc()
         code = 1
-    if several:
+    if _one_of_several():
         # One process of several: all files are closed by now, and gloo's threads have been seen to abort the
         # interpreter's own way out, which a launcher would take for a failure.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
     sys.exit(code or 0)
+
+
+def _one_of_several() -> bool:
+    """Whether this is one rank of a larger world; known once `dist.setup` has read the launcher's variables."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _override_layer(overrides: Sequence[str]) -> Node:

@@ -1,9 +1,10 @@
 """Rank, world size and the few collectives the project needs; everything works without a launcher."""
 
 import os
+import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ibq.config import UserError
 
 TIMEOUT = timedelta(minutes=30)
+PORTS = range(12_000, 28_000)  # of the rendezvous under Slurm: below those that the system hands out
 T = TypeVar("T")
 _sharing = 1  # neighbouring ranks that work on the same samples
 
@@ -21,8 +23,10 @@ _sharing = 1  # neighbouring ranks that work on the same samples
 def setup(device: str = "auto") -> torch.device:
     """Join the process group that the launcher's variables describe, if any; returns this rank's device.
 
-    `device`: "auto" takes CUDA when there is one. NCCL for tensors on CUDA, gloo for those on the CPU.
+    `device`: "auto" takes CUDA when there is one. NCCL for tensors on CUDA, gloo for those on the CPU. A task of `srun`
+    needs no launcher: rank and rendezvous follow from Slurm's variables.
     """
+    os.environ.update(slurm_task(os.environ))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,6 +49,36 @@ def setup(device: str = "auto") -> torch.device:
         else:
             torch_dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
     return chosen
+
+
+def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
+    """torch's variables for a task that srun has started with others; none where a launcher has set them already.
+
+    The variables of the job are not enough: a batch script has them too, and is no rank.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks == 1 or "WORLD_SIZE" in environment:
+        return {}
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": str(tasks),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(slurm_port(environment)),
+    }
+
+
+def slurm_port(environment: Mapping[str, str]) -> int:
+    """A port that differs between the jobs, the steps and the restarts of a job that may meet on a node."""
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+    number = 7 * job + 3 * step + int(environment.get("SLURM_RESTART_COUNT", "0"))
+    return PORTS[number % len(PORTS)]
+
+
+def first_host(nodes: str) -> str:
+    """The first of a list of hosts as Slurm writes it: `node[03-07,12],login` begins with `node03`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _agree_on_life(store: torch_dist.Store, own_rank: int, ranks: int) -> str:

@@ -181,7 +181,7 @@ def _steps(run: "_Run", total_steps: int, seed: int, title: str) -> None:
             last = state.step == total_steps
             if state.step % config.log_every == 0 or last:
                 run.log()
-                progress.set_postfix_str(run.summary())
+                progress.set_postfix_str(run.summary(), refresh=False)
             state.validation_pending = config.validates_after(state.step, total_steps)
             run.validate_if_due()
             if state.step % run.checkpoint.save_every == 0 or last:

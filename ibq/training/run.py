@@ -15,13 +15,14 @@ from ibq import dist
 from ibq.config import UserError, dump_config, load_config
 from ibq.files import remove
 from ibq.progress import say
-from ibq.training import bad_samples
+from ibq.training import bad_samples, provenance
 from ibq.training.loop import Task, TrainingConfig, train
 from ibq.training.run_data import RunData
 from ibq.training.stopping import STATUS_FILE
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
-RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best", STATUS_FILE, bad_samples.FILE)
+RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best", STATUS_FILE, bad_samples.FILE,
+             provenance.FILE, provenance.PACKAGES_FILE)  # fmt: skip
 LOCK_FILE = ".lock"
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
@@ -90,6 +91,7 @@ def train_in_folder(task: Task, data: RunData, config, fresh: bool, device: torc
     """Train in the run's folder as its config says, and leave the process group; the exit code."""
     try:
         with run_folder(config.output, fresh) as folder:
+            provenance.record_start(folder)
             code = train(
                 task,
                 data,

@@ -1,0 +1,74 @@
+"""Where a run comes from: code, packages, machine and command, one line for each start in the run's folder."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+
+from ibq import dist
+from ibq.files import append_line, write_text
+
+FILE = "starts.jsonl"
+PACKAGES_FILE = "packages.txt"  # of the last start
+SNAPSHOT_FILE = "snapshot.json"  # in a copy of the code, what git said of the original
+# Variables that say how the run was started; what may be secret stays out.
+KEPT = re.compile(r"(SLURM|NCCL|GLOO|TORCH|CUDA|OMP|MKL|MASTER|RANK|WORLD|LOCAL|IBQ|DS|PYTORCH|FI|UCX)(_|$)")
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY|AUTH|JWT", re.IGNORECASE)
+
+
+def git_state(root: Path) -> dict[str, str | bool | None]:
+    """Revision of a working tree and whether it has been edited since; of a snapshot, what it was made from."""
+    if (root / SNAPSHOT_FILE).exists():
+        said = json.loads((root / SNAPSHOT_FILE).read_text())
+        return {"revision": said["revision"], "edited": said["edited"]}
+
+    def git(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=30
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    revision = git("rev-parse", "HEAD") if (root / ".git").exists() and shutil.which("git") else None
+    return {"revision": revision, "edited": bool(git("status", "--porcelain")) if revision else None}
+
+
+def start_record(root: Path) -> dict:
+    """What is known of this start."""
+    kept = {name: value for name, value in sorted(os.environ.items()) if KEPT.match(name) and not SECRET.search(name)}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [sys.executable, *sys.argv],
+        "folder": str(Path.cwd()),
+        "code": str(root),
+        **git_state(root),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "host": platform.node(),
+        "ranks": dist.world_size(),
+        "environment": kept,
+    }
+
+
+def record_start(folder: Path) -> None:
+    """Add this start to the run's list; rank 0 alone does it. A full disk is no reason to fail here."""
+    if not dist.is_main():
+        return
+    root = Path(__file__).resolve().parent.parent.parent
+    packages = sorted({f"{found.metadata['Name']}=={found.version}" for found in distributions()}, key=str.lower)
+    try:
+        append_line(folder / FILE, start_record(root))
+        write_text(folder / PACKAGES_FILE, "\n".join(packages) + "\n")
+    except OSError:
+        return

@@ -1,0 +1,168 @@
+"""Where a job's ranks run: the nodes of a Slurm allocation, or this machine."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ibq.config import UserError
+from ibq.dist import slurm_port
+
+ENDED_AT_ONCE_S = 60.0  # that Slurm has to end a job after it has been requeued
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command that runs as several ranks, or once on each node."""
+
+    command: tuple[str, ...]  # the interpreter first
+    nodes: int
+    ranks_per_node: int
+    logs: Path | None = None  # folder for a file of each rank; None: the job's own output
+
+
+class Allocation(Protocol):
+    """Nodes on which steps can be run."""
+
+    name: str  # of the job, in the names of files
+    nodes: tuple[str, ...]
+    ranks_per_node: int
+    restart: int  # how often the job has been requeued
+
+    def start(self, step: Step) -> list[subprocess.Popen]:
+        """Start a step; the processes to wait for, whose highest exit code is the step's."""
+
+    def requeue(self) -> bool:
+        """Have the job started again from the queue; False where that is not this program's to do."""
+
+
+class SlurmAllocation:
+    """The nodes of the Slurm job that this process is the batch script of; each rank is a task of `srun`."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ):
+        self._environment = environment
+        self.job = environment["SLURM_JOB_ID"]
+        array = environment.get("SLURM_ARRAY_JOB_ID")
+        self.name = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else self.job
+        self.nodes = tuple(_said("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split())
+        self.ranks_per_node = tasks_per_node(environment)
+        self.restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
+
+    def start(self, step: Step) -> list[subprocess.Popen]:
+        """See `Allocation`. The tasks get their signals from Slurm itself: nothing stands in between."""
+        srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--wait=60", f"--nodes={step.nodes}"]
+        srun += [f"--ntasks={step.nodes * step.ranks_per_node}", f"--ntasks-per-node={step.ranks_per_node}"]
+        if step.logs is not None:
+            step.logs.mkdir(parents=True, exist_ok=True)
+            srun += [f"--output={step.logs}/rank-%t.log", "--open-mode=append"]
+        if cores := self._environment.get("SLURM_CPUS_PER_TASK"):
+            srun += [f"--cpus-per-task={cores}"]  # since Slurm 22.05 srun does not take it from the job
+        environment = {**self._environment, "MASTER_ADDR": self.nodes[0]}
+        return [subprocess.Popen([*srun, *step.command], env=environment)]
+
+    def state(self) -> str:
+        """RUNNING, or what else has become of the job."""
+        found = re.search(r"JobState=(\w+)", _said("scontrol", "--oneliner", "show", "job", self.job))
+        return found[1] if found else ""
+
+    def requeue(self) -> bool:
+        """See `Allocation`. A job that Slurm is ending, for a requeue or for good, is left to it."""
+        if self.state() != "RUNNING":
+            return False
+        done = subprocess.run(["scontrol", "requeue", self.job], check=False)
+        if done.returncode:
+            return False
+        time.sleep(ENDED_AT_ONCE_S)  # Slurm ends this process meanwhile
+        return True
+
+
+class LocalAllocation:
+    """This machine, without a scheduler; each rank is a process."""
+
+    def __init__(self, ranks: int):
+        self.name = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.nodes = ("localhost",)
+        self.ranks_per_node = ranks
+        self.restart = 0
+
+    def start(self, step: Step) -> list[subprocess.Popen]:
+        """See `Allocation`."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = []
+        for rank in range(step.ranks_per_node):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(step.ranks_per_node)}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            out = None
+            if step.logs is not None:
+                step.logs.mkdir(parents=True, exist_ok=True)
+                out = open(step.logs / f"rank-{rank}.log", "ab")  # noqa: SIM115 (the process writes to it)
+            environment = {**os.environ, **(own if step.ranks_per_node > 1 else {})}
+            processes.append(
+                subprocess.Popen(step.command, env=environment, stdout=out, stderr=out, start_new_session=True)
+            )
+            if out is not None:
+                out.close()
+        return processes
+
+    def requeue(self) -> bool:
+        """See `Allocation`: there is no queue; the same command goes on."""
+        return False
+
+
+def current_allocation(ranks: int | None) -> Allocation:
+    """The Slurm allocation that this process runs in, or else this machine with so many ranks."""
+    if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ:
+        return SlurmAllocation()
+    return LocalAllocation(ranks or 1)
+
+
+def tasks_per_node(environment: Mapping[str, str]) -> int:
+    """Ranks on each node: `--ntasks-per-node`, or as Slurm has laid the tasks; UserError where nodes differ."""
+    if given := environment.get("SLURM_NTASKS_PER_NODE"):
+        return int(given)
+    counts = {int(text) for text in re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_TASKS_PER_NODE", "1"))}
+    if "SLURM_NTASKS" not in environment:
+        return 1
+    if len(counts) > 1:
+        raise UserError(
+            "#SBATCH: the nodes have different numbers of tasks; give --ntasks-per-node instead of --ntasks"
+        )
+    return counts.pop()
+
+
+def torchrun_command(allocation: Allocation, nodes: int, command: Sequence[str]) -> tuple[str, ...]:
+    """A command for one task on each node, which starts the node's ranks by torchrun."""
+    python, *rest = command
+    port = slurm_port(os.environ) + 1 if "SLURM_JOB_ID" in os.environ else 29_500
+    options = ["--nnodes", str(nodes), "--nproc-per-node", str(allocation.ranks_per_node), "--rdzv-backend", "c10d"]
+    options += ["--rdzv-endpoint", f"{allocation.nodes[0]}:{port}", "--rdzv-id", allocation.name]
+    return (python, "-m", "torch.distributed.run", *options, *rest)
+
+
+def deepspeed_command(allocation: Allocation, nodes: int, command: Sequence[str], hostfile: Path) -> tuple[str, ...]:
+    """The same by the deepspeed launcher, without ssh, from a hostfile that is written here."""
+    hostfile.parent.mkdir(parents=True, exist_ok=True)
+    slots = allocation.ranks_per_node
+    hostfile.write_text("".join(f"{node} slots={slots}\n" for node in allocation.nodes[:nodes]))
+    python, *rest = command
+    port = slurm_port(os.environ) + 2 if "SLURM_JOB_ID" in os.environ else 29_500
+    launch = [str(Path(python).with_name("deepspeed")), "--hostfile", str(hostfile), "--no_ssh", "--node_rank"]
+    before, after = shlex.join(launch), ["--master_addr", allocation.nodes[0], "--master_port", str(port), *rest]
+    return ("bash", "-c", f'exec {before} "${{SLURM_NODEID:-0}}" {shlex.join(after)}')
+
+
+def _said(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"{shlex.join(command)}: {error}", file=sys.stderr)
+        return ""

@@ -1,0 +1,249 @@
+"""Run one of the project's scripts on all ranks of a job: preflight, ranks, and a requeue where that helps.
+
+python launchers/job.py -- ibq/train_ar.py --config yaml/xxl.yaml      # in a job's batch script: see slurm/job.sh
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from ibq.config import UserError, exit_on_user_error
+from ibq.files import append_line
+from ibq.training.stopping import read_status
+from launchers.allocation import (
+    Allocation,
+    SlurmAllocation,
+    Step,
+    current_allocation,
+    deepspeed_command,
+    torchrun_command,
+)
+from launchers.run_config import check_run, is_training_script, load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+ATTEMPTS_FILE = "attempts.jsonl"
+STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+ONE_PROCESS = {"launchers/sweep.py"}  # starts ranks by itself
+Launcher = Literal["srun", "torchrun", "deepspeed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A script of the project with its arguments, and how it is run on the nodes that it gets.
+
+    Called in the job, on its first node; returns the exit code.
+    """
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    launcher: Launcher = "srun"
+    ranks: int | None = None  # on a machine without Slurm
+    retries: int = 3  # starts in a row that fail without a new checkpoint
+    preflight: bool = True
+
+    def __call__(self) -> int:
+        """Run until it is finished, stopped for good, or requeued."""
+        allocation = current_allocation(self.ranks)
+        arguments = in_code(self.arguments)
+        if self.script in ONE_PROCESS:
+            return self._conclude(allocation, None, _wait(_spawn_here(self.script, arguments)))
+        run = load_run(str(ROOT / self.script), arguments) if is_training_script(self.script) else None
+        nodes = usable_nodes(run, allocation) if run is not None else len(allocation.nodes)
+        folder = Path(run.output) if run is not None else None
+        logs = (folder / "logs" if folder else Path("slurm/logs")) / allocation.name
+        say(f"{self.script} on {nodes} of {len(allocation.nodes)} nodes ({', '.join(allocation.nodes)}), "
+            f"{allocation.ranks_per_node} ranks each, start {allocation.restart + 1}; logs: {logs}/rank-*.log")  # fmt: skip
+        before = last_checkpoint(folder)
+        code = self._preflight(allocation, nodes, folder or Path.cwd(), run) if self.preflight else 0
+        if not code:
+            code = _wait(allocation.start(self._step(allocation, nodes, arguments, logs)))
+        row = {"start": allocation.restart, "nodes": allocation.nodes[:nodes], "code": code}
+        append_line(_made(logs) / ATTEMPTS_FILE, row | {"before": before, "after": last_checkpoint(folder)})
+        return self._conclude(allocation, logs, code, folder)
+
+    def checkpoint(self) -> Any:
+        """For submitit, where a signal comes before the ranks have been started: the same job again."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _step(self, allocation: Allocation, nodes: int, arguments: Sequence[str], logs: Path) -> Step:
+        command = (sys.executable, "-u", str(ROOT / self.script), *arguments)
+        match self.launcher:
+            case "srun":
+                return Step(command=command, nodes=nodes, ranks_per_node=allocation.ranks_per_node, logs=logs)
+            case "torchrun":
+                command = torchrun_command(allocation, nodes, command)
+            case "deepspeed":
+                script = (sys.executable, *command[2:])
+                command = deepspeed_command(allocation, nodes, script, logs / "hostfile")
+        return Step(command=command, nodes=nodes, ranks_per_node=1, logs=logs)
+
+    def _preflight(self, allocation: Allocation, nodes: int, folder: Path, run: Any) -> int:
+        _made(folder)
+        hosts = [node for node in allocation.nodes[:nodes] for _ in range(allocation.ranks_per_node)]
+        options = ("--folder", str(folder), "--hosts", ",".join(hosts))
+        options += ("--device", run.device) if run is not None else ()
+        command = (sys.executable, str(ROOT / "launchers" / "preflight.py"), *options)
+        step = Step(command=command, nodes=nodes, ranks_per_node=allocation.ranks_per_node)
+        return _wait(allocation.start(step))
+
+    def _conclude(self, allocation: Allocation, logs: Path | None, code: int, folder: Path | None = None) -> int:
+        """Say how it ended, and have it requeued where that helps."""
+        reason = read_status(folder).get("reason", "") if folder else ""
+        said = f"{self.script} ended with exit code {code}" + (f": {reason}" if reason else "")
+        if code == 0:
+            say(f"{self.script} is done")
+            return 0
+        if code == 2:
+            say(f"{said}; only its user can mend that, so it is not requeued")
+            return code
+        if code not in STOPPED and logs is not None and fruitless(logs) >= self.retries:
+            say(f"{said}; {self.retries} starts without a new checkpoint: it is not requeued")
+            return code
+        say(f"{said}; the same command goes on from the last checkpoint")
+        if allocation.requeue():
+            say("requeued, but still running: ending")
+        return code
+
+
+def in_code(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which config files of the project are those of this copy of the code."""
+    found, after = [], ""
+    for text in arguments:
+        own = ROOT / text
+        found.append(str(own) if after == "--config" and not Path(text).is_absolute() and own.is_file() else text)
+        after = text
+    return found
+
+
+def usable_nodes(run: Any, allocation: Allocation) -> int:
+    """The largest number of the nodes over which the fixed global batch divides; UserError where there is none."""
+    problem = None
+    for nodes in range(len(allocation.nodes), 0, -1):
+        try:
+            check_run(run, nodes * allocation.ranks_per_node)
+            return nodes
+        except UserError as error:
+            problem = problem or error
+    raise problem
+
+
+def last_checkpoint(folder: Path | None) -> str:
+    """The name of the last checkpoint in a run's folder, or nothing."""
+    if folder is None:
+        return ""
+    return max((path.name for path in folder.glob("checkpoints/step-*")), default="")
+
+
+def fruitless(logs: Path) -> int:
+    """The last starts in a row that have left no new checkpoint."""
+    try:
+        rows = [json.loads(line) for line in (logs / ATTEMPTS_FILE).read_text().splitlines()]
+    except (OSError, ValueError):
+        return 0
+    count = 0
+    for row in reversed(rows):
+        if row["after"] != row["before"] or row["code"] in STOPPED:
+            break
+        count += 1
+    return count
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _spawn_here(script: str, arguments: Sequence[str]) -> list[subprocess.Popen]:
+    return [subprocess.Popen([sys.executable, "-u", str(ROOT / script), *arguments])]
+
+
+def _wait(processes: Sequence[subprocess.Popen]) -> int:
+    """The exit code of several processes, with signals passed on to them; a signal's as shells have it.
+
+    When Slurm ends a job it signals the tasks itself, and `srun` and this process too: this one waits for them.
+    """
+    in_slurm = "SLURM_JOB_ID" in os.environ
+    received: list[int] = []
+
+    def pass_on(number: int, _frame) -> None:
+        received.append(number)
+        if not in_slurm or number in (signal.SIGUSR1, signal.SIGUSR2):
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        codes = [_code(process.wait()) for process in processes]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return max(codes)
+
+
+def _code(returned: int) -> int:
+    return 128 - returned if returned < 0 else returned
+
+
+def say(message: str) -> None:
+    """A line in the job's own output."""
+    print(f"[{time.strftime('%F %T')}] {message}", flush=True)
+
+
+def parse_job(argv: Sequence[str] | None, doc: str, add_options: Callable | None = None) -> argparse.Namespace:
+    """A command line of the form `[options] -- SCRIPT arguments`."""
+    first, *_ = doc.splitlines()
+    parser = argparse.ArgumentParser(
+        description=first, epilog=doc.partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    if add_options is not None:
+        add_options(add)
+    add("--launcher", choices=["srun", "torchrun", "deepspeed"], default="srun",
+        help="who starts the ranks; only srun passes signals on and names no process in between (default)")  # fmt: skip
+    add("--retries", type=int, default=3, metavar="N", help="failures in a row, without a new checkpoint (default: 3)")
+    add("--no-preflight", action="store_true", help="start without a check of the nodes")
+    add("command", nargs=argparse.REMAINDER, metavar="-- SCRIPT ...", help="a script of the project, and its arguments")
+    arguments = parser.parse_args(argv)
+    arguments.command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not arguments.command:
+        raise UserError("no script is given; write -- ibq/train_ar.py --config yaml/b.yaml")
+    if not (ROOT / arguments.command[0]).is_file():
+        raise UserError(f"{arguments.command[0]}: is no script of the project, such as ibq/train_ar.py")
+    return arguments
+
+
+def job_of(arguments: argparse.Namespace, ranks: int | None = None) -> Job:
+    """The job that a command line describes."""
+    script, *rest = arguments.command
+    return Job(
+        script=Path(script).as_posix(),
+        arguments=tuple(rest),
+        launcher=arguments.launcher,
+        ranks=ranks,
+        retries=arguments.retries,
+        preflight=not arguments.no_preflight,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run as the command line says."""
+    arguments = parse_job(argv, __doc__, lambda add: add("--ranks", type=int, metavar="N", help="without Slurm"))
+    return job_of(arguments, arguments.ranks)()
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,14 @@
+#!/bin/bash
+#SBATCH --job-name=ibq-ar-b
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR2@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.log
+# The 343M transformer: 32 GPUs, as in the paper.
+source "${IBQ_CODE:-.}/slurm/job.sh"
+ibq_run ibq/train_ar.py --config yaml/b.yaml data.train="$IBQ_CODES_TRAIN" data.validation="$IBQ_CODES_VALIDATION" "$@"
