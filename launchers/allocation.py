@@ -62,8 +62,9 @@ class SlurmAllocation:
         if step.logs is not None:
             step.logs.mkdir(parents=True, exist_ok=True)
             srun += [f"--output={step.logs}/rank-%t.log", "--open-mode=append"]
-        if cores := self._environment.get("SLURM_CPUS_PER_TASK"):
-            srun += [f"--cpus-per-task={cores}"]  # since Slurm 22.05 srun does not take it from the job
+        # Since Slurm 22.05 srun does not take the cores of a task from the job.
+        if cores := self._environment.get("SLURM_CPUS_PER_TASK") or self._environment.get("SLURM_CPUS_PER_GPU"):
+            srun += [f"--cpus-per-task={int(cores) * self.ranks_per_node // step.ranks_per_node}"]
         environment = {**self._environment, "MASTER_ADDR": self.nodes[0]}
         return [subprocess.Popen([*srun, *step.command], env=environment)]
 
@@ -126,16 +127,18 @@ def current_allocation(ranks: int | None) -> Allocation:
 
 
 def tasks_per_node(environment: Mapping[str, str]) -> int:
-    """Ranks on each node: `--ntasks-per-node`, or as Slurm has laid the tasks; UserError where nodes differ."""
+    """Ranks on each node: `--ntasks-per-node`, or as Slurm has laid `--ntasks`, or one for each GPU, or one.
+
+    UserError where nodes differ. The project's scripts say nothing of tasks: Slurm holds on to a number of tasks, and
+    with it to the number of nodes, when it requeues a job that has lost a node (seen with 22.05).
+    """
     if given := environment.get("SLURM_NTASKS_PER_NODE"):
         return int(given)
-    counts = {int(text) for text in re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_TASKS_PER_NODE", "1"))}
     if "SLURM_NTASKS" not in environment:
-        return 1
+        return int(environment.get("SLURM_GPUS_ON_NODE", "1"))
+    counts = {int(text) for text in re.findall(r"(\d+)(?:\(x\d+\))?", environment["SLURM_TASKS_PER_NODE"])}
     if len(counts) > 1:
-        raise UserError(
-            "#SBATCH: the nodes have different numbers of tasks; give --ntasks-per-node instead of --ntasks"
-        )
+        raise UserError("#SBATCH: the nodes have different numbers of tasks; give --ntasks-per-node, not --ntasks")
     return counts.pop()
 
 

@@ -22,7 +22,6 @@ from ibq.files import append_line
 from ibq.training.stopping import read_status
 from launchers.allocation import (
     Allocation,
-    SlurmAllocation,
     Step,
     current_allocation,
     deepspeed_command,
@@ -61,8 +60,9 @@ class Job:
         nodes = usable_nodes(run, allocation) if run is not None else len(allocation.nodes)
         folder = Path(run.output) if run is not None else None
         logs = (folder / "logs" if folder else Path("slurm/logs")) / allocation.name
-        say(f"{self.script} on {nodes} of {len(allocation.nodes)} nodes ({', '.join(allocation.nodes)}), "
-            f"{allocation.ranks_per_node} ranks each, start {allocation.restart + 1}; logs: {logs}/rank-*.log")  # fmt: skip
+        where = f"{nodes} of {len(allocation.nodes)} nodes ({', '.join(allocation.nodes)})"
+        each = f"{allocation.ranks_per_node} ranks each, start {allocation.restart + 1}"
+        say(f"{self.script} on {where}, {each}; logs: {logs}/rank-*.log")
         before = last_checkpoint(folder)
         code = self._preflight(allocation, nodes, folder or Path.cwd(), run) if self.preflight else 0
         if not code:

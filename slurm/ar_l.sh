@@ -1,9 +1,8 @@
 #!/bin/bash
 #SBATCH --job-name=ibq-ar-l
 #SBATCH --nodes=4
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-gpu=12
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR2@300
 #SBATCH --requeue

@@ -1,9 +1,8 @@
 #!/bin/bash
 #SBATCH --job-name=ibq-encode
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-gpu=12
 #SBATCH --time=12:00:00
 #SBATCH --signal=USR2@300
 #SBATCH --requeue

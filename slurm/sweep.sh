@@ -1,9 +1,8 @@
 #!/bin/bash
 #SBATCH --job-name=ibq-sweep
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=1
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-gpu=12
 #SBATCH --time=12:00:00
 #SBATCH --signal=USR2@300
 #SBATCH --requeue

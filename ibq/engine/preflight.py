@@ -49,6 +49,8 @@ class PreflightReport:
     def __str__(self) -> str:
         if self.problems:
             return "preflight failed: " + "; ".join(self.problems)
+        if self.ranks == 1:
+            return "preflight: the folder can be written; there is one rank"
         return (
             f"preflight: {self.ranks} ranks on {self.hosts} nodes in {self.seconds:.1f} s; all see the folder, clocks "
             f"differ by at most {self.skew_s:.2f} s, all-reduce at {self.gigabytes_per_second:.2f} GB/s a rank"

@@ -1,0 +1,203 @@
+"""Submit a run to Slurm by submitit, from the command line or from Python.
+
+python launchers/slurm.py --nodes 12 --gpus-per-node 8 --timeout-h 24 -- ibq/train_ar.py --config yaml/xxl.yaml
+python launchers/slurm.py --nodes 8-12 --partition gpu --dry-run -- ibq/train_ar.py --config yaml/xxl.yaml
+python launchers/slurm.py --executor local --gpus-per-node 2 -- ibq/train_ar.py --config yaml/b.yaml
+
+The code is copied at submission. In the job, as with `sbatch slurm/NAME.sh`, every GPU gets a task of srun; before the
+time limit, on preemption and after failures that leave a newer checkpoint the job requeues itself. slurm/site.env holds
+what is particular to the cluster. With --executor local the ranks are processes of this machine.
+"""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from ibq.config import UserError, exit_on_user_error
+from launchers.allocation import LocalAllocation
+from launchers.job import ROOT, Job, job_of, parse_job, usable_nodes
+from launchers.run_config import is_training_script, load_run
+from launchers.snapshot import take_snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What is asked of Slurm."""
+
+    nodes: str = "1"  # N, or MIN-MAX: the job goes on with fewer after a node has died
+    gpus_per_node: int = 8  # each gets a rank; 0: one rank on the CPUs of each node
+    timeout_h: float = 24.0
+    cpus_per_gpu: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    name: str | None = None  # of the job; None: of the script
+    signal_s: int = 300  # that the ranks are told before the time limit
+    more: tuple[str, ...] = ()  # other options of sbatch, as NAME=VALUE
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", self.nodes):
+            raise UserError(f"--nodes: {self.nodes!r} is no number of nodes; write 12, or 8-12 for at least 8")
+        if self.gpus_per_node < 0 or self.timeout_h <= 0 or self.signal_s < 1:
+            raise UserError("--gpus-per-node, --timeout-h and --signal-s must be positive")
+        for option in self.more:
+            if "=" not in option:
+                raise UserError(f"--sbatch: {option!r} is no option; write NAME=VALUE, such as constraint=h100")
+
+    @property
+    def largest(self) -> int:
+        """Nodes at most."""
+        return int(self.nodes.rpartition("-")[2])
+
+    def parameters(self, name: str, code: Path) -> dict[str, Any]:
+        """For submitit's Slurm executor."""
+        own = {"job_name": f"ibq-{self.name or name}", "time": round(60 * self.timeout_h), "qos": self.qos}
+        own |= {"partition": self.partition, "account": self.account, "signal_delay_s": self.signal_s}
+        own |= {"gpus_per_node": self.gpus_per_node or None, "stderr_to_stdout": True, "use_srun": False}
+        if self.gpus_per_node:
+            own["cpus_per_gpu"] = self.cpus_per_gpu
+        else:
+            own |= {"ntasks_per_node": 1, "cpus_per_task": self.cpus_per_gpu}
+        more = {"nodes": self.nodes, "requeue": True, **dict(option.split("=", 1) for option in self.more)}
+        return {key: value for key, value in own.items() if value is not None} | {
+            "additional_parameters": more,
+            "setup": setup(code),
+        }
+
+
+def setup(code: Path) -> list[str]:
+    """What the batch script does before Python starts."""
+    lines = [f"cd {shlex.quote(str(ROOT))} || exit 2", f"export IBQ_CODE={shlex.quote(str(code))}"]
+    return [*lines, 'source "$IBQ_CODE/slurm/setup.sh"', 'export PYTHONPATH="$IBQ_CODE"']
+
+
+def submit(job: Job, resources: Resources, executor: Literal["slurm", "local"] = "slurm", folder: str = "slurm/logs"):
+    """Check a job and submit it with a copy of the code; submitit's job (its `job_id`, `state`, `stdout()`).
+
+    Errors: UserError for a config that does not load, a batch that does not divide, a partition that is not there.
+    """
+    import submitit
+
+    check(job, resources, executor)
+    code = take_snapshot()
+    if executor == "local":
+        local = submitit.LocalExecutor(folder=f"{folder}/submitit")
+        local.update_parameters(
+            timeout_min=60 * resources.timeout_h, signal_delay_s=resources.signal_s, setup=setup(code)
+        )
+        return local.submit(job)
+    slurm = submitit.SlurmExecutor(folder=f"{folder}/submitit", python="python")
+    slurm.update_parameters(**resources.parameters(job_name(job), code))
+    return slurm.submit(job)
+
+
+def script_text(job: Job, resources: Resources) -> str:
+    """The batch script that `submit` would hand to sbatch; needs no Slurm."""
+    from submitit.slurm import slurm
+
+    command = "python -u -m submitit.core._submit slurm/logs/submitit"
+    parameters = resources.parameters(job_name(job), ROOT / "runs" / "code" / "HASH")
+    return slurm._make_sbatch_string(command=command, folder=Path("slurm/logs/submitit"), **parameters)
+
+
+def job_name(job: Job) -> str:
+    """From the config's file name, or the script's."""
+    configs = [after for text, after in zip(job.arguments, job.arguments[1:], strict=False) if text == "--config"]
+    return Path(configs[-1] if configs else job.script).stem
+
+
+def check(job: Job, resources: Resources, executor: str = "slurm") -> None:
+    """UserError for what would fail in the job, as far as it can be known before."""
+    if is_training_script(job.script):
+        run = load_run(job.script, job.arguments)
+        nodes = LocalAllocation(job.ranks or max(resources.gpus_per_node, 1))
+        if executor == "slurm":
+            nodes.nodes = ("",) * resources.largest
+        usable_nodes(run, nodes)
+    site = ROOT / "slurm" / "site.env"
+    done = subprocess.run(
+        ["bash", "-c", "source slurm/setup.sh"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise UserError(said[-1].removeprefix("error: ") if said else f"{site}: cannot be read by bash")
+    if executor == "slurm" and resources.partition:
+        check_partition(resources.partition)
+
+
+def check_partition(name: str) -> None:
+    """UserError unless Slurm has such a partition."""
+    if shutil.which("sinfo") is None:
+        raise UserError(
+            "sinfo: there is no Slurm on this machine; use --executor local, or --dry-run to see the script"
+        )
+    done = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False)
+    known = sorted(set(done.stdout.split()))
+    if name not in known:
+        raise UserError(f"--partition: Slurm has no partition {name!r}; choose one of {', '.join(known) or 'none'}")
+
+
+def add_options(add: Callable) -> None:
+    """The options of `Resources`, and of this command."""
+    add("--nodes", default="1", metavar="N", help="N or MIN-MAX (default: 1)")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="0: a CPU rank on each node (default: 8)")
+    add("--timeout-h", type=float, default=24.0, metavar="H", help="time limit in hours (default: 24)")
+    add("--cpus-per-gpu", type=int, metavar="N", help="cores of each rank")
+    add("--partition", metavar="NAME")
+    add("--account", metavar="NAME")
+    add("--qos", metavar="NAME")
+    add("--name", metavar="NAME", help="of the job (default: of the config)")
+    add("--signal-s", type=int, default=300, metavar="S", help="time to save in before the limit (default: 300)")
+    add("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="another option of sbatch")
+    add("--executor", choices=["slurm", "local"], default="slurm", help="(default: slurm)")
+    add("--dry-run", action="store_true", help="check everything and print the batch script; nothing is submitted")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Submit as the command line says."""
+    arguments: argparse.Namespace = parse_job(argv, __doc__, add_options)
+    resources = Resources(
+        nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        timeout_h=arguments.timeout_h,
+        cpus_per_gpu=arguments.cpus_per_gpu,
+        partition=arguments.partition,
+        account=arguments.account,
+        qos=arguments.qos,
+        name=arguments.name,
+        signal_s=arguments.signal_s,
+        more=tuple(arguments.sbatch),
+    )
+    local = arguments.executor == "local"
+    job = job_of(arguments, ranks=max(arguments.gpus_per_node, 1) if local else None)
+    if arguments.dry_run:
+        check(job, resources, "local" if shutil.which("sinfo") is None else arguments.executor)
+        print(script_text(job, resources), end="")
+        return 0
+    if not local and shutil.which("sbatch") is None:
+        raise UserError("sbatch: there is no Slurm on this machine; use --executor local")
+    submitted = submit(job, resources, arguments.executor)
+    print(f"submitted as job {submitted.job_id}; its log: {submitted.paths.stdout}", flush=True)
+    return wait_locally(submitted) if local else 0
+
+
+def wait_locally(submitted: Any) -> int:
+    """Wait for a job of the local executor; its exit code, or that of an interrupted one."""
+    try:
+        return int(submitted.result() or 0)
+    except KeyboardInterrupt:
+        submitted.cancel()
+        return 130
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
