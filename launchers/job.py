@@ -71,12 +71,6 @@ class Job:
         append_line(_made(logs) / ATTEMPTS_FILE, row | {"before": before, "after": last_checkpoint(folder)})
         return self._conclude(allocation, logs, code, folder)
 
-    def checkpoint(self) -> Any:
-        """For submitit, where a signal comes before the ranks have been started: the same job again."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
-
     def _step(self, allocation: Allocation, nodes: int, arguments: Sequence[str], logs: Path) -> Step:
         command = (sys.executable, "-u", str(ROOT / self.script), *arguments)
         match self.launcher:
@@ -115,6 +109,24 @@ class Job:
         if allocation.requeue():
             say("requeued, but still running: ending")
         return code
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """What submitit calls in a Slurm job: a job that fails is a failed job of Slurm's too."""
+
+    job: Job
+
+    def __call__(self) -> None:
+        """Run the job."""
+        if code := self.job():
+            sys.exit(code)
+
+    def checkpoint(self) -> Any:
+        """Where submitit gets a signal before the ranks have been started: the same job again."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
 
 
 def in_code(arguments: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ibq.config import UserError, exit_on_user_error
 from launchers.allocation import LocalAllocation
-from launchers.job import ROOT, Job, job_of, parse_job, usable_nodes
+from launchers.job import ROOT, Job, SubmittedJob, job_of, parse_job, usable_nodes
 from launchers.run_config import is_training_script, load_run
 from launchers.snapshot import take_snapshot
 
@@ -63,11 +63,12 @@ class Resources:
         own = {"job_name": f"ibq-{self.name or name}", "time": round(60 * self.timeout_h), "qos": self.qos}
         own |= {"partition": self.partition, "account": self.account, "signal_delay_s": self.signal_s}
         own |= {"gpus_per_node": self.gpus_per_node or None, "stderr_to_stdout": True, "use_srun": False}
-        if self.gpus_per_node:
-            own["cpus_per_gpu"] = self.cpus_per_gpu
-        else:
+        more = {"nodes": self.nodes, "requeue": True}
+        if self.gpus_per_node and self.cpus_per_gpu:
+            more["cpus-per-gpu"] = self.cpus_per_gpu
+        if not self.gpus_per_node:
             own |= {"ntasks_per_node": 1, "cpus_per_task": self.cpus_per_gpu}
-        more = {"nodes": self.nodes, "requeue": True, **dict(option.split("=", 1) for option in self.more)}
+        more |= dict(option.split("=", 1) for option in self.more)
         return {key: value for key, value in own.items() if value is not None} | {
             "additional_parameters": more,
             "setup": setup(code),
@@ -91,13 +92,12 @@ def submit(job: Job, resources: Resources, executor: Literal["slurm", "local"] =
     code = take_snapshot()
     if executor == "local":
         local = submitit.LocalExecutor(folder=f"{folder}/submitit")
-        local.update_parameters(
-            timeout_min=60 * resources.timeout_h, signal_delay_s=resources.signal_s, setup=setup(code)
-        )
+        minutes = 60 * resources.timeout_h
+        local.update_parameters(timeout_min=minutes, signal_delay_s=resources.signal_s, setup=setup(code))
         return local.submit(job)
     slurm = submitit.SlurmExecutor(folder=f"{folder}/submitit", python="python")
     slurm.update_parameters(**resources.parameters(job_name(job), code))
-    return slurm.submit(job)
+    return slurm.submit(SubmittedJob(job))
 
 
 def script_text(job: Job, resources: Resources) -> str:
@@ -137,9 +137,7 @@ def check(job: Job, resources: Resources, executor: str = "slurm") -> None:
 def check_partition(name: str) -> None:
     """UserError unless Slurm has such a partition."""
     if shutil.which("sinfo") is None:
-        raise UserError(
-            "sinfo: there is no Slurm on this machine; use --executor local, or --dry-run to see the script"
-        )
+        raise UserError("sinfo: there is no Slurm here; use --executor local, or see the script by --dry-run")
     done = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False)
     known = sorted(set(done.stdout.split()))
     if name not in known:
