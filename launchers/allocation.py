@@ -57,14 +57,10 @@ class SlurmAllocation:
 
     def start(self, step: Step) -> list[subprocess.Popen]:
         """See `Allocation`. The tasks get their signals from Slurm itself: nothing stands in between."""
-        srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--wait=60", f"--nodes={step.nodes}"]
-        srun += [f"--ntasks={step.nodes * step.ranks_per_node}", f"--ntasks-per-node={step.ranks_per_node}"]
+        srun = srun_prefix(self, step.nodes, step.ranks_per_node)
         if step.logs is not None:
             step.logs.mkdir(parents=True, exist_ok=True)
             srun += [f"--output={step.logs}/rank-%t.log", "--open-mode=append"]
-        # Since Slurm 22.05 srun does not take the cores of a task from the job.
-        if cores := self._environment.get("SLURM_CPUS_PER_TASK") or self._environment.get("SLURM_CPUS_PER_GPU"):
-            srun += [f"--cpus-per-task={int(cores) * self.ranks_per_node // step.ranks_per_node}"]
         environment = {**self._environment, "MASTER_ADDR": self.nodes[0]}
         return [subprocess.Popen([*srun, *step.command], env=environment)]
 
@@ -140,6 +136,24 @@ def tasks_per_node(environment: Mapping[str, str]) -> int:
     if len(counts) > 1:
         raise UserError("#SBATCH: the nodes have different numbers of tasks; give --ntasks-per-node, not --ntasks")
     return counts.pop()
+
+
+def srun_prefix(allocation: SlurmAllocation, nodes: int | None = None, ranks_per_node: int | None = None) -> list[str]:
+    """srun for a command that runs as so many ranks, by default one for each GPU of all nodes."""
+    nodes, own = nodes or len(allocation.nodes), allocation.ranks_per_node
+    ranks = ranks_per_node or own
+    srun = [
+        "srun",
+        "--unbuffered",
+        "--kill-on-bad-exit=1",
+        "--wait=60",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes * ranks}",
+    ]
+    srun.append(f"--ntasks-per-node={ranks}")
+    # Since Slurm 22.05 srun does not take the cores of a task from the job.
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_PER_GPU")
+    return [*srun, f"--cpus-per-task={int(cores) * own // ranks}"] if cores else srun
 
 
 def torchrun_command(allocation: Allocation, nodes: int, command: Sequence[str]) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
+# Where the project's data and runs are; in a job the code is a copy that lies elsewhere.
+PROJECT = Path(os.environ.get("IBQ_PROJECT", ROOT))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,8 @@ class Executor(Protocol):
 class LocalExecutor:
     """Processes of this machine, at most `slots` at a time, which share its cores."""
 
-    def __init__(self, slots: int):
-        self.slots = slots
+    def __init__(self, slots: int, prefix: Sequence[str] = ()):
+        self.slots, self.prefix = slots, list(prefix)  # `srun` with its options, in a job
         # Who sets OMP_NUM_THREADS has divided the cores already, with other users of the machine perhaps.
         self.threads = os.environ.get("OMP_NUM_THREADS") or str(max(cores() // slots, 1))
         self._running: dict[str, tuple[subprocess.Popen, float]] = {}
@@ -60,8 +62,8 @@ class LocalExecutor:
             file.write(f"\n$ {shown(command)}\n".encode())
             file.flush()
             process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
+                [*self._prefix_for(command), sys.executable, *in_code(command)],
+                cwd=PROJECT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -69,6 +71,12 @@ class LocalExecutor:
                 start_new_session=True,  # Ctrl-C reaches it once, through `signal`, also with workers of its own
             )
         self._running[key] = (process, time.monotonic())
+
+    def _prefix_for(self, command: Sequence[str]) -> list[str]:
+        """Only training runs as several ranks."""
+        if not self.prefix or command[0].startswith("ibq/train_"):
+            return self.prefix
+        return ["srun", "--nodes=1", "--ntasks=1"]
 
     def ended(self) -> list[Ended]:
         """The commands that have ended since the last call."""
@@ -90,13 +98,13 @@ class LocalExecutor:
 
 
 class StopRequest:
-    """Notes the first of SIGINT, SIGTERM and SIGHUP instead of ending this process."""
+    """Notes the first of SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 instead of ending this process."""
 
     def __init__(self):
         self.number = 0
 
     def __enter__(self) -> "StopRequest":
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
         wanted = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         self._before = {number: signal.signal(number, self._note) for number in wanted}
         return self
@@ -112,6 +120,21 @@ class StopRequest:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def code_path(path: str) -> str:
+    """A file of the project in this copy of the code, where the code is a copy and has it."""
+    own = ROOT / path
+    return str(own) if PROJECT != ROOT and not Path(path).is_absolute() and own.is_file() else path
+
+
+def in_code(command: Sequence[str]) -> list[str]:
+    """A script's command line, or its arguments, with script and config files as in this copy of the code."""
+    found, after = [], "--config"
+    for text in command:
+        found.append(code_path(text) if after == "--config" else text)
+        after = text
+    return found
 
 
 def shown(command: Sequence[str]) -> str:

@@ -27,9 +27,9 @@ from launchers.allocation import (
     deepspeed_command,
     torchrun_command,
 )
+from launchers.executor import ROOT, in_code
 from launchers.run_config import check_run, is_training_script, load_run
 
-ROOT = Path(__file__).resolve().parent.parent
 ATTEMPTS_FILE = "attempts.jsonl"
 STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
 ONE_PROCESS = {"launchers/sweep.py"}  # starts ranks by itself
@@ -53,7 +53,7 @@ class Job:
     def __call__(self) -> int:
         """Run until it is finished, stopped for good, or requeued."""
         allocation = current_allocation(self.ranks)
-        arguments = in_code(self.arguments)
+        _, *arguments = in_code((self.script, *self.arguments))
         if self.script in ONE_PROCESS:
             return self._conclude(allocation, None, _wait(_spawn_here(self.script, arguments)))
         run = load_run(str(ROOT / self.script), arguments) if is_training_script(self.script) else None
@@ -102,7 +102,10 @@ class Job:
         if code == 2:
             say(f"{said}; only its user can mend that, so it is not requeued")
             return code
-        if code not in STOPPED and logs is not None and fruitless(logs) >= self.retries:
+        if code not in STOPPED and logs is None:
+            say(said)  # a sweep tries its runs again by itself
+            return code
+        if code not in STOPPED and fruitless(logs) >= self.retries:
             say(f"{said}; {self.retries} starts without a new checkpoint: it is not requeued")
             return code
         say(f"{said}; the same command goes on from the last checkpoint")
@@ -127,16 +130,6 @@ class SubmittedJob:
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
-
-
-def in_code(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which config files of the project are those of this copy of the code."""
-    found, after = [], ""
-    for text in arguments:
-        own = ROOT / text
-        found.append(str(own) if after == "--config" and not Path(text).is_absolute() and own.is_file() else text)
-        after = text
-    return found
 
 
 def usable_nodes(run: Any, allocation: Allocation) -> int:

@@ -14,7 +14,7 @@ from ibq.data.order import BatchPlan
 from ibq.engine.tensor_parallel import check_tensor_parallel
 from ibq.models.transformer import TransformerConfig
 from ibq.training.run import parse_arguments
-from launchers.executor import ROOT
+from launchers.executor import ROOT, in_code
 
 # The training scripts, by their path in the project, and the config class that each reads.
 CONFIG_CLASSES: Mapping[str, str] = MappingProxyType(
@@ -51,7 +51,8 @@ def load_run(script: str, argv: Sequence[str]) -> Any:
     kind, said = config_class(script), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            arguments = parse_arguments(kind, f"What {script} reads.", f"python {script} --config FILE", argv)
+            _, *own = in_code((script, *argv))
+            arguments = parse_arguments(kind, f"What {script} reads.", f"python {script} --config FILE", own)
     except SystemExit as end:
         if not end.code:  # --help has been answered
             raise

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,13 +17,16 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ibq.config import UserError, exit_on_user_error, load_config
 from ibq.training.run import run_folder
-from launchers.executor import ROOT, Ended, Executor, LocalExecutor, StopRequest, shown
+from launchers.allocation import SlurmAllocation, srun_prefix
+from launchers.executor import PROJECT, ROOT, Ended, Executor, LocalExecutor, StopRequest, shown
 from launchers.sweep_plan import Run, SweepConfig, plan
 from launchers.sweep_results import write_results
+from launchers.sweep_slurm import SlurmSweep, check_slurm
 from launchers.sweep_state import LOG_FILE, RunState, last_words, open_run
 from launchers.sweep_table import SweepTable
 
 POLL_SECONDS = 0.2
+STOPPED = {128 + number: number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
 HELP = """\
 The sweep file names what all runs share and what makes each different:
 
@@ -49,6 +53,7 @@ class Sweep:
     def __init__(self, states: Sequence[RunState], executor: Executor, table: SweepTable, retries: int):
         self.states, self.executor, self.table, self.retries = states, executor, table, retries
         self.started = time.monotonic()
+        self.stopped_by = 0  # the number of a signal that ended a run from outside
 
     def run(self) -> int:
         """Run what is left to do; 0, or the number of the signal that has ended it."""
@@ -68,7 +73,7 @@ class Sweep:
                 self.table.update(time.monotonic())
                 time.sleep(POLL_SECONDS)
             self.table.update(time.monotonic(), last=True)
-        return stop.number
+        return stop.number or self.stopped_by
 
     def _of(self, kind: str) -> list[RunState]:
         return [state for state in self.states if state.state == kind]
@@ -92,14 +97,18 @@ class Sweep:
             if state.state == "done":
                 self._say(f"{state.run.name}: done")
             return
-        if stopping:
+        if stopping or ended.code in STOPPED:  # Slurm tells the ranks themselves to stop
             state.state = "stopped"
+            self.stopped_by = STOPPED.get(ended.code, 0)
             return
         state.failures += 1
         # Exit code 2 is a mistake that only the user can mend.
         again = ended.code != 2 and state.failures <= self.retries
         state.state = "queued" if again else "failed"
         state.reason = f"{part.name} ended with exit code {ended.code}: {last_words(log)}"
+        if not again:
+            state.record["failed"] = state.reason
+            state.save()
         self._say(f"{state.run.name}: {state.reason}" + ("; once more" if again else f"; see {log}"))
 
 
@@ -120,6 +129,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--retries", type=int, default=1, metavar="N", help="how often a run that fails is tried again (default: 1)")
     add("--only", action="append", metavar="RUN", help="run only this one (may be repeated); results show all")
+    add("--executor", choices=["local", "slurm"], default="local",
+        help="slurm: an array of jobs, --max-parallel at a time; local: processes of this machine (default)")  # fmt: skip
+    add("--element", help=argparse.SUPPRESS)  # in a job of the array: the number of the run
     add("--fresh", action="store_true", help="train all runs, or those of --only, again from the start")
     add("--collect", action="store_true", help="run nothing, only write the results of what is done")
     add("overrides", nargs="*", metavar="key=value", help="settings over the sweep file's, such as output=runs/other")
@@ -144,22 +156,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep as the command line says; the exit code."""
     arguments = parse(argv)
     config_file = os.path.abspath(arguments.config)
-    os.chdir(ROOT)  # paths in a sweep file are relative to the project, and so are the commands that are printed
+    os.chdir(PROJECT)  # paths in a sweep file are relative to the project, and so are the commands that are printed
     source = os.path.relpath(config_file) if Path(config_file).is_relative_to(ROOT) else config_file
     config = load_config(SweepConfig, source, arguments.overrides)
     runs = plan(config, source)
-    selected = chosen(runs, arguments.only)
+    selected = chosen(runs, arguments.only if arguments.element is None else [element(runs, arguments.element)])
     if arguments.collect and arguments.fresh:
         raise UserError("--collect runs nothing and removes nothing; leave out --fresh")
+    if arguments.executor == "slurm" and not arguments.collect:
+        states = [open_run(run, fresh=arguments.fresh) for run in selected]
+        given = ["--config", source, *arguments.overrides, "--retries", str(arguments.retries)]
+        check_slurm(given, len(runs))
+        numbers = [[run.name for run in runs].index(run.name) for run in selected]
+        number = SlurmSweep(states, numbers, given, config.folder).run(arguments.max_parallel, arguments.retries)
+        return 128 + number if number else conclude(config, runs, states, arguments, source)
     with contextlib.ExitStack() as locks:
         if not arguments.collect:
             for run in selected:  # not the whole sweep: --only may run beside it
                 locks.enter_context(run_folder(str(config.folder / ".locks" / run.name), fresh=False))
         states = [open_run(run, fresh=arguments.fresh) for run in selected]
         number = 0 if arguments.collect else execute(states, arguments)
-    if number:
-        return 128 + number
-    write_results(config, runs, shlex.join(["--config", source, *arguments.overrides]))
+    return 128 + number if number else conclude(config, runs, states, arguments, source)
+
+
+def conclude(config: SweepConfig, runs, states: Sequence[RunState], arguments: argparse.Namespace, source: str) -> int:
+    """Write the results, and name the runs that have failed; the exit code."""
+    if arguments.element is None:  # a job of an array leaves that to the one who watches it
+        write_results(config, runs, shlex.join(["--config", source, *arguments.overrides]))
     failed = [state for state in states if state.state == "failed"]
     if failed:
         said = "; ".join(f"{state.run.name} ({state.reason})" for state in failed)
@@ -168,9 +191,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def element(runs: Sequence[Run], number: str) -> str:
+    """The name of the run with this number in the array."""
+    if not number.isdigit() or int(number) >= len(runs):
+        raise UserError(f"--array: the sweep has the runs 0 to {len(runs) - 1}, and none of number {number!r}")
+    return runs[int(number)].name
+
+
 def execute(states: Sequence[RunState], arguments: argparse.Namespace) -> int:
     """Run what is left to do; 0, or the number of the signal that has ended it."""
-    executor = LocalExecutor(arguments.max_parallel)
+    prefix = srun_prefix(SlurmAllocation()) if arguments.element is not None and "SLURM_JOB_ID" in os.environ else ()
+    executor = LocalExecutor(arguments.max_parallel, prefix)
     done = sum(state.state == "done" for state in states)
     if done == len(states):
         print(f"all {done} runs are done; --fresh trains them again")

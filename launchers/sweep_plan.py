@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ibq.config import ConfigError, UserError
 from ibq.config_yaml import config_error, parse_yaml, read_layers, unwrap
 from ibq.models.transformer import TransformerConfig
+from launchers.executor import code_path
 from launchers.run_config import check_run, is_training_script, load_run
 from launchers.sweep_rules import ScalingConfig, scaling_runs
 
@@ -92,10 +93,10 @@ class Run:
 
 def plan(config: SweepConfig, source: str) -> list[Run]:
     """The runs of a sweep in order; ConfigError for settings that cannot be read, or that no run could start with."""
-    if not Path(config.script).is_file():
+    if not Path(code_path(config.script)).is_file():
         raise config_error(source, "script", f"{config.script} does not exist; give a path from the project's folder")
     try:
-        base = [unwrap(layer) for layer in read_layers(Path(config.base))]
+        base = [unwrap(layer) for layer in read_layers(Path(code_path(config.base)))]
     except ConfigError as error:
         raise config_error(source, "base", str(error)) from error
     common = _overrides_layer(config.overrides, f"{source}: overrides")

@@ -16,4 +16,5 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
     ibq_fail "$IBQ_SITE: IBQ_VENV: there is no Python environment in '${IBQ_VENV:-.venv}'; 'source tools/environment.sh' makes one in .venv"
   source "${IBQ_VENV:-.venv}/bin/activate"
 fi
+export IBQ_PROJECT="$PWD"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-1}}}"
