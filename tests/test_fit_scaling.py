@@ -134,7 +134,7 @@ def test_known_constants_lie_in_their_intervals(name):
     hits, seeds = np.zeros(5), range(3)
     for seed in seeds:
         runs = make_runs(law, *grid, noise=0.004, seed=seed)
-        laws = bootstrap(pairs(runs), runs.losses, 50, np.random.default_rng(0))
+        laws = bootstrap(pairs(runs), runs.losses, 30, np.random.default_rng(0))
         samples = np.array([resampled.constants for resampled in laws])
         for index, truth in enumerate(law.constants):
             low, high = interval(samples[:, index], 0.95, len(runs), 5)
