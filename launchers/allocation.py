@@ -142,15 +142,8 @@ def srun_prefix(allocation: SlurmAllocation, nodes: int | None = None, ranks_per
     """srun for a command that runs as so many ranks, by default one for each GPU of all nodes."""
     nodes, own = nodes or len(allocation.nodes), allocation.ranks_per_node
     ranks = ranks_per_node or own
-    srun = [
-        "srun",
-        "--unbuffered",
-        "--kill-on-bad-exit=1",
-        "--wait=60",
-        f"--nodes={nodes}",
-        f"--ntasks={nodes * ranks}",
-    ]
-    srun.append(f"--ntasks-per-node={ranks}")
+    srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--wait=60"]
+    srun += [f"--nodes={nodes}", f"--ntasks={nodes * ranks}", f"--ntasks-per-node={ranks}"]
     # Since Slurm 22.05 srun does not take the cores of a task from the job.
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_PER_GPU")
     return [*srun, f"--cpus-per-task={int(cores) * own // ranks}"] if cores else srun

@@ -129,8 +129,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--retries", type=int, default=1, metavar="N", help="how often a run that fails is tried again (default: 1)")
     add("--only", action="append", metavar="RUN", help="run only this one (may be repeated); results show all")
-    add("--executor", choices=["local", "slurm"], default="local",
-        help="slurm: an array of jobs, --max-parallel at a time; local: processes of this machine (default)")  # fmt: skip
+    where = "slurm: an array of jobs, --max-parallel at a time; local: processes of this machine (default)"
+    add("--executor", choices=["local", "slurm"], default="local", help=where)
     add("--element", help=argparse.SUPPRESS)  # in a job of the array: the number of the run
     add("--fresh", action="store_true", help="train all runs, or those of --only, again from the start")
     add("--collect", action="store_true", help="run nothing, only write the results of what is done")
