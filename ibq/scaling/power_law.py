@@ -1,7 +1,7 @@
 """Scaling laws of the loss: L(N) = E + A / N^alpha and L(N, D) = E + A / N^alpha + B / D^beta.
 
-N parameters, D tokens, L loss in nats. Fitted as in the third approach of Hoffmann et al. (arXiv 2203.15556, eq. 10 and
-appendix D.3): log L is compared with the log-sum-exp of log E, log A - alpha log N and log B - beta log D,
+N parameters, D tokens, L loss in nats. Fitted as in the third approach of Hoffmann et al. (arXiv 2203.15556, eqs. 2
+and 3): log L is compared with the log-sum-exp of log E, log A - alpha log N and log B - beta log D,
 
     minimize  sum_i  Huber_delta( LSE(e, a - alpha log N_i, b - beta log D_i) - log L_i ),   delta = 1e-3,
 
@@ -223,7 +223,7 @@ def interval(samples: np.ndarray, level: float, points: int, constants: int) -> 
     """Bootstrap percentiles that contain a quantity with probability `level`, widened for few points.
 
     The plain percentiles are too narrow by sqrt((n - p) / n) and by a normal's quantile in place of Student's: the
-    expanded percentile interval of Hesterberg (arXiv 1411.5279, section 5), here with p fitted constants.
+    expanded percentile interval of Hesterberg (arXiv 1411.5279), here with p fitted constants.
     """
     free = max(points - constants, 1)
     tail = norm.cdf(-math.sqrt(points / free) * t.ppf(0.5 + level / 2, free))
