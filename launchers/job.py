@@ -72,15 +72,14 @@ class Job:
         return self._conclude(allocation, logs, code, folder)
 
     def _step(self, allocation: Allocation, nodes: int, arguments: Sequence[str], logs: Path) -> Step:
-        command = (sys.executable, "-u", str(ROOT / self.script), *arguments)
+        command = (sys.executable, str(ROOT / self.script), *arguments)
         match self.launcher:
             case "srun":
                 return Step(command=command, nodes=nodes, ranks_per_node=allocation.ranks_per_node, logs=logs)
             case "torchrun":
                 command = torchrun_command(allocation, nodes, command)
             case "deepspeed":
-                script = (sys.executable, *command[2:])
-                command = deepspeed_command(allocation, nodes, script, logs / "hostfile")
+                command = deepspeed_command(allocation, nodes, command, logs / "hostfile")
         return Step(command=command, nodes=nodes, ranks_per_node=1, logs=logs)
 
     def _preflight(self, allocation: Allocation, nodes: int, folder: Path, run: Any) -> int:
