@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a failure is one line, without torch's stacks
 
 from ibq.config import exit_on_user_error
 from ibq.engine.preflight import PreflightConfig, preflight

@@ -4,12 +4,15 @@ Every rank says hello through a store that rank 0 keeps; rank 0 finds out who is
 cannot be written, whose clock is wrong and who does not get through an all-reduce, and all ranks learn its verdict.
 """
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
+import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +22,9 @@ import torch.distributed as torch_dist
 
 from ibq import dist
 
-FOLDER = ".preflight"  # beside the run's files; removed again
+FOLDER = ".preflight-"  # and a random word, beside the run's files; removed again
 POLL_S = 0.05
+SEEN_S = 10.0  # that a file may take to be seen on other nodes
 NAMED_AT_MOST = 6
 BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of the tensor that is reduced
 
@@ -66,30 +70,42 @@ def preflight(config: PreflightConfig, hosts: Sequence[str] = ()) -> PreflightRe
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     started = time.monotonic()
     if ranks == 1:
-        problem = _write_own(config.folder / FOLDER, 0)
-        shutil.rmtree(config.folder / FOLDER, ignore_errors=True)
-        problems = (f"{os.uname().nodename}: {problem}",) if problem else ()
+        folder = config.folder / f"{FOLDER}{secrets.token_hex(4)}"
+        problem = _write_own(folder, 0)
+        shutil.rmtree(folder, ignore_errors=True)
+        problems = (f"{_own_name()}: {problem}",) if problem else ()
         return PreflightReport(problems=problems, ranks=1, hosts=1, seconds=time.monotonic() - started)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=config.wait_s)
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    what = f"opens no port at {where}" if rank == 0 else f"does not reach rank 0 at {where}"
     try:
-        store = torch_dist.TCPStore(address, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+        store = _store(rank, timedelta(seconds=config.wait_s))
+        what = f"has lost rank 0 at {where}"
+        # Longer than rank 0 waits for the slowest rank at each question.
+        store.set_timeout(timedelta(seconds=3 * config.wait_s + 60))
+        member = _Member(config, store, rank, ranks, list(hosts))
+        return member.judge(started) if rank == 0 else member.answer()
     except (RuntimeError, OSError) as error:
-        what = "opens no port" if rank == 0 else "does not reach rank 0"
-        problem = f"rank {rank} on {os.uname().nodename} {what} at {address}:{port} ({_one_line(error)})"
+        problem = f"rank {rank} on {_own_name()} {what} ({_one_line(error)})"
         return PreflightReport(problems=(problem,), ranks=ranks, hosts=0, seconds=time.monotonic() - started)
-    member = _Member(config, store, rank, ranks, list(hosts))
-    if rank == 0:
-        return member.judge(started)
-    return member.answer()
+
+
+def _store(rank: int, timeout: timedelta) -> torch_dist.Store:
+    """The store that rank 0 keeps, or torchrun's agent for it."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = torch_dist.TCPStore(address, port, is_master=keeps, timeout=timeout, wait_for_workers=False)
+    return torch_dist.PrefixStore("ibq/preflight", store)
 
 
 class _Member:
     """One rank's part of the check."""
 
-    def __init__(self, config: PreflightConfig, store: torch_dist.TCPStore, rank: int, ranks: int, hosts: list[str]):
+    def __init__(self, config: PreflightConfig, store: torch_dist.Store, rank: int, ranks: int, hosts: list[str]):
         self.config, self.store, self.rank, self.ranks, self.hosts = config, store, rank, ranks, hosts
-        self.folder = config.folder / FOLDER
+        if rank == 0:
+            store.set("word", secrets.token_hex(4))
+        # A word of this check's own: others may run in the same folder, or have been killed in it.
+        self.folder = config.folder / f"{FOLDER}{store.get('word').decode()}"
         self.device = config.device
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,18 +115,22 @@ class _Member:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if self.device == "cuda" and local >= torch.cuda.device_count():
             problem = problem or f"has {torch.cuda.device_count()} CUDA devices, too few for its process {local}"
-        self.store.set(f"hello/{self.rank}", json.dumps({"host": os.uname().nodename, "problem": problem}))
+        self.store.set(f"hello/{self.rank}", json.dumps({"host": _own_name(), "problem": problem}))
 
     def answer(self) -> PreflightReport:
         """Of any rank but 0."""
         self._hello()
         self.store.wait([f"ping/{self.rank}"])
-        self.store.set(f"pong/{self.rank}", str(time.time()))
-        go = json.loads(self.store.get("go"))
-        if go:
-            self.store.set(f"sees/{self.rank}", json.dumps(_wait_until((self.folder / "rank-0").exists, 10.0)))
-            self._reduce()
+        self.store.set(f"pong/{self.rank}", json.dumps(time.time()))
+        if json.loads(self.store.get("go")):
+            sees = _wait_until((self.folder / "rank-0").exists, self._seen_s())
+            self.store.set(f"sees/{self.rank}", json.dumps(sees))
+            if json.loads(self.store.get("reduce")):
+                self._reduce()
         report = json.loads(self.store.get("report"))
+        with contextlib.suppress(OSError):  # where this is another folder, nobody else does it
+            (self.folder / f"rank-{self.rank}").unlink(missing_ok=True)
+            self.folder.rmdir()
         self.store.set(f"read/{self.rank}", "")
         return PreflightReport(**report | {"problems": tuple(report["problems"])})
 
@@ -118,32 +138,62 @@ class _Member:
         """Of rank 0, which keeps the store."""
         self._hello()
         missing = self._without("hello")
-        names = {rank: self._name(rank, known=rank not in missing) for rank in range(self.ranks)}
-        problems = [f"{names[rank]} did not start within {self.config.wait_s:g} s" for rank in missing]
-        problems += [f"{names[rank]} {text}" for rank, text in self._own_problems(missing).items()]
-        skews = {} if missing else self._skews()
-        limit = self.config.max_skew_s
-        problems += [f"the clock of {names[rank]} is {s:+.1f} s off" for rank, s in skews.items() if abs(s) > limit]
-        self.store.set("go", json.dumps(not problems))
+        present = [rank for rank in range(self.ranks) if rank not in missing]
+        said = {rank: self._said(f"hello/{rank}", default={}) for rank in present}
+        found = dict.fromkeys(missing, f"did not start within {self.config.wait_s:g} s")
+        found |= {rank: text["problem"] for rank, text in said.items() if text["problem"]}
+        clocks = self._clocks(present[1:])
+        found |= {rank: text for rank, text in self._wrong_clocks(clocks).items() if rank not in found}
+        self.store.set("go", json.dumps(not found))
         speed = 0.0
-        if not problems:
-            unseen = [rank for rank in range(self.ranks) if not _wait_until((self.folder / f"rank-{rank}").exists, 10)]
-            problems += [f"{names[rank]} writes to another {self.config.folder} than rank 0" for rank in unseen]
-            speed = self._reduce()
-            blind = [rank for rank in range(1, self.ranks) if not self._said(f"sees/{rank}", default=False)]
-            problems += [f"{names[rank]} sees another {self.config.folder} than rank 0" for rank in blind]
-            problems += [f"{names[rank]} {text}" for rank, text in self._failed_to_reduce().items()]
-        said = {"problems": problems[:NAMED_AT_MOST], "ranks": self.ranks}
-        if len(problems) > NAMED_AT_MOST:
-            said["problems"].append(f"and {len(problems) - NAMED_AT_MOST} more")
-        said |= {"hosts": len({self._host(rank) for rank in range(self.ranks)}), "skew_s": _spread(skews.values())}
-        said |= {"seconds": time.monotonic() - started, "gigabytes_per_second": speed}
-        self.store.set("report", json.dumps(said))
-        self._without("read", among=[rank for rank in range(1, self.ranks) if rank not in missing], wait_s=5.0)
+        if not found:
+            found = dict.fromkeys(self._elsewhere(), f"has another {self.config.folder} than rank 0")
+            self.store.set("reduce", json.dumps(not found))
+            if not found:
+                speed = self._reduce()
+                found = self._failed_to_reduce()
+        report = {"problems": self._named(found, {rank: text["host"] for rank, text in said.items()})}
+        report |= {"ranks": self.ranks, "hosts": len({text["host"] for text in said.values()})}
+        report |= {"skew_s": max(clocks.values()) - min(clocks.values()), "gigabytes_per_second": speed}
+        report["seconds"] = time.monotonic() - started
+        self.store.set("report", json.dumps(report))
+        self._without("read", among=present[1:], wait_s=5.0)
         shutil.rmtree(self.folder, ignore_errors=True)
-        return PreflightReport(**said | {"problems": tuple(said["problems"])})
+        return PreflightReport(**report | {"problems": tuple(report["problems"])})
 
-    def _without(self, key: str, among: Sequence[int] | None = None, wait_s: float | None = None) -> list[int]:
+    def _named(self, found: Mapping[int, str], said: Mapping[int, str]) -> list[str]:
+        """One line for the ranks of a host that have the same problem."""
+        together: dict[tuple[str, str], list[int]] = {}
+        for rank, text in sorted(found.items()):
+            host = said.get(rank) or (self.hosts[rank] if rank < len(self.hosts) else "")
+            # Of ranks of which nothing is known, each stays by itself.
+            together.setdefault((host or f"\0{rank}", text), []).append(rank)
+        lines = []
+        for (host, text), ranks in together.items():
+            name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+            lines.append(f"{name}{'' if host.startswith(chr(0)) else f' on {host}'}: {text}")
+        rest = len(lines) - NAMED_AT_MOST
+        return [*lines[:NAMED_AT_MOST], *([f"and {rest} more nodes"] if rest > 0 else [])]
+
+    def _seen_s(self) -> float:
+        return min(SEEN_S, self.config.wait_s)
+
+    def _elsewhere(self) -> list[int]:
+        """The ranks whose files this rank does not come to see, or that do not see its own."""
+        unseen = set(range(self.ranks))
+
+        def all_seen() -> bool:
+            unseen.difference_update({rank for rank in unseen if (self.folder / f"rank-{rank}").exists()})
+            return not unseen
+
+        _wait_until(all_seen, self._seen_s())
+        others = range(1, self.ranks)
+        self._without("sees", among=others, wait_s=2 * self._seen_s())  # who has died by now fails in the all-reduce
+        return sorted(unseen | {rank for rank in others if not self._said(f"sees/{rank}", default=True)})
+
+    def _without(
+        self, key: str, among: Sequence[int] | None = None, wait_s: float | None = None, poll_s: float = POLL_S
+    ) -> list[int]:
         """The ranks that have not said `key` in time."""
         left = set(range(self.ranks) if among is None else among)
         wait_s = self.config.wait_s if wait_s is None else wait_s
@@ -152,34 +202,28 @@ class _Member:
             left.difference_update({rank for rank in left if self.store.check([f"{key}/{rank}"])})
             return not left
 
-        _wait_until(all_there, wait_s)
+        _wait_until(all_there, wait_s, poll_s)
         return sorted(left)
 
     def _said(self, key: str, default):
         return json.loads(self.store.get(key)) if self.store.check([key]) else default
 
-    def _host(self, rank: int) -> str:
-        said = self._said(f"hello/{rank}", default={})
-        return said.get("host") or (self.hosts[rank] if rank < len(self.hosts) else "")
-
-    def _name(self, rank: int, known: bool) -> str:
-        host = self._host(rank) if known or self.hosts else ""
-        return f"rank {rank} on {host}" if host else f"rank {rank}"
-
-    def _own_problems(self, missing: Sequence[int]) -> dict[int, str]:
-        said = {rank: self._said(f"hello/{rank}", default={}) for rank in range(self.ranks) if rank not in missing}
-        return {rank: text["problem"] for rank, text in said.items() if text["problem"]}
-
-    def _skews(self) -> dict[int, float]:
+    def _clocks(self, ranks: Sequence[int]) -> dict[int, float]:
         """By how much each rank's clock is before that of rank 0, to within half of what a question takes."""
-        skews = {}
-        for rank in range(1, self.ranks):
+        clocks = {0: 0.0}
+        for rank in ranks:
             before = time.time()
             self.store.set(f"ping/{rank}", "")
-            theirs = float(self.store.get(f"pong/{rank}"))
-            after = time.time()
-            skews[rank] = theirs - (before + after) / 2
-        return skews
+            if not self._without("pong", among=[rank], wait_s=self._seen_s(), poll_s=0.001):
+                clocks[rank] = self._said(f"pong/{rank}", default=before) - (before + time.time()) / 2
+        return clocks
+
+    def _wrong_clocks(self, clocks: Mapping[int, float]) -> dict[int, str]:
+        # By the middle one: where rank 0's clock is wrong, it is not all others that are.
+        middle = statistics.median_low(clocks.values()) if len(clocks) > 2 else 0.0
+        off = {rank: value - middle for rank, value in clocks.items()}
+        limit = self.config.max_skew_s
+        return {rank: f"its clock is {value:+.1f} s off" for rank, value in off.items() if abs(value) > limit}
 
     def _reduce(self) -> float:
         """An all-reduce over all ranks in a thread, since a collective may never return; GB/s, and `reduced/RANK`."""
@@ -222,7 +266,7 @@ class _Member:
 
     def _failed_to_reduce(self) -> dict[int, str]:
         """What kept ranks from the all-reduce: those with an error of their own, or else those that hung."""
-        silent = self._without("reduced", wait_s=10.0)
+        silent = self._without("reduced", wait_s=self._seen_s())
         said = {rank: self._said(f"reduced/{rank}", default="ended in the all-reduce") for rank in range(self.ranks)}
         found = {rank: text for rank, text in said.items() if text}
         gone = {rank: text for rank, text in found.items() if rank in silent}
@@ -242,16 +286,16 @@ def _write_own(folder: Path, rank: int) -> str:
     return ""
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+def _wait_until(condition: Callable[[], bool], seconds: float, poll_s: float = POLL_S) -> bool:
     deadline = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
     return found
 
 
-def _spread(skews) -> float:
-    values = [0.0, *skews]
-    return max(values) - min(values)
+def _own_name() -> str:
+    """Of this node, as Slurm has it."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def _one_line(error: BaseException) -> str:
