@@ -10,6 +10,7 @@ what is particular to the cluster. With --executor local the ranks are processes
 """
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -47,8 +48,12 @@ class Resources:
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", self.nodes):
             raise UserError(f"--nodes: {self.nodes!r} is no number of nodes; write 12, or 8-12 for at least 8")
+        if int(self.nodes.partition("-")[0]) > self.largest:
+            raise UserError(f"--nodes: {self.nodes!r} begins with the larger number; write the smaller one first")
         if self.gpus_per_node < 0 or self.timeout_h <= 0 or self.signal_s < 1:
             raise UserError("--gpus-per-node, --timeout-h and --signal-s must be positive")
+        if self.signal_s >= 3600 * self.timeout_h:  # it would be told to stop at its start, and requeued for ever
+            raise UserError(f"--signal-s: {self.signal_s} s are not left in {self.timeout_h:g} h; raise --timeout-h")
         for option in self.more:
             if "=" not in option:
                 raise UserError(f"--sbatch: {option!r} is no option; write NAME=VALUE, such as constraint=h100")
@@ -60,7 +65,7 @@ class Resources:
 
     def parameters(self, name: str, code: Path) -> dict[str, Any]:
         """For submitit's Slurm executor."""
-        own = {"job_name": f"ibq-{self.name or name}", "time": round(60 * self.timeout_h), "qos": self.qos}
+        own = {"job_name": f"ibq-{self.name or name}", "time": max(round(60 * self.timeout_h), 1), "qos": self.qos}
         own |= {"partition": self.partition, "account": self.account, "signal_delay_s": self.signal_s}
         own |= {"gpus_per_node": self.gpus_per_node or None, "stderr_to_stdout": True, "use_srun": False}
         more = {"nodes": self.nodes, "requeue": True}
@@ -91,13 +96,27 @@ def submit(job: Job, resources: Resources, executor: Literal["slurm", "local"] =
     check(job, resources, executor)
     code = take_snapshot()
     if executor == "local":
-        local = submitit.LocalExecutor(folder=f"{folder}/submitit")
-        minutes = 60 * resources.timeout_h
-        local.update_parameters(timeout_min=minutes, signal_delay_s=resources.signal_s, setup=setup(code))
+        local = submitit.LocalExecutor(folder=f"{folder}/submitit", python=local_python(code))
+        local.update_parameters(timeout_min=60 * resources.timeout_h, signal_delay_s=resources.signal_s)
         return local.submit(job)
     slurm = submitit.SlurmExecutor(folder=f"{folder}/submitit", python="python")
     slurm.update_parameters(**resources.parameters(job_name(job), code))
-    return slurm.submit(SubmittedJob(job))
+    try:
+        return slurm.submit(SubmittedJob(job))
+    except submitit.core.utils.FailedJobError as error:  # in sbatch's own words
+        said = [line for line in str(error).splitlines() if line.startswith("sbatch: error: ")] or [str(error)]
+        raise UserError(f"Slurm does not take the job: {said[0].removeprefix('sbatch: error: ')}; see sinfo") from error
+
+
+def local_python(code: Path) -> str:
+    """Python behind the lines of `setup`, for submitit's local executor.
+
+    Its own `setup` is read by /bin/sh, which need not be bash, and it hides the GPUs that it has not been told of.
+    """
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = "unset CUDA_VISIBLE_DEVICES" if gpus is None else f"export CUDA_VISIBLE_DEVICES={shlex.quote(gpus)}"
+    lines = [*setup(code), visible, f'exec {shlex.quote(sys.executable)} "$@"']
+    return shlex.join(["bash", "-c", "\n".join(lines), "bash"])
 
 
 def script_text(job: Job, resources: Resources) -> str:
@@ -190,8 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def wait_locally(submitted: Any) -> int:
     """Wait for a job of the local executor; its exit code, or that of an interrupted one."""
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
     try:
         return int(submitted.result() or 0)
+    except (FailedJobError, UncompletedJobError):
+        print(f"the job has failed; see {submitted.paths.stderr} and {submitted.paths.stdout}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         submitted.cancel()
         return 130
