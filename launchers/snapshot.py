@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from ibq.config import exit_on_user_error
+from ibq.config import UserError, exit_on_user_error
 from ibq.files import write_text
 from ibq.training.provenance import SNAPSHOT_FILE, git_state
 
@@ -33,7 +33,8 @@ def code_files(root: Path = ROOT) -> list[Path]:
             found.append(path)
         for folder, folders, names in os.walk(path):
             folders[:] = [name for name in folders if name not in LEFT_OUT]
-            found += [Path(folder) / name for name in names]
+            # An editor's lock is a link to nowhere.
+            found += [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
     return sorted(path.relative_to(root) for path in found)
 
 
@@ -53,9 +54,13 @@ def take_snapshot(root: Path = ROOT, folder: Path | None = None) -> Path:
     if (target / SNAPSHOT_FILE).exists():
         return target
     temporary = folder / f".tmp-{target.name}-{os.uname().nodename}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
     for path in code_files(root):
         (temporary / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / path, temporary / path)
+    if code_hash(temporary) != target.name:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{root}: the code has been edited while it was copied; the same command copies it again")
     write_text(temporary / SNAPSHOT_FILE, json.dumps({"from": str(root), **git_state(root)}, indent=1) + "\n")
     try:
         temporary.rename(target)
