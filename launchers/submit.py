@@ -43,6 +43,8 @@ def submit(script: str, arguments: Sequence[str], options: Sequence[str] = ()) -
 def main(argv: Sequence[str] | None = None) -> None:
     """Submit as the command line says: SCRIPT ARGUMENTS -- the command that the job will run."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "--" not in argv[1:-1]:
+        raise UserError("no command is given; start it by bash slurm/ar_b.sh")
     split = len(argv) - 1 - argv[::-1].index("--")
     (script, *arguments), (program, *options) = argv[:split], argv[split + 1 :]
     if is_training_script(program):

@@ -6,6 +6,8 @@ ibq_fail() {
 }
 [ -f "$IBQ_SITE" ] || ibq_fail "$IBQ_SITE does not exist; copy slurm/site.env there, or unset IBQ_SITE"
 bash -n "$IBQ_SITE" || ibq_fail "$IBQ_SITE is no bash; mend the line that is named above"
+case $- in *u*) ibq_unset=-u ;; *) ibq_unset=+u ;; esac
+set +u # what a site, its modules and Python environments bring along is often not written for it
 source "$IBQ_SITE"
 if [ -n "${IBQ_MODULES:-}" ]; then
   type module >/dev/null 2>&1 || source /etc/profile
@@ -16,5 +18,6 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
     ibq_fail "$IBQ_SITE: IBQ_VENV: there is no Python environment in '${IBQ_VENV:-.venv}'; 'source tools/environment.sh' makes one in .venv"
   source "${IBQ_VENV:-.venv}/bin/activate"
 fi
+set $ibq_unset
 export IBQ_PROJECT="$PWD"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-1}}}"
