@@ -39,7 +39,8 @@ def git_state(root: Path) -> dict[str, str | bool | None]:
             return None
 
     revision = git("rev-parse", "HEAD") if (root / ".git").exists() and shutil.which("git") else None
-    return {"revision": revision, "edited": bool(git("status", "--porcelain")) if revision else None}
+    changes = git("status", "--porcelain") if revision else None
+    return {"revision": revision, "edited": None if changes is None else bool(changes)}
 
 
 def start_record(root: Path) -> dict:
