@@ -25,6 +25,7 @@ from ibq import dist
 FOLDER = ".preflight-"  # and a random word, beside the run's files; removed again
 POLL_S = 0.05
 SEEN_S = 10.0  # that a file may take to be seen on other nodes
+OLD_S = 86_400.0  # a check's files are nobody's any more
 NAMED_AT_MOST = 6
 BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of the tensor that is reduced
 
@@ -119,6 +120,13 @@ class _Member:
 
     def answer(self) -> PreflightReport:
         """Of any rank but 0."""
+        try:
+            return self._answer()
+        except (RuntimeError, OSError):  # there is no rank 0 any more that would clean up
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _answer(self) -> PreflightReport:
         self._hello()
         self.store.wait([f"ping/{self.rank}"])
         self.store.set(f"pong/{self.rank}", json.dumps(time.time()))
@@ -136,6 +144,7 @@ class _Member:
 
     def judge(self, started: float) -> PreflightReport:
         """Of rank 0, which keeps the store."""
+        _remove_old(self.config.folder)
         self._hello()
         missing = self._without("hello")
         present = [rank for rank in range(self.ranks) if rank not in missing]
@@ -143,6 +152,7 @@ class _Member:
         found = dict.fromkeys(missing, f"did not start within {self.config.wait_s:g} s")
         found |= {rank: text["problem"] for rank, text in said.items() if text["problem"]}
         clocks = self._clocks(present[1:])
+        found |= {rank: "came and does not answer any more" for rank in present if rank not in clocks}
         found |= {rank: text for rank, text in self._wrong_clocks(clocks).items() if rank not in found}
         self.store.set("go", json.dumps(not found))
         speed = 0.0
@@ -267,10 +277,10 @@ class _Member:
     def _failed_to_reduce(self) -> dict[int, str]:
         """What kept ranks from the all-reduce: those with an error of their own, or else those that hung."""
         silent = self._without("reduced", wait_s=self._seen_s())
-        said = {rank: self._said(f"reduced/{rank}", default="ended in the all-reduce") for rank in range(self.ranks)}
-        found = {rank: text for rank, text in said.items() if text}
-        gone = {rank: text for rank, text in found.items() if rank in silent}
-        return {rank: f"failed in the all-reduce: {text}" for rank, text in (gone or found).items()}
+        if silent:
+            return dict.fromkeys(silent, "ended in the all-reduce, or hangs there")
+        said = {rank: self._said(f"reduced/{rank}", default="") for rank in range(self.ranks)}
+        return {rank: f"failed in the all-reduce: {text}" for rank, text in said.items() if text}
 
 
 def _write_own(folder: Path, rank: int) -> str:
@@ -284,6 +294,14 @@ def _write_own(folder: Path, rank: int) -> str:
     except OSError as error:
         return f"cannot write to {folder.parent} ({error.strerror or error})"
     return ""
+
+
+def _remove_old(folder: Path) -> None:
+    """What checks have left that were killed; others may be running."""
+    for old in folder.glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > OLD_S:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float, poll_s: float = POLL_S) -> bool:
