@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ibq.decoding import PRECISIONS, Decoder, Precision
+from ibq.guidance import Schedule, guidance_scales
 from ibq.models.transformer import Transformer
 
 LARGEST_SEED = 2**63 - 1
@@ -17,15 +19,22 @@ class SamplerConfig:
 
     `guidance_scale` s gives the logits uncond + s * (cond - uncond) (arXiv 2207.12598); 1.0 is no guidance
     and costs half. `temperature` 0 takes the likeliest code; `top_k` 0 and `top_p` 1.0 are off.
-    `rows_per_block` images are decoded together, the last block padded: more is faster per image and takes
-    more memory; another number may round differently. Errors: ValueError for values out of range.
+    `guidance_schedule` changes s over the codes of an image, see `ibq/guidance.py`. `rows_per_block` images are decoded
+    together, the last block padded: more is faster per image and takes more memory; another number may round
+    differently. `precision` is that of the weights, see `ibq/decoding.py`; `compile` compiles the step.
+    Errors: ValueError for values out of range.
     """
 
     guidance_scale: float = 2.0
+    guidance_schedule: Schedule = "constant"
+    guidance_power: float = 2.75
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     rows_per_block: int = 16
+    precision: Precision = "fp32"
+    compile: bool = False
 
     def __post_init__(self):
         if not 0.0 <= self.guidance_scale < float("inf"):
@@ -34,7 +43,25 @@ class SamplerConfig:
             raise ValueError(f"temperature: {self.temperature} is out of range; use 0 (greedy) or more")
         if self.rows_per_block < 1:
             raise ValueError(f"rows_per_block: {self.rows_per_block} is out of range; use at least 1")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: {self.precision!r} does not exist; use one of {', '.join(PRECISIONS)}")
         _check_filter(self.top_k, self.top_p)
+        self.scales(1)
+
+    def scales(self, tokens: int) -> list[float]:
+        """The guidance of each code of an image."""
+        power, interval = self.guidance_power, self.guidance_interval
+        return guidance_scales(self.guidance_schedule, self.guidance_scale, tokens, power=power, interval=interval)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model without class is needed."""
+        return self.guidance_scale != 1.0
+
+    def decoder(self, transformer: Transformer) -> Decoder:
+        """What draws with these settings, for several calls of `sample_codes`."""
+        rows = self.rows_per_block * (2 if self.guided else 1)
+        return Decoder(transformer, self.precision, rows, compile_step=self.compile)
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -60,7 +87,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 @torch.no_grad()
 def sample_codes(
-    transformer: Transformer,
+    transformer: Transformer | Decoder,
     classes: Sequence[int],
     seeds: Sequence[int],
     config: SamplerConfig,
@@ -68,50 +95,42 @@ def sample_codes(
 ) -> Tensor:
     """Draw one image's codes per class and seed, [N, h, w] int64 on the CPU.
 
-    An image depends on weights, class, seed and `config` only (on one device, in one precision), never on
-    the images it is drawn with: blocks have a fixed number of rows, and every image has its own noise. Runs
-    on the device of the weights, under the caller's autocast, in eval mode (the mode is restored).
-    `progress` is called with (images done, images) after every block.
+    An image depends on weights, class, seed and `config` only (on one device), never on the images it is drawn with:
+    blocks have a fixed number of rows, and every image has its own noise. Runs on the device of the weights. A
+    transformer is made ready first, which takes a while for a large one: `config.decoder(transformer)` does it once for
+    many calls. `progress` is called with (images done, images) after every block.
     Errors: ValueError for classes or seeds out of range, or not one seed per class.
     """
     _check_request(transformer, classes, seeds)
-    was_training = transformer.training
-    transformer.eval()
-    try:
-        blocks = [torch.empty(0, transformer.config.tokens, dtype=torch.int64, device="cpu")]
-        for start in range(0, len(classes), config.rows_per_block):
-            stop = min(start + config.rows_per_block, len(classes))
-            blocks.append(_sample_block(transformer, classes[start:stop], seeds[start:stop], config))
-            if progress is not None:
-                progress(stop, len(classes))
-    finally:
-        transformer.train(was_training)
-    side = transformer.config.tokens_per_side
+    decoder = transformer if isinstance(transformer, Decoder) else config.decoder(transformer)
+    blocks = [torch.empty(0, decoder.config.tokens, dtype=torch.int64, device="cpu")]
+    for start in range(0, len(classes), config.rows_per_block):
+        stop = min(start + config.rows_per_block, len(classes))
+        blocks.append(_sample_block(decoder, classes[start:stop], seeds[start:stop], config))
+        if progress is not None:
+            progress(stop, len(classes))
+    side = decoder.config.tokens_per_side
     return torch.cat(blocks).unflatten(1, (side, side))
 
 
-def _sample_block(
-    transformer: Transformer, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig
-) -> Tensor:
+def _sample_block(decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig) -> Tensor:
     """Codes [n, T] of up to `rows_per_block` images, decoded in exactly that many rows."""
-    rows, device = config.rows_per_block, transformer.head.weight.device
-    guided = config.guidance_scale != 1.0
-    rows_of_classes = [int(label) for label in classes] + [transformer.null_class] * (rows - len(classes))
-    if guided:
-        rows_of_classes += [transformer.null_class] * rows
-    condition = transformer.condition(torch.tensor(rows_of_classes, device=device))
-    cache = transformer.new_cache(len(rows_of_classes), _compute_dtype(transformer), device)
+    rows, device, tokens = config.rows_per_block, decoder.device, decoder.config.tokens
+    rows_of_classes = [int(label) for label in classes] + [decoder.null_class] * (rows - len(classes))
+    if config.guided:
+        rows_of_classes += [decoder.null_class] * rows
+    condition = decoder.condition(torch.tensor(rows_of_classes, device=device))
+    cache, scales = decoder.new_cache(), config.scales(tokens)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    codes = torch.empty(rows, transformer.config.tokens, dtype=torch.int64, device=device)
+    codes = torch.empty(rows, tokens, dtype=torch.int64, device=device)
     previous = None
-    for position in range(transformer.config.tokens):
-        logits = transformer.decode_step(previous, condition, cache, position)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if guided:
+    for position in range(tokens):
+        logits = decoder.step(previous, condition, cache, position)
+        if config.guided:
             cond, uncond = logits.chunk(2)
-            logits = uncond + config.guidance_scale * (cond - uncond)
+            logits = uncond + scales[position] * (cond - uncond)
         codes[:, position] = drawn = _draw(logits, generators, config)
-        previous = drawn.repeat(2) if guided else drawn
+        previous = drawn.repeat(2) if config.guided else drawn
     return codes[: len(classes)].cpu()
 
 
@@ -128,15 +147,7 @@ def _draw(logits: Tensor, generators: Sequence[torch.Generator], config: Sampler
     return (logits - noise.log()).argmax(-1)
 
 
-def _compute_dtype(transformer: Transformer) -> torch.dtype:
-    """The precision that keys and values come in: that of autocast where it is on, else of the weights."""
-    weight = transformer.head.weight
-    if weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
-
-
-def _check_request(transformer: Transformer, classes: Sequence[int], seeds: Sequence[int]) -> None:
+def _check_request(transformer: Transformer | Decoder, classes: Sequence[int], seeds: Sequence[int]) -> None:
     if len(classes) != len(seeds):
         raise ValueError(f"seeds: {len(seeds)} for {len(classes)} classes; give one seed per image")
     for label in classes:

@@ -224,24 +224,27 @@ class Transformer(nn.Module):
 
     def new_cache(self, rows: int, dtype: torch.dtype | None = None, device=None) -> KVCache:
         """An empty cache for `rows` sequences; precision and device default to those of the weights."""
-        cfg, weight = self.config, self.head.weight
+        cfg, weight = self.config, self.tok_emb.weight
         shape = (cfg.depth, rows, cfg.num_kv_heads, cfg.tokens, cfg.head_dim)
         dtype, device = dtype or weight.dtype, weight.device if device is None else device
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
-    def decode_step(self, codes: Tensor | None, condition: Condition, cache: KVCache, position: int) -> Tensor:
+    def decode_step(self, codes: Tensor | None, condition: Condition, cache: KVCache, position: int | Tensor) -> Tensor:
         """Logits [R, V] of the code at `position`; `codes` [R] are those at position - 1, None at position 0.
 
         Positions must come in order, as every call adds one to the cache. Call `eval()` first: dropout would
-        be active in training mode. Errors: ValueError for a position out of range or without its codes.
+        be active in training mode. Errors: ValueError for a position out of range or without its codes. A position
+        from 1 on may also be a tensor [1] on the device: then all shapes are the same at every position.
         """
-        if (codes is None) != (position == 0) or not 0 <= position < self.config.tokens:
+        fixed = isinstance(position, Tensor)
+        if not fixed and ((codes is None) != (position == 0) or not 0 <= position < self.config.tokens):
             raise ValueError(
                 f"position: {position} {'without' if codes is None else 'with'} codes; give no codes at "
                 f"position 0 and the previous codes at positions 1 to {self.config.tokens - 1}"
             )
         x = (condition.embedding if codes is None else self.tok_emb(codes))[:, None]  # [R, 1, C]
-        rope = self._rope(x)[position : position + 1]
+        rope = self._rope(x)
+        rope = rope.index_select(0, position) if fixed else rope[position : position + 1]
         for i, block in enumerate(self.blocks):
             x = block.decode(x, condition.blocks[i], rope, cache.keys[i], cache.values[i], position)
         return self.head(self.head_nm(x, condition.head)[:, 0])

@@ -83,23 +83,31 @@ class Attention(nn.Module):
         out = self.wo(out.transpose(1, 2).flatten(2))
         return F.dropout(out, self.dropout, self.training)
 
-    def decode(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+    def decode(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int | Tensor) -> Tensor:
         """Attention of one new position, x [R, 1, C] -> [R, 1, C]; writes its key and value into the cache.
 
-        keys, values: [R, kv_heads, T, head_dim].
+        keys, values: [R, kv_heads, T, head_dim]. A position that is a tensor [1] keeps all shapes the same, for graphs
+        that serve every position; a number reads no more of the cache than is filled.
         """
         q, k, v = self._project(x, rope)
-        keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
-        keys, values = keys[:, :, : position + 1], values[:, :, : position + 1]
+        mask = None
+        if isinstance(position, Tensor):
+            keys.index_copy_(2, position, k.to(keys.dtype))
+            values.index_copy_(2, position, v.to(values.dtype))
+            mask = torch.arange(keys.shape[2], device=keys.device) <= position  # [T]
+        else:
+            keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
+            keys, values = keys[:, :, : position + 1], values[:, :, : position + 1]
         # The heads of a group share keys and values: they go where a sequence of queries would.
         q = q.squeeze(2).unflatten(1, (self.kv_heads, -1)).to(keys.dtype)  # [R, kv_heads, group, head_dim]
         if q.is_cpu:
             # The fused CPU kernel with several threads rounds a row differently at different places in the
             # batch; plain products do not (tests/test_sampling.py), and no image may depend on its company.
-            weights = ((q * self.head_dim**-0.5) @ keys.transpose(-1, -2)).softmax(-1)
-            out = weights.to(values.dtype) @ values
+            scores = (q * self.head_dim**-0.5) @ keys.transpose(-1, -2)
+            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            out = scores.softmax(-1).to(values.dtype) @ values
         else:
-            out = F.scaled_dot_product_attention(q, keys, values)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.wo(out.flatten(1)[:, None].to(v.dtype))
 
     def _project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +182,7 @@ class Block(nn.Module):
         return torch.addcmul(x, gamma2, self.feed_forward(self.ffn_norm(x, scale2, shift2)))
 
     def decode(
-        self, x: Tensor, modulation: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int
+        self, x: Tensor, modulation: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int | Tensor
     ) -> Tensor:
         """One position, x [R, 1, C] -> [R, 1, C]; modulation [R, 6, C]; the rest as in `Attention.decode`."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
