@@ -1,7 +1,7 @@
 """Submit a run to Slurm by submitit, from the command line or from Python.
 
 python launchers/slurm.py --nodes 12 --gpus-per-node 8 --timeout-h 24 -- ibq/train_ar.py --config yaml/xxl.yaml
-python launchers/slurm.py --nodes 8-12 --partition gpu --dry-run -- ibq/train_ar.py --config yaml/xxl.yaml
+python launchers/slurm.py --nodes 6-12 --partition gpu --dry-run -- ibq/train_ar.py --config yaml/xxl.yaml
 python launchers/slurm.py --executor local --gpus-per-node 2 -- ibq/train_ar.py --config yaml/b.yaml
 
 The code is copied at submission. In the job, as with `sbatch slurm/NAME.sh`, every GPU gets a task of srun; before the
@@ -47,7 +47,7 @@ class Resources:
 
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", self.nodes):
-            raise UserError(f"--nodes: {self.nodes!r} is no number of nodes; write 12, or 8-12 for at least 8")
+            raise UserError(f"--nodes: {self.nodes!r} is no number of nodes; write 12, or 6-12 for at least 6")
         if int(self.nodes.partition("-")[0]) > self.largest:
             raise UserError(f"--nodes: {self.nodes!r} begins with the larger number; write the smaller one first")
         if self.gpus_per_node < 0 or self.timeout_h <= 0 or self.signal_s < 1:
