@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ibq.config import ConfigError, UserError, load_config, parse_config
 from ibq.data.transforms import to_uint8
+from ibq.decoding import Decoder
 from ibq.engine.shard_files import ShardReader, index_file
 from ibq.interop import seed_voken
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
@@ -174,23 +175,21 @@ def decode_in_blocks(tokenizer: Tokenizer, codes: Tensor, block: int = 16) -> Te
 
 def generate(
     tokenizer: Tokenizer,
-    transformer: Transformer,
+    transformer: Transformer | Decoder,
     classes: Sequence[int],
     *,
     seed: int | Sequence[int] = 0,
-    guidance_scale: float = 2.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
+    **settings,
 ) -> Tensor:
     """One uint8 image [3, H, W] per entry of `classes`: [N, 3, H, W], on the CPU.
 
     Image i is drawn with seed `seed` + i, or with `seed`[i], and depends on (weights, class, that seed, settings)
-    alone, on a given device and precision. `progress` is called with (images done, images). Raises ValueError for
-    classes or settings out of range.
+    alone, on a given device. `settings` are those of `ibq.sampling.SamplerConfig`: guidance_scale, temperature, top_k,
+    top_p, precision, ... `progress` is called with (images done, images). Raises ValueError for classes or settings out
+    of range.
     """
-    config = SamplerConfig(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    config = SamplerConfig(**settings)
     seeds = [seed + i for i in range(len(classes))] if isinstance(seed, numbers.Integral) else seed
     codes = sample_codes(transformer, classes, seeds, config, progress=progress)
     return decode_in_blocks(tokenizer, codes)

@@ -1,6 +1,7 @@
 """Command-line options that several tools share."""
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
@@ -27,11 +28,11 @@ def open_images_of(arguments: argparse.Namespace, config: ImageDataConfig | None
     return open_split(arguments.images, arguments.split, arguments.validation_every, config)
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
+def add_device_options(parser: argparse.ArgumentParser, precisions: Sequence[str] = ("fp32", "bf16")) -> None:
     """Where and in which precision."""
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
     parser.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the networks; the quantizer stays in fp32"
+        "--precision", choices=[*precisions], default="fp32", help="of the networks; the quantizer stays in fp32"
     )
 
 
