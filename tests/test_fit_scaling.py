@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -245,6 +246,15 @@ def test_a_larger_run_that_is_off_is_named():
     assert "held_out" in codes(found)
     (text,) = [finding.text for finding in found if finding.code == "held_out" and finding.law == "L(N, D)"]
     assert f"held-out run {runs.names[-1]} gave {runs.losses[-1]:.4f}, outside of the predicted" in text
+
+
+def test_losses_of_another_form_are_named():
+    runs = make_runs(SMALL, GRIDS["small"][1][::2], GRIDS["small"][2], noise=0.001)
+    product = np.log(runs.parameters / 1.3e6) * np.log(runs.tokens / 3.6e5)
+    runs = replace(runs, losses=runs.losses * np.exp(-0.01 * product))
+    _, found = judged(runs)
+    assert "pattern" in codes(found), found
+    assert any("larger models gain more from tokens" in finding.text for finding in found)
 
 
 def test_larger_models_that_lose_are_named():

@@ -12,8 +12,10 @@ from ibq.scaling.law_fit import MIN_BUDGETS, MIN_RUNS, MIN_SIZES, MIN_SIZES_ALON
 WIDE_EXPONENT, LEAST_EXPONENT = 3.0, 0.03  # an interval's ends differ by more than this factor; a lower end below this
 WIDE_FLOOR = 0.25  # of the lowest loss
 LARGE_RESIDUAL, LARGE_SHARE = 0.05, 0.25  # root mean square of log residuals; as a share of the log losses' spread
+PATTERN, PATTERN_RUNS = 0.75, 10  # correlation of residuals with log N x log D, of at least so many runs
 NARROW_SIZES, NARROW_BUDGETS = 10.0, 4.0  # factors between the least and the largest
 FREE, MANY_FREE = 2, 5  # runs more than constants: fewer test nothing, fewer than many little
+SMALL_RESIDUAL = 1e-3  # of log L, that no pattern is looked for in
 RISE = 0.01  # of the loss, that is no noise any more
 
 
@@ -101,6 +103,8 @@ def _about_errors(law: LawFit) -> Iterator[Finding]:
     if size > LARGE_RESIDUAL or size > LARGE_SHARE * spread:
         text = f"the law misses the runs by {size:.1%} on average, where their losses differ by {spread:.1%}"
         yield Finding(law=law.name, code="residuals", text=text)
+    if law.predictors == 2 and len(law.runs) >= PATTERN_RUNS:
+        yield from _about_pattern(law)
     outside = [prediction for prediction in law.predictions if not prediction.inside]
     for prediction in outside:
         text = (
@@ -108,6 +112,24 @@ def _about_errors(law: LawFit) -> Iterator[Finding]:
             f"{prediction.predicted:.4f} ({prediction.low:.4f} to {prediction.high:.4f})"
         )
         yield Finding(law=law.name, code="held_out", text=text)
+
+
+def _about_pattern(law: LawFit) -> Iterator[Finding]:
+    """Residuals that go with the product of size and tokens: a sum of two powers has no such term."""
+    sizes, tokens = (
+        np.log(values / np.exp(np.log(values).mean())) for values in (law.runs.parameters, law.runs.tokens)
+    )
+    product, residuals = sizes * tokens, law.fit.residuals
+    if not product.std() or residuals.std() < SMALL_RESIDUAL:
+        return
+    found = float(np.corrcoef(product, residuals)[0, 1])
+    if abs(found) > PATTERN:
+        more = "more" if found < 0 else "less"
+        text = (
+            f"larger models gain {more} from tokens than a sum of two powers allows: what the law misses follows size "
+            f"x tokens (correlation {found:.2f})"
+        )
+        yield Finding(law=law.name, code="pattern", text=text)
 
 
 def _about_frontier(analysis: Analysis) -> Iterator[Finding]:
