@@ -85,7 +85,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample_codes(
     transformer: Transformer | Decoder,
     classes: Sequence[int],
@@ -110,7 +110,9 @@ def sample_codes(
         if progress is not None:
             progress(stop, len(classes))
     side = decoder.config.tokens_per_side
-    return torch.cat(blocks).unflatten(1, (side, side))
+    codes = torch.cat(blocks).unflatten(1, (side, side))
+    with torch.inference_mode(False):
+        return codes.clone()  # an ordinary tensor
 
 
 def _sample_block(decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig) -> Tensor:

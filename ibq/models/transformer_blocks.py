@@ -97,7 +97,11 @@ class Attention(nn.Module):
             mask = torch.arange(keys.shape[2], device=keys.device) <= position  # [T]
         else:
             keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
-            keys, values = keys[:, :, : position + 1], values[:, :, : position + 1]
+            if keys.is_cpu and keys.dtype == torch.bfloat16 and 2 * position >= keys.shape[2]:
+                # Products of bf16 on the CPU copy what does not lie in one piece, which costs more than reading all.
+                mask = torch.arange(keys.shape[2]) <= position
+            else:
+                keys, values = keys[:, :, : position + 1], values[:, :, : position + 1]
         # The heads of a group share keys and values: they go where a sequence of queries would.
         q = q.squeeze(2).unflatten(1, (self.kv_heads, -1)).to(keys.dtype)  # [R, kv_heads, group, head_dim]
         if q.is_cpu:
