@@ -52,6 +52,8 @@ class Job:
 
     def __call__(self) -> int:
         """Run until it is finished, stopped for good, or requeued."""
+        if "IBQ_PROJECT" in os.environ:  # submitit starts this in the copy of the code
+            os.chdir(os.environ["IBQ_PROJECT"])
         allocation = current_allocation(self.ranks)
         _, *arguments = in_code((self.script, *self.arguments))
         if self.script in ONE_PROCESS:

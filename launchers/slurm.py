@@ -83,7 +83,9 @@ class Resources:
 def setup(code: Path) -> list[str]:
     """What the batch script does before Python starts."""
     lines = [f"cd {shlex.quote(str(ROOT))} || exit 2", f"export IBQ_CODE={shlex.quote(str(code))}"]
-    return [*lines, 'source "$IBQ_CODE/slurm/setup.sh"', 'export PYTHONPATH="$IBQ_CODE"']
+    lines += ['source "$IBQ_CODE/slurm/setup.sh"', 'export PYTHONPATH="$IBQ_CODE"']
+    # `python -m` looks for modules in the current folder first; the job goes back to the project's.
+    return [*lines, 'cd "$IBQ_CODE" || exit 2']
 
 
 def submit(job: Job, resources: Resources, executor: Literal["slurm", "local"] = "slurm", folder: str = "slurm/logs"):
