@@ -178,7 +178,7 @@ def preflights(tmp_path_factory):
         "beside it": {"folders": [here, here, str(folder / "link")]},
         "missing": {"absent": [1], "options": [*soon, "--hosts", "n1,n2,n3"]},
         "two nodes missing": {"ranks": 8, "absent": [2, 3, 4, 6, 7], "options": [*soon, "--hosts", HOSTS]},
-        "rank 0 missing": {"absent": [0], "options": soon},
+        "rank 0 missing": {"absent": [0], "options": ["--wait-s", "3"]},
         "another folder": {"folders": [here, here, str(folder / "other")], "options": soon},
         "rank 0 has another": {"folders": [str(folder / "other"), here, here], "options": soon},
         "unwritable": {"folders": [here, str(folder / "file" / "below"), here], "options": soon},
@@ -543,7 +543,7 @@ def test_the_code_of_a_job_is_that_of_its_first_start(project, no_slurm, tmp_pat
 
 # --- Without a scheduler ---
 
-STEPS = 400
+STEPS = 250
 
 
 @pytest.fixture(scope="module")
