@@ -24,7 +24,7 @@ SHIFT = 8  # an image is moved by up to its size / SHIFT in training
 class ClassifierConfig:
     """How it is built and trained; the same seed gives the same classifier on a given device and thread count."""
 
-    size: int = 32  # pixels, to which all images are resized
+    size: int = 32  # pixels of the images' sides
     width: int = 16  # channels of the first convolution; doubled at each of three halvings
     steps: int = 250
     learning_rate: float = 3e-3
@@ -40,7 +40,6 @@ class Classifier(nn.Module):
 
     def __init__(self, num_classes: int, config: ClassifierConfig):
         super().__init__()
-        self.size = config.size
         layers, channels = [], 3
         for width in (config.width, 2 * config.width, 4 * config.width):
             layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
@@ -50,19 +49,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        x = self.trunk(resized(images, self.size))
+        """What the head sees, averaged over the image."""
+        x = self.trunk(to_unit_range(images))
         return x.mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
         return self.head(self.features(images))
-
-
-def resized(images: Tensor, size: int) -> Tensor:
-    """uint8 images [B, 3, H, W] in [-1, 1] and of size x size pixels, with antialiasing."""
-    x = to_unit_range(images)
-    if x.shape[-2:] == (size, size):
-        return x
-    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def train_classifier(
@@ -154,12 +147,12 @@ def evaluate_with_classifier(
     config = config or ClassifierConfig()
     model = train_classifier(train.images, train.labels, num_classes, config, advance)
     _, known_features = classify(model, train.images)
-    known_pixels = resized(train.images, config.size).flatten(1)
+    known_pixels = to_unit_range(train.images).flatten(1)
     metrics = {"chance": 1 / num_classes, "train_images": len(train.labels), "steps": config.steps}
     for name, part in (("validation", validation), ("generated", generated)):
         predicted, features = classify(model, part.images)
         metrics |= {f"{name}_{key}": value for key, value in accuracies(predicted, part.labels).items()}
-        pixels = resized(part.images, config.size).flatten(1)
+        pixels = to_unit_range(part.images).flatten(1)
         distance, _ = nearest(pixels, known_pixels)
         metrics[f"{name}_nearest_pixel"] = float(distance.mean() / pixels.shape[1] ** 0.5)
         metrics[f"{name}_nearest_feature"] = float(nearest(features, known_features)[0].mean())

@@ -68,6 +68,7 @@ class Inception(nn.Module):
         self.sha256: str | None = None  # of the file that the weights came from
 
     def forward(self, images: Tensor) -> Features:
+        """Features of any number of images, on their device; `block_features` gives the same ones in any company."""
         x = self.resize(images.float(), size=(SIZE, SIZE), align_corners=False)
         x = (x - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
@@ -108,8 +109,8 @@ class Inception(nn.Module):
 def load_inception(weights: str | None = None, device: torch.device | str = "cpu") -> Inception:
     """The network in eval mode; UserError if the weights can't be had.
 
-    `weights` is a file; without one, the file that IBQ_INCEPTION_WEIGHTS names, or the usual download. A file whose name
-    ends with a part of its SHA-256, as the published one's does, is held to it.
+    `weights` is a file; without one, the file that IBQ_INCEPTION_WEIGHTS names, or the usual download. A file whose
+    name ends with a part of its SHA-256, as the published one's does, is held to it.
     """
     path = _find(weights or os.environ.get(ENVIRONMENT) or None)
     data = path.read_bytes()

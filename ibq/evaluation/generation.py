@@ -48,22 +48,31 @@ class GenerationReport:
     notes: list[str]
 
 
-def extract(network: Inception, images: ImageSet, advance: Callable[[int], None] = lambda images: None) -> SetFeatures:
-    """Features of all images, shared among the ranks; the same on every number of them. `advance` is told of progress.
+def extract(
+    network: Inception,
+    images: ImageSet,
+    *,
+    batch_size: int = BLOCK,
+    advance: Callable[[int], None] = lambda images: None,
+) -> SetFeatures:
+    """Features of all images, shared among the ranks; the same for every batch size and number of ranks.
 
-    UserError for fewer than two images.
+    `batch_size` images, rounded up to whole blocks, are read at once. UserError for fewer than two images.
     """
     if images.count < 2:
         raise UserError(f"{images.place}: {images.count} images are too few for statistics; give at least 2")
     pool = torch.zeros(images.count, POOL_DIM)
     spatial = Moments(SPATIAL_DIM)
-    number = dist.rank()
-    for block in images.blocks(BLOCK):
-        features = network.block_features(block)
-        pool[number * BLOCK : number * BLOCK + len(block)] = features.pool
-        spatial.add(features.spatial)
-        number += dist.world_size()
-        advance(len(block) * dist.world_size())
+    size = -(-batch_size // BLOCK) * BLOCK
+    first = dist.rank() * size
+    for batch in images.blocks(size, dist.rank(), dist.world_size()):
+        for start, block in enumerate(batch.split(BLOCK)):
+            features = network.block_features(block)
+            place = first + start * BLOCK
+            pool[place : place + len(block)] = features.pool
+            spatial.add(features.spatial)
+        first += dist.world_size() * size
+        advance(len(batch) * dist.world_size())
     dist.all_reduce_sum(pool)  # every row comes from one rank, and is zero on the others
     moments = Moments(POOL_DIM)
     for rows in pool.split(BLOCK):
@@ -76,12 +85,12 @@ def extract(network: Inception, images: ImageSet, advance: Callable[[int], None]
     )
 
 
-def reference_features(network: Inception, images: ImageSet, advance=lambda images: None) -> SetFeatures:
+def reference_features(network: Inception, images: ImageSet, **options) -> SetFeatures:
     """A reference's features; statistics that its file holds are taken as they are, as ADM does."""
     stored = images.statistics()
     if images.count == 0 and stored.pool is not None:
         return SetFeatures(count=0, pool=None, pool_gaussian=stored.pool, spatial_gaussian=stored.spatial)
-    found = extract(network, images, advance)
+    found = extract(network, images, **options)
     return SetFeatures(
         count=found.count,
         pool=found.pool,
@@ -101,20 +110,22 @@ def evaluate_generation(
     references: Sequence[ImageSet],
     *,
     distances: Distances = "exact",
+    batch_size: int = BLOCK,
     progress: Callable[[str, int], Callable[[int], None]] = lambda title, images: lambda done: None,
 ) -> GenerationReport:
     """Figures of samples against references; whole on rank 0 alone. UserError for sets that can't be used."""
     hashes = [images.sha256() for images in references]
-    own = extract(network, samples, progress("samples", samples.count))
+    own = extract(network, samples, batch_size=batch_size, advance=progress("samples", samples.count))
     notes = _notes_on_count(samples.place, own.count, USUAL_SAMPLES, "samples")
     metrics, described = {}, {}
-    if own.pool is not None:
-        metrics["inception_score"] = inception_score(network.probabilities(own.pool.to(network.fc.weight.device)))
+    device = network.fc.weight.device
+    probabilities = [network.probabilities(rows.to(device)).cpu() for rows in own.pool.split(IS_SPLIT)]
+    metrics["inception_score"] = inception_score(torch.cat(probabilities))
     for images, digest in zip(references, hashes, strict=True):
         name = reference_name(images, digest)
         stored = images.statistics()
-        found = reference_features(network, images, progress(name, images.count))
-        metrics[name] = compare(own, found, distances, network.fc.weight.device)
+        found = reference_features(network, images, batch_size=batch_size, advance=progress(name, images.count))
+        metrics[name] = compare(own, found, distances, device)
         notes += _notes_on_reference(images, found, metrics[name])
         described[name] = {
             "place": images.place,

@@ -74,8 +74,8 @@ class NpzImages:
                 raise ValueError(f"{name} holds pickled Python objects, which are never loaded")
             yield member, shape, fortran, dtype
 
-    def blocks(self, size: int) -> Iterator[Tensor]:
-        """This rank's blocks of so many images, uint8 [n, 3, H, W]: block b is rank (b mod ranks)'s."""
+    def blocks(self, size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+        """A rank's blocks of so many images, uint8 [n, 3, H, W]: block b is rank (b mod world_size)'s."""
         with _explained(self.path), self._open("arr_0") as (member, shape, _, _):
             bytes_each = int(np.prod(shape[1:]))
             for number, start in enumerate(range(0, self.count, size)):
@@ -83,7 +83,7 @@ class NpzImages:
                 data = member.read(wanted)
                 if len(data) != wanted:
                     raise EOFError(f"arr_0 ends after {start:,} of {self.count:,} images")
-                if number % dist.world_size() == dist.rank():
+                if number % world_size == rank:
                     images = np.frombuffer(data, np.uint8).reshape(-1, *shape[1:])
                     yield torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
             if member.read(1):  # the checksum of the member is looked at only at its end
@@ -154,10 +154,10 @@ class PlaceImages:
             reason = error.sample.reason if isinstance(error, BadSampleError) else error
             raise UserError(f"{name}: {reason}; mend it or take it out") from error
 
-    def blocks(self, size: int) -> Iterator[Tensor]:
-        """This rank's blocks of so many images, uint8 [n, 3, H, W]: block b is rank (b mod ranks)'s."""
+    def blocks(self, size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+        """A rank's blocks of so many images, uint8 [n, 3, H, W]: block b is rank (b mod world_size)'s."""
         starts = range(0, self.count, size)
-        for start in starts[dist.rank() :: dist.world_size()]:
+        for start in starts[rank::world_size]:
             yield torch.from_numpy(
                 np.stack([self._sized(number) for number in range(start, min(start + size, self.count))])
             ).permute(0, 3, 1, 2)
@@ -194,6 +194,26 @@ ImageSet = NpzImages | PlaceImages
 def open_set(place: str, size: int | None = None) -> ImageSet:
     """The set that a place names: an `.npz` file, a folder, or a glob of shards; `size` is for the last two."""
     return NpzImages(place) if place.endswith(".npz") else PlaceImages(place, size)
+
+
+class PixelHash:
+    """A hash of a set of images that depends neither on their order nor on batches and ranks.
+
+    The sum, in four lanes of 64 bits, of the SHA-256 of every image's pixels and size.
+    """
+
+    def __init__(self):
+        self.lanes = torch.zeros(4, dtype=torch.int64)
+
+    def add(self, images: Tensor) -> None:
+        """Take in uint8 images [B, 3, H, W]."""
+        for image in images.permute(0, 2, 3, 1).contiguous().cpu().numpy():
+            digest = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).digest()
+            self.lanes += torch.frombuffer(bytearray(digest), dtype=torch.int64)  # wraps around
+
+    def hexdigest(self) -> str:
+        """Over all ranks."""
+        return dist.all_reduce_sum(self.lanes.clone()).numpy().tobytes().hex()
 
 
 def file_hash(path: Path) -> str:

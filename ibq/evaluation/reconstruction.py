@@ -1,16 +1,20 @@
 """How well images survive the tokenizer, and how well the codebook is used."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ibq import dist
 from ibq.data.transforms import to_uint8, to_unit_range
+from ibq.evaluation.features import BLOCK as FEATURE_BLOCK
+from ibq.evaluation.features import POOL_DIM, Inception
+from ibq.evaluation.statistics import Moments, frechet_distance
 
+BLOCK = 16  # images that the tokenizer sees at once in an evaluation
 SSIM_WINDOW, SSIM_K1, SSIM_K2 = 7, 0.01, 0.03
 RANK_PIECE = 16_384  # codes at a time
 MIN_TOKENS_PER_CODE = 20  # fewer tokens say little about which codes a codebook uses
@@ -121,45 +125,69 @@ class ReconstructionReport:
     reconstructions: Tensor
 
 
+class Totals:
+    """Sums of figures per image, in float64."""
+
+    def __init__(self, names: Iterable[str], device: torch.device):
+        # Every rank needs them all for the reduction, also one that no image falls to.
+        self.sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in names}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Take in the figures [B] of a batch; an exact copy counts as 100 dB."""
+        for name, value in values.items():
+            finite = torch.where(torch.isinf(value), 100.0, value.double())
+            self.sums[name] += torch.stack([finite.sum(), finite.new_tensor(len(finite))])
+
+    def means(self) -> dict[str, float]:
+        """Means over all images and ranks, and the number of images."""
+        means = {}
+        for name, pair in self.sums.items():
+            total, count = dist.all_reduce_sum(pair).tolist()
+            means[name] = total / count if count else math.nan
+            means["images"] = count
+        return means
+
+
 @torch.no_grad()
 def evaluate_reconstruction(
-    tokenizer, batches: Iterable[tuple[Tensor, Tensor]], *, perceptual=None, keep: int = 16
+    tokenizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    perceptual: nn.Module | Mapping[str, nn.Module] | None = None,
+    inception: Inception | None = None,
+    keep: int = 16,
+    block: int | None = None,
 ) -> ReconstructionReport:
     """Reconstruct uint8 batches (images [B, 3, H, W], labels); figures are exact means over all images and ranks.
 
-    `tokenizer` has encode, decode, quantizer and downsampling; `perceptual` is an LPIPS module or None.
+    `tokenizer` has encode, decode, quantizer and downsampling; `perceptual` is an LPIPS module, or several by the names
+    of their figures; with `inception` there is an rFID of the reconstructions against these same originals. With
+    `block`, the networks always see so many images at once, and the figures do not depend on the batches.
     """
     device = next(tokenizer.parameters()).device
+    if not isinstance(perceptual, Mapping):
+        perceptual = {} if perceptual is None else {"lpips": perceptual}
     usage = CodeUsage(tokenizer.quantizer.num_codes, device)
-    names = ["psnr", "ssim", "l1", "thumbnail_psnr", *(["lpips"] if perceptual is not None else [])]
-    # Every rank needs them all for the reduction, also one that no image falls to.
-    sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in names}
+    totals = Totals(("psnr", "ssim", "l1", "thumbnail_psnr", *perceptual), device)
+    moments = (Moments(POOL_DIM), Moments(POOL_DIM)) if inception is not None else ()
     originals, reconstructions = [], []
-    for images, _ in batches:
-        inputs = to_unit_range(images)
-        codes = tokenizer.encode(inputs)
-        usage.add(codes)
+    for images, count in in_blocks(batches, block):
+        codes = tokenizer.encode(to_unit_range(images))
+        usage.add(codes[:count])
         decoded = tokenizer.decode(codes)
         outputs = to_uint8(decoded)
-        values = {
-            "psnr": psnr(images, outputs),
-            "ssim": ssim(images, outputs),
-            "l1": (inputs - decoded).abs().flatten(1).mean(dim=1),
-            "thumbnail_psnr": psnr(images, thumbnail(images, images.shape[-1] // tokenizer.downsampling)),
-        }
-        if perceptual is not None:
-            values["lpips"] = perceptual(inputs, decoded.clamp(-1, 1)).flatten()
-        for name, value in values.items():
-            finite = torch.where(torch.isinf(value), 100.0, value.double())  # an exact copy counts as 100 dB
-            sums[name] += torch.stack([finite.sum(), finite.new_tensor(len(finite))])
+        values = _figures(images, decoded.float(), outputs, tokenizer.downsampling, perceptual)
+        totals.add({name: value[:count] for name, value in values.items()})
+        for seen, pictures in zip(moments, (images, outputs), strict=False):
+            for part in pictures[:count].split(FEATURE_BLOCK):
+                seen.add(inception.block_features(part).pool)
         if sum(map(len, originals)) < keep:
-            originals.append(images[:keep].cpu())
-            reconstructions.append(outputs[:keep].cpu())
-    metrics = _means_over_ranks(sums)
+            originals.append(images[:count][:keep].cpu())
+            reconstructions.append(outputs[:count][:keep].cpu())
+    metrics = totals.means() | _rfid(moments)
     usage.reduce()
-    used = usage.used()
     metrics |= usage.statistics()
-    metrics["effective_rank"] = effective_rank(tokenizer.quantizer.code_vectors()[used])
+    metrics["effective_rank"] = effective_rank(tokenizer.quantizer.code_vectors()[usage.used()])
     return ReconstructionReport(
         metrics=metrics,
         histogram=usage.counts.cpu(),
@@ -169,10 +197,47 @@ def evaluate_reconstruction(
     )
 
 
-def _means_over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
-    means = {}
-    for name, pair in sums.items():
-        total, count = dist.all_reduce_sum(pair).tolist()
-        means[name] = total / count if count else math.nan
-        means["images"] = count
-    return means
+def in_blocks(batches: Iterable[tuple[Tensor, Tensor]], block: int | None) -> Iterator[tuple[Tensor, int]]:
+    """(images, how many of them count): batches as they are, or all images in blocks of one size.
+
+    Matrix products round differently for different batch shapes and memory layouts. The last block is filled up with
+    its first image.
+    """
+    if block is None:
+        yield from ((images, len(images)) for images, _ in batches)
+        return
+    waiting = None
+    for images, _ in batches:
+        waiting = images if waiting is None else torch.cat([waiting, images])
+        while len(waiting) >= block:
+            yield waiting[:block].contiguous(), block
+            waiting = waiting[block:]
+    if waiting is not None and len(waiting):
+        yield torch.cat([waiting, waiting[:1].expand(block - len(waiting), -1, -1, -1)]).contiguous(), len(waiting)
+
+
+def _figures(
+    images: Tensor, decoded: Tensor, outputs: Tensor, downsampling: int, perceptual: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Figures [B] of a batch."""
+    inputs = to_unit_range(images)
+    values = {
+        "psnr": psnr(images, outputs),
+        "ssim": ssim(images, outputs),
+        "l1": (inputs - decoded).abs().flatten(1).mean(dim=1),
+        "thumbnail_psnr": psnr(images, thumbnail(images, images.shape[-1] // downsampling)),
+    }
+    with torch.autocast(images.device.type, enabled=False):
+        for name, network in perceptual.items():
+            values[name] = network(inputs, decoded.clamp(-1, 1)).flatten()
+    return values
+
+
+def _rfid(moments: Sequence[Moments]) -> dict[str, float]:
+    """FID between originals and reconstructions; NaN for fewer than two images, and on other ranks than 0."""
+    if not moments:
+        return {}
+    originals, reconstructions = (seen.reduce() for seen in moments)
+    if originals.count < 2 or not dist.is_main():
+        return {"rfid": math.nan}
+    return {"rfid": frechet_distance(originals.gaussian(), reconstructions.gaussian())}

@@ -1,4 +1,4 @@
-"""LPIPS (arXiv 1801.03924) through the `lpips` package, with the VGG-16 weights from wherever they are."""
+"""LPIPS (arXiv 1801.03924) through the `lpips` package, with the backbone's weights from wherever they are."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,29 @@ from torch import nn
 
 from ibq.config import UserError
 
-VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's; its name carries the hash
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A network whose features LPIPS compares, and its weights; the file's name carries the hash."""
+
+    label: str
+    url: str
+
+    @property
+    def file(self) -> str:
+        """The name of the published file."""
+        return self.url.rsplit("/", 1)[1]
+
+    @property
+    def cached(self) -> Path:
+        """Where PyTorch keeps the download."""
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.file
+
+
+BACKBONES = {
+    "vgg": Backbone(label="VGG-16", url="https://download.pytorch.org/models/vgg16-397923af.pth"),
+    "alex": Backbone(label="AlexNet", url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,56 +56,57 @@ def build_perceptual(config: PerceptualConfig) -> nn.Module | None:
     """Frozen LPIPS (images in [-1, 1] -> [B, 1, 1, 1]), None at weight 0; UserError if the weights can't be had."""
     if config.weight == 0:
         return None
-    state = None if config.weights == "random" else _read_vgg(config)
+    remedy = f"give a copy of {BACKBONES['vgg'].file} by loss.perceptual.weights=FILE, or set loss.perceptual.weight=0"
+    return build_lpips("vgg", config.weights, remedy=remedy, sha256=config.sha256)
+
+
+def build_lpips(net: str, weights: str, *, remedy: str, sha256: str | None = None) -> nn.Module:
+    """Frozen LPIPS over one of BACKBONES, with `weights` "download", "random" or a file.
+
+    UserError with the remedy if the weights can't be had.
+    """
+    backbone = BACKBONES[net]
+    state = None if weights == "random" else _read(backbone, weights, remedy, sha256)
     import lpips  # slow to import, and not needed at weight 0
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # lpips calls torchvision in a way that it warns about
         torch.manual_seed(0)  # random weights must be the same on every rank and after a restart
-        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     if state is not None:
-        _load_vgg(network.net, state, config.weights)
+        _load(network.net, state, weights, backbone)
     return network.requires_grad_(False).eval()
 
 
-def vgg_was_downloaded() -> bool:
-    """Whether torchvision's VGG-16 weights are in PyTorch's cache."""
-    return (Path(torch.hub.get_dir()) / "checkpoints" / VGG_URL.rsplit("/", 1)[1]).exists()
-
-
-def _read_vgg(config: PerceptualConfig) -> dict:
-    if config.weights == "download":
+def _read(backbone: Backbone, weights: str, remedy: str, sha256: str | None) -> dict:
+    if weights == "download":
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # where torch announces the download
                 return torch.hub.load_state_dict_from_url(
-                    VGG_URL, map_location="cpu", check_hash=True, weights_only=True, progress=False
+                    backbone.url, map_location="cpu", check_hash=True, weights_only=True, progress=False
                 )
         except (OSError, http.client.HTTPException, RuntimeError, EOFError, UnpicklingError) as error:
             raise UserError(
-                f"LPIPS needs VGG-16 weights, and they could not be downloaded ({error}); give a copy of "
-                "vgg16-397923af.pth by loss.perceptual.weights=FILE, or set loss.perceptual.weight=0"
+                f"LPIPS needs {backbone.label} weights, and they could not be downloaded ({error}); {remedy}"
             ) from error
-    path = Path(config.weights)
+    path = Path(weights)
     if not path.is_file():
-        raise UserError(
-            f"no VGG-16 weights at {str(path)!r}; give a copy of vgg16-397923af.pth by loss.perceptual.weights=FILE, "
-            "or set loss.perceptual.weight=0"
-        )
-    if config.sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != config.sha256:
+        raise UserError(f"no {backbone.label} weights at {str(path)!r}; {remedy}")
+    if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise UserError(f"{path}: SHA-256 differs from loss.perceptual.sha256; the file is damaged or another one")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a file of VGG-16 weights ({reason}); use vgg16-397923af.pth") from error
+        raise UserError(f"{path}: not a file of {backbone.label} weights ({reason}); use {backbone.file}") from error
 
 
-def _load_vgg(slices: nn.Module, state: object, origin: str) -> None:
+def _load(slices: nn.Module, state: object, origin: str, backbone: Backbone) -> None:
     """Copy torchvision's `features.N.*` into lpips's slices, which keep the layer numbers N."""
     for name, parameter in slices.named_parameters():
         source = f"features.{name.split('.', 1)[1]}"
         if not isinstance(state, dict) or getattr(state.get(source), "shape", None) != parameter.shape:
             raise UserError(
-                f"{origin}: as VGG-16 weights, {source} is missing or has another shape; use vgg16-397923af.pth"
+                f"{origin}: as {backbone.label} weights, {source} is missing or has another shape; use {backbone.file}"
             )
         parameter.data.copy_(state[source])
