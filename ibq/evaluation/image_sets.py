@@ -211,9 +211,10 @@ class PixelHash:
             digest = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).digest()
             self.lanes += torch.frombuffer(bytearray(digest), dtype=torch.int64)  # wraps around
 
-    def hexdigest(self) -> str:
-        """Over all ranks."""
-        return dist.all_reduce_sum(self.lanes.clone()).numpy().tobytes().hex()
+    def hexdigest(self, *, own: bool = False) -> str:
+        """Over all ranks, or of this one alone."""
+        lanes = self.lanes if own else dist.all_reduce_sum(self.lanes.clone())
+        return lanes.numpy().tobytes().hex()
 
 
 def file_hash(path: Path) -> str:
