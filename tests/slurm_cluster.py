@@ -77,7 +77,7 @@ class SlurmCluster:
         self._processes: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> "SlurmCluster":
-        self._lock = open("/var/lock/ibq-slurm-cluster.lock", "w")  # noqa: SIM115 (open as long as the cluster)
+        self._lock = open("/var/lock/ibq-slurm-cluster.lock", "w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         try:
             self._start()

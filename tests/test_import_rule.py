@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "config_yaml", "files", "tensor_file", "progress", "dist", "ops"},
     {"quantizers"},
     {"models", "losses"},
-    {"data", "engine", "sampling", "evaluation", "interop", "scaling"},
+    {"data", "engine", "guidance", "decoding", "sampling", "evaluation", "interop", "scaling"},
     {"api"},  # what `import ibq` offers
     {"training"},
     ENTRY_SCRIPTS,
