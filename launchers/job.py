@@ -32,6 +32,7 @@ from launchers.run_config import check_run, is_training_script, load_run
 
 ATTEMPTS_FILE = "attempts.jsonl"
 STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+MOST_STOPS = 20  # in a row that leave no new checkpoint: each costs the whole start, and one more helps no more
 ONE_PROCESS = {"launchers/sweep.py"}  # starts ranks by itself
 Launcher = Literal["srun", "torchrun", "deepspeed"]
 
@@ -59,7 +60,7 @@ class Job:
         if self.script in ONE_PROCESS:
             return self._conclude(allocation, None, _wait(_spawn_here(self.script, arguments)))
         run = load_run(str(ROOT / self.script), arguments) if is_training_script(self.script) else None
-        nodes = usable_nodes(run, allocation) if run is not None else len(allocation.nodes)
+        nodes = usable_nodes(run, len(allocation.nodes), allocation.ranks_per_node) if run else len(allocation.nodes)
         folder = Path(run.output) if run is not None else None
         logs = (folder / "logs" if folder else Path("slurm/logs")) / allocation.name
         where = f"{nodes} of {len(allocation.nodes)} nodes ({', '.join(allocation.nodes)})"
@@ -106,8 +107,9 @@ class Job:
         if code not in STOPPED and logs is None:
             say(said)  # a sweep tries its runs again by itself
             return code
-        if code not in STOPPED and fruitless(logs) >= self.retries:
-            say(f"{said}; {self.retries} starts without a new checkpoint: it is not requeued")
+        limit = MOST_STOPS if code in STOPPED else self.retries
+        if logs is not None and fruitless(logs) >= limit:
+            say(f"{said}; {limit} starts without a new checkpoint: it is not requeued")
             return code
         say(f"{said}; the same command goes on from the last checkpoint")
         if allocation.requeue():
@@ -133,13 +135,13 @@ class SubmittedJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def usable_nodes(run: Any, allocation: Allocation) -> int:
+def usable_nodes(run: Any, nodes: int, ranks_per_node: int) -> int:
     """The largest number of the nodes over which the fixed global batch divides; UserError where there is none."""
     problem = None
-    for nodes in range(len(allocation.nodes), 0, -1):
+    for usable in range(nodes, 0, -1):
         try:
-            check_run(run, nodes * allocation.ranks_per_node)
-            return nodes
+            check_run(run, usable * ranks_per_node)
+            return usable
         except UserError as error:
             problem = problem or error
     raise problem
@@ -153,14 +155,14 @@ def last_checkpoint(folder: Path | None) -> str:
 
 
 def fruitless(logs: Path) -> int:
-    """The last starts in a row that have left no new checkpoint."""
+    """The last starts in a row that have left no new checkpoint, all stopped from outside or all failed."""
     try:
         rows = [json.loads(line) for line in (logs / ATTEMPTS_FILE).read_text().splitlines()]
     except (OSError, ValueError):
         return 0
     count = 0
     for row in reversed(rows):
-        if row["after"] != row["before"] or row["code"] in STOPPED:
+        if row["after"] != row["before"] or (row["code"] in STOPPED) != (rows[-1]["code"] in STOPPED):
             break
         count += 1
     return count

@@ -24,7 +24,6 @@ from typing import Any, Literal
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ibq.config import UserError, exit_on_user_error
-from launchers.allocation import LocalAllocation
 from launchers.job import ROOT, Job, SubmittedJob, job_of, parse_job, usable_nodes
 from launchers.run_config import is_training_script, load_run
 from launchers.snapshot import take_snapshot
@@ -140,10 +139,8 @@ def check(job: Job, resources: Resources, executor: str = "slurm") -> None:
     """UserError for what would fail in the job, as far as it can be known before."""
     if is_training_script(job.script):
         run = load_run(job.script, job.arguments)
-        nodes = LocalAllocation(job.ranks or max(resources.gpus_per_node, 1))
-        if executor == "slurm":
-            nodes.nodes = ("",) * resources.largest
-        usable_nodes(run, nodes)
+        ranks_per_node = job.ranks or max(resources.gpus_per_node, 1)
+        usable_nodes(run, resources.largest if executor == "slurm" else 1, ranks_per_node)
     site = ROOT / "slurm" / "site.env"
     done = subprocess.run(
         ["bash", "-c", "source slurm/setup.sh"], cwd=ROOT, capture_output=True, text=True, check=False

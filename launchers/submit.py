@@ -4,14 +4,18 @@ bash slurm/ar_2b.sh training.epochs=100                # calls this; sbatch's op
 SBATCH_PARTITION=gpu SBATCH_ACCOUNT=me bash slurm/ar_2b.sh
 """
 
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ibq.config import UserError, exit_on_user_error
+from launchers.job import usable_nodes
 from launchers.run_config import is_training_script, load_run
 from launchers.snapshot import take_snapshot
 
@@ -28,6 +32,16 @@ def check_sbatch(script: str, arguments: Sequence[str], options: Sequence[str] =
         said = [line.partition("error: ")[2] or line for line in done.stderr.splitlines() if line.strip()]
         remedy = f"mend the #SBATCH lines of {script}, or set SBATCH_PARTITION, SBATCH_ACCOUNT, ... (see sinfo)"
         raise UserError(f"{script}: Slurm would not take it: {said[0] if said else 'no reason given'}; {remedy}")
+
+
+def check_batch(run: Any, script: str) -> None:
+    """UserError unless the run's global batch divides over some number of the nodes that the script asks for."""
+    text = Path(script).read_text()
+    asked = dict(re.findall(r"^#SBATCH --(nodes|gpus-per-node)=(\S+)", text, flags=re.M))
+    asked["gpus-per-node"] = os.environ.get("SBATCH_GPUS_PER_NODE") or asked.get("gpus-per-node", "1")
+    most, gpus = asked.get("nodes", "1").rpartition("-")[2], asked["gpus-per-node"].rpartition(":")[2]
+    if most.isdecimal() and gpus.isdecimal():  # Slurm itself judges whatever else is written there
+        usable_nodes(run, int(most), max(int(gpus), 1))
 
 
 def submit(script: str, arguments: Sequence[str], options: Sequence[str] = ()) -> str:
@@ -48,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = len(argv) - 1 - argv[::-1].index("--")
     (script, *arguments), (program, *options) = argv[:split], argv[split + 1 :]
     if is_training_script(program):
-        load_run(program, options)
+        check_batch(load_run(program, options), script)
     check_sbatch(script, arguments)
     print(f"submitted as job {submit(script, arguments)}; its log: slurm/logs/")
 

@@ -41,6 +41,9 @@ The sweep file names what all runs share and what makes each different:
     optimizer.learning_rate: [1e-4, 1e-3]
   output: runs/learning_rate
 
+In place of `runs` or `grid`, `scaling` names depths and token budgets of transformers of width 64 x depth, with the
+rules for batch and learning rate: see yaml/sweep_ar_scaling.yaml, and tools/fit_scaling.py for what is done with it.
+
 Every run is one of the project's own commands, which is printed, in OUTPUT/RUN; what it says goes to
 OUTPUT/RUN/sweep.log. Interrupted (Ctrl-C, SIGTERM) or killed, the same command goes on where it was. Runs that
 are finished are not run again. The results: OUTPUT/report.html, results.md, results.csv, results.json, pictures.

@@ -514,6 +514,7 @@ def test_a_mistake_in_earnest(project, no_slurm):
     for command, words in (
         (["python", "launchers/slurm.py", "--nodes", "0", *RUN], "--nodes: '0'"),
         (["bash", "slurm/ar_b.sh"], "sbatch: there is no Slurm on this machine; torchrun starts a run without it"),
+        (["bash", "slurm/ar_2b.sh", "training.batch_size=1"], "the global batch 1 does not divide"),
     ):
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done
@@ -692,6 +693,13 @@ def test_stopped_jobs_are_requeued_however_often(starts):
     assert starts(*[(code, None) for code in codes]) == [(code, 1) for code in (140, 143, 140, 143, 138)]
 
 
+def test_stops_that_never_bring_a_checkpoint_end_it(starts, capsys, monkeypatch):
+    monkeypatch.setattr(job, "MOST_STOPS", 3)
+    ends = [(140, None), (140, "step-00000010"), (140, None), (143, None), (140, None)]
+    assert [requeued for _, requeued in starts(*ends)] == [1, 1, 1, 1, 0]
+    assert "3 starts without a new checkpoint: it is not requeued" in capsys.readouterr().out
+
+
 def test_failures_are_requeued_while_they_bring_checkpoints(starts, tmp_path, capsys):
     ends = [(1, None), (1, None), (1, "step-00000010"), (137, None), (1, None), (1, None), (1, None)]
     found = starts(*ends, retries=3)
@@ -739,13 +747,13 @@ def test_the_preflight_decides_whether_ranks_start(place, tmp_path, monkeypatch)
 )
 def test_the_largest_number_of_nodes_that_divides(nodes, settings, usable):
     run = run_config.load_run("ibq/train_ar.py", ["--config", f"{ROOT}/yaml/xxl.yaml", *settings])
-    assert job.usable_nodes(run, FakeAllocation(nodes=nodes, ranks_per_node=8)) == usable
+    assert job.usable_nodes(run, nodes, 8) == usable
 
 
 def test_no_number_of_nodes_divides():
     run = run_config.load_run("ibq/train_ar.py", ["--config", f"{ROOT}/yaml/xxl.yaml"])
     with pytest.raises(UserError, match=r"^training\.micro_batch"):
-        job.usable_nodes(run, FakeAllocation(nodes=3, ranks_per_node=5))
+        job.usable_nodes(run, 3, 5)
 
 
 def test_config_and_script_are_those_of_the_copy(monkeypatch, tmp_path):
