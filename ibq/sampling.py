@@ -1,6 +1,6 @@
 """Sampling codes from the transformer: cached decoding, classifier-free guidance, top-k and top-p."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,8 +115,39 @@ def sample_codes(
         return codes.clone()  # an ordinary tensor
 
 
+@torch.inference_mode()
+def sample_rows(
+    transformer: Transformer | Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig
+) -> Iterator[Tensor]:
+    """Draw one block of images and watch them grow: [n, r, w] int64 on the CPU after each row r = 1 ... h of codes.
+
+    The last of them is what `sample_codes` gives for the same request.
+    Errors, when the first row is asked for: those of `sample_codes`, and ValueError for more images than
+    `rows_per_block`.
+    """
+    _check_request(transformer, classes, seeds)
+    if not 0 < len(classes) <= config.rows_per_block:
+        raise ValueError(f"classes: {len(classes)} images are not one block; give 1 to {config.rows_per_block}")
+    decoder = transformer if isinstance(transformer, Decoder) else config.decoder(transformer)
+    side = decoder.config.tokens_per_side
+    for count, codes in enumerate(_sample_steps(decoder, classes, seeds, config), start=1):
+        if count % side == 0:
+            with torch.inference_mode(False):
+                grown = codes[: len(classes), :count].cpu().unflatten(1, (-1, side)).clone()  # an ordinary tensor
+            yield grown
+
+
 def _sample_block(decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig) -> Tensor:
     """Codes [n, T] of up to `rows_per_block` images, decoded in exactly that many rows."""
+    for codes in _sample_steps(decoder, classes, seeds, config):  # noqa: B007
+        pass
+    return codes[: len(classes)].cpu()
+
+
+def _sample_steps(
+    decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig
+) -> Iterator[Tensor]:
+    """The codes [rows_per_block, T], the same tensor after each of the T draws; those to come are undefined."""
     rows, device, tokens = config.rows_per_block, decoder.device, decoder.config.tokens
     rows_of_classes = [int(label) for label in classes] + [decoder.null_class] * (rows - len(classes))
     if config.guided:
@@ -133,7 +164,7 @@ def _sample_block(decoder: Decoder, classes: Sequence[int], seeds: Sequence[int]
             logits = uncond + scales[position] * (cond - uncond)
         codes[:, position] = drawn = _draw(logits, generators, config)
         previous = drawn.repeat(2) if config.guided else drawn
-    return codes[: len(classes)].cpu()
+        yield codes
 
 
 def _draw(logits: Tensor, generators: Sequence[torch.Generator], config: SamplerConfig) -> Tensor:

@@ -6,7 +6,7 @@ from test_transformer import VARIANTS, small_transformer
 from torch import Tensor
 
 from ibq.models.transformer import Transformer
-from ibq.sampling import SamplerConfig, filter_logits, sample_codes
+from ibq.sampling import SamplerConfig, filter_logits, sample_codes, sample_rows
 
 # A spread distribution with many codes: a rounding difference would soon show in what is drawn.
 SIZES = {"tokens_per_side": 8, "width": 64, "vocab_size": 200}
@@ -138,6 +138,22 @@ def test_progress_and_no_request(transformer):
     sample_codes(transformer, [0, 1, 2], [0, 1, 2], config, lambda done, total: calls.append((done, total)))
     assert calls == [(2, 3), (3, 3)]
     assert sample_codes(transformer, [], [], config).shape == (0, 8, 8)
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0, "top_p": 0.9}])
+def test_watched_row_by_row_the_image_is_the_same(transformer, settings):
+    config = SamplerConfig(rows_per_block=4, **settings)
+    expected = sample_codes(transformer, [1, 2, 3], [5, 6, 7], config)
+    seen = list(sample_rows(config.decoder(transformer), [1, 2, 3], [5, 6, 7], config))
+    assert [codes.shape for codes in seen] == [(3, rows, 8) for rows in range(1, 9)]
+    assert all(torch.equal(codes, expected[:, : codes.shape[1]]) for codes in seen)
+    assert not seen[0].is_inference() and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("classes", [[], [1] * 5])
+def test_only_one_block_is_watched(transformer, classes):
+    with pytest.raises(ValueError, match="give 1 to 4"):
+        next(sample_rows(transformer, classes, classes, SamplerConfig(rows_per_block=4)))
 
 
 def test_filters_work_row_by_row():
