@@ -1,15 +1,17 @@
-"""The image tokenizer: VQGAN encoder and decoder (arXiv 2012.09841) around a quantizer."""
+"""The image tokenizer: an encoder and a decoder around a quantizer."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import register_dataclass
-from torch.utils.checkpoint import checkpoint
 
+from ibq.models import open_magvit2, vqgan
 from ibq.quantizers import IBQConfig, QuantizerConfig, build_quantizer
+from ibq.quantizers.base import require_choice
 
+Network = Literal["vqgan", "open_magvit2"]
 SMALLEST_IMAGE = 7  # pixels: the window of SSIM, which every run measures on its reconstructions
 
 
@@ -17,16 +19,11 @@ SMALLEST_IMAGE = 7  # pixels: the window of SSIM, which every run measures on it
 class TokenizerConfig:
     """Architecture of the tokenizer; the defaults are the paper's at 256 px."""
 
+    network: Network = "vqgan"  # or Open-MAGVIT2's: ibq/models/open_magvit2.py
     resolution: int = 256  # nominal: chooses the attention levels; any multiple of the downsampling can be fed
     in_channels: int = 3
     channels: int = 128
-    channel_multipliers: tuple[int, ...] = (
-        1,
-        1,
-        2,
-        2,
-        4,
-    )  # one entry a level; each level but the last halves the image
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # one a level; each level but the last halves the image
     res_blocks: int = 4  # ResBlocks per level of the encoder; the decoder has one more
     attention_resolutions: tuple[int, ...] = (16,)
     latent_channels: int = 256
@@ -58,6 +55,19 @@ class TokenizerConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: must lie in [0, 1), got {self.dropout}")
+        self._check_network()
+
+    def _check_network(self) -> None:
+        require_choice(self, "network", Network)
+        if self.network == "vqgan":
+            return
+        if self.attention_resolutions:
+            raise ValueError("attention_resolutions: Open-MAGVIT2's network has no attention; set it to []")
+        if self.latent_channels != self.quantizer.dim:
+            raise ValueError(
+                f"latent_channels: Open-MAGVIT2's network quantizes what its encoder gives: set it to the quantizer's "
+                f"{self.quantizer.dim} channels, not {self.latent_channels}"
+            )
 
     @property
     def downsampling(self) -> int:
@@ -88,168 +98,6 @@ class TokenizerOutput:
 register_dataclass(TokenizerOutput)
 
 
-def _norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
-    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut, recomputed in the backward pass with gradient checkpointing."""
-
-    def __init__(self, in_channels: int, out_channels: int, config: TokenizerConfig):
-        super().__init__()
-        self.recompute = config.gradient_checkpointing
-        self.norm1 = _norm(in_channels, config)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels, config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        else:
-            self.nin_shortcut = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._block, x, use_reentrant=False)
-        return self._block(x)
-
-    def _block(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
-
-
-class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions of a level."""
-
-    def __init__(self, channels: int, config: TokenizerConfig):
-        super().__init__()
-        self.norm = _norm(channels, config)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        # [B, C, H, W] -> [B, 1, HW, C]
-        q, k, v = (proj(h).flatten(2).transpose(1, 2).unsqueeze(1) for proj in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
-        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
-        return x + self.proj_out(h)
-
-
-class Downsample(nn.Module):
-    """Strided convolution; the padding is asymmetric, right and bottom only."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The blocks of one resolution: ResBlocks, each followed by attention where the level has it.
-
-    The encoder gives it a `downsample`, the decoder an `upsample`, for its end.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, config: TokenizerConfig):
-        super().__init__()
-        channels = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResBlock(channels[i], channels[i + 1], config) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(out_channels, config) for _ in range(blocks if attention else 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
-
-
-class Middle(nn.Module):
-    """ResBlock, attention, ResBlock at the lowest resolution."""
-
-    def __init__(self, channels: int, config: TokenizerConfig):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, config)
-        self.attn_1 = AttnBlock(channels, config)
-        self.block_2 = ResBlock(channels, channels, config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Encoder(nn.Module):
-    """Image [B, 3, H, W] -> features [B, latent_channels, h, w]."""
-
-    def __init__(self, config: TokenizerConfig):
-        super().__init__()
-        widths = [config.channels * m for m in config.channel_multipliers]
-        self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
-        self.down = nn.ModuleList()
-        previous = config.channels
-        for level, width in enumerate(widths):
-            module = Level(previous, width, config.res_blocks, config.has_attention(level), config)
-            if level < len(widths) - 1:
-                module.downsample = Downsample(width)
-            self.down.append(module)
-            previous = width
-        self.mid = Middle(previous, config)
-        self.norm_out = _norm(previous, config)
-        self.conv_out = nn.Conv2d(previous, config.latent_channels, 3, padding=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        h = self.conv_in(images)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
-
-
-class Decoder(nn.Module):
-    """Features [B, latent_channels, h, w] -> image [B, 3, H, W]."""
-
-    def __init__(self, config: TokenizerConfig):
-        super().__init__()
-        widths = [config.channels * m for m in config.channel_multipliers]
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config)
-        levels = []
-        previous = widths[-1]
-        for level in reversed(range(len(widths))):
-            module = Level(previous, widths[level], config.res_blocks + 1, config.has_attention(level), config)
-            if level > 0:
-                module.upsample = Upsample(widths[level])
-            levels.insert(0, module)  # up[0] is the full resolution, as in the published checkpoints
-            previous = widths[level]
-        self.up = nn.ModuleList(levels)
-        self.norm_out = _norm(previous, config)
-        self.conv_out = nn.Conv2d(previous, config.in_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-
 class Tokenizer(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] <-> codes [B, h, w]."""
 
@@ -259,11 +107,15 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        network = vqgan if config.network == "vqgan" else open_magvit2
+        self.encoder = network.Encoder(config)
+        self.decoder = network.Decoder(config)
         self.quantizer = build_quantizer(config.quantizer)
-        self.quant_conv = nn.Conv2d(config.latent_channels, self.quantizer.dim, 1)
-        self.post_quant_conv = nn.Conv2d(self.quantizer.dim, config.latent_channels, 1)
+        if config.network == "vqgan":
+            self.quant_conv = nn.Conv2d(config.latent_channels, self.quantizer.dim, 1)
+            self.post_quant_conv = nn.Conv2d(self.quantizer.dim, config.latent_channels, 1)
+        else:
+            self.quant_conv = self.post_quant_conv = nn.Identity()
 
     @property
     def downsampling(self) -> int:
@@ -282,7 +134,7 @@ class Tokenizer(nn.Module):
 
     def gathered_together(self) -> list[nn.Module]:
         """The modules whose weights an engine that shards them gathers one module at a time."""
-        return [*self.encoder.down, self.encoder.mid, self.decoder.mid, *self.decoder.up]
+        return [*self.encoder.stages(), *self.decoder.stages()]
 
     def kept_whole(self) -> list[nn.Parameter]:
         """The weights that are not to be sharded: losses ask for their gradients."""

@@ -8,6 +8,7 @@ counts 4 S^2 C and twice that. Everything else counts none, as in torch.utils.fl
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ibq.config import UserError
 from ibq.models.discriminator import DiscriminatorConfig
 from ibq.models.tokenizer import TokenizerConfig
 from ibq.quantizers import IBQConfig, LinearProjectorConfig, QuantizerConfig, SimVQConfig, VQBridgeConfig, VQConfig
@@ -136,8 +137,11 @@ class _Walk:
 def tokenizer_parts(config: TokenizerConfig, numerics: Numerics) -> list[Part]:
     """The tokenizer in the order of its forward pass; names are `encoder...`, `quantizer...` and `decoder...`.
 
-    With channels-last memory (CUDA) all attention is fused; on the CPU that of the encoder is not.
+    With channels-last memory (CUDA) all attention is fused; on the CPU that of the encoder is not. UserError for a
+    network that these formulas are not about.
     """
+    if config.network != "vqgan":
+        raise UserError(f"network: {config.network} cannot be planned; its layers are not VQGAN's: measure a run")
     return [*_encoder(config, numerics), _quantizer(config, numerics), *_decoder(config, numerics)]
 
 

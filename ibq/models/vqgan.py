@@ -1,0 +1,190 @@
+"""VQGAN's encoder and decoder (arXiv 2012.09841), and the blocks that other networks share with them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from ibq.models.tokenizer import TokenizerConfig
+
+
+def norm(channels: int, config: "TokenizerConfig") -> nn.GroupNorm:
+    """The group normalization of all blocks."""
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut, recomputed in the backward pass with gradient checkpointing."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: "TokenizerConfig", bias: bool = True):
+        super().__init__()
+        self.recompute = config.gradient_checkpointing
+        self.norm1 = norm(in_channels, config)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
+        self.norm2 = norm(out_channels, config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        else:
+            self.nin_shortcut = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._block, x, use_reentrant=False)
+        return self._block(x)
+
+    def _block(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions of a level."""
+
+    def __init__(self, channels: int, config: "TokenizerConfig"):
+        super().__init__()
+        self.norm = norm(channels, config)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        # [B, C, H, W] -> [B, 1, HW, C]
+        q, k, v = (proj(h).flatten(2).transpose(1, 2).unsqueeze(1) for proj in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Strided convolution; the padding is asymmetric, right and bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution: ResBlocks, each followed by attention where the level has it.
+
+    The encoder gives it a `downsample`, the decoder an `upsample`, for its end.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        attention: bool,
+        config: "TokenizerConfig",
+        bias: bool = True,
+    ):
+        super().__init__()
+        channels = [in_channels] + [out_channels] * blocks
+        self.block = nn.ModuleList(ResBlock(channels[i], channels[i + 1], config, bias) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(out_channels, config) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Middle(nn.Module):
+    """ResBlock, attention, ResBlock at the lowest resolution."""
+
+    def __init__(self, channels: int, config: "TokenizerConfig"):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, config)
+        self.attn_1 = AttnBlock(channels, config)
+        self.block_2 = ResBlock(channels, channels, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Image [B, 3, H, W] -> features [B, latent_channels, h, w]."""
+
+    def __init__(self, config: "TokenizerConfig"):
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        previous = config.channels
+        for level, width in enumerate(widths):
+            module = Level(previous, width, config.res_blocks, config.has_attention(level), config)
+            if level < len(widths) - 1:
+                module.downsample = Downsample(width)
+            self.down.append(module)
+            previous = width
+        self.mid = Middle(previous, config)
+        self.norm_out = norm(previous, config)
+        self.conv_out = nn.Conv2d(previous, config.latent_channels, 3, padding=1)
+
+    def stages(self) -> list[nn.Module]:
+        """What an engine that shards weights gathers one at a time."""
+        return [*self.down, self.mid]
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.conv_in(images)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Features [B, latent_channels, h, w] -> image [B, 3, H, W]."""
+
+    def __init__(self, config: "TokenizerConfig"):
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config)
+        levels = []
+        previous = widths[-1]
+        for level in reversed(range(len(widths))):
+            module = Level(previous, widths[level], config.res_blocks + 1, config.has_attention(level), config)
+            if level > 0:
+                module.upsample = Upsample(widths[level])
+            levels.insert(0, module)  # up[0] is the full resolution, as in the published checkpoints
+            previous = widths[level]
+        self.up = nn.ModuleList(levels)
+        self.norm_out = norm(previous, config)
+        self.conv_out = nn.Conv2d(previous, config.in_channels, 3, padding=1)
+
+    def stages(self) -> list[nn.Module]:
+        """What an engine that shards weights gathers one at a time."""
+        return [self.mid, *self.up]
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
