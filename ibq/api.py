@@ -1,6 +1,5 @@
 """Loading trained models and generating images: what `import ibq` offers."""
 
-import contextlib
 import json
 import numbers
 import textwrap
@@ -14,29 +13,30 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ibq.config import ConfigError, UserError, load_config, parse_config
+from ibq.config_yaml import one_line
 from ibq.data.transforms import to_uint8
 from ibq.decoding import Decoder
 from ibq.engine.shard_files import ShardReader, index_file
-from ibq.interop import seed_voken
+from ibq.interop.families import SUFFIXES, read_published
+from ibq.interop.published import Hints
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.sampling import SamplerConfig, sample_codes
 
 Weights = Literal["ema", "raw"]
-MODEL_PLACES = "a run folder, its `best` folder, a checkpoint folder, an exported .safetensors file, or a .ckpt file"
+MODEL_PLACES = (
+    "a run folder, its `best` folder, a checkpoint folder, a .safetensors file, or a published .ckpt or .pt file"
+)
 
 
 def load_tokenizer(path: str | Path, *, weights: Weights = "ema", device: torch.device | str = "auto") -> Tokenizer:
     """A tokenizer for use (eval mode) from one of MODEL_PLACES; UserError if there is none.
 
-    `weights` chooses between the averaged and the raw weights of a checkpoint or a published `.ckpt` file; a run's best
-    ones are the averaged.
+    `weights` chooses between the averaged and the raw weights of a checkpoint or a published file; a run's best ones
+    are the averaged.
     """
-    if _is_reference_checkpoint(path):
-        with _explained():
-            state = seed_voken.read_tokenizer(path, weights)
-            config = seed_voken.infer_tokenizer_config(state)
-        return _ready(Tokenizer, config, state, device, path)
+    if _is_published(path):
+        return _ready_published(Tokenizer, path, weights, device)
     return _load(Tokenizer, TokenizerConfig, path, device, weights)
 
 
@@ -52,11 +52,8 @@ def load_transformer(
     A `.ckpt` does not say its number of heads: without `config` the paper's rule (heads of 64 dimensions, 16 x 16
     tokens) is taken. `weights` as in `load_tokenizer`.
     """
-    if _is_reference_checkpoint(path):
-        with _explained():
-            state = seed_voken.read_transformer(path)
-            config = config or seed_voken.published_transformer_config(state)
-        return _ready(Transformer, config, state, device, path)
+    if _is_published(path):
+        return _ready_published(Transformer, path, "ema", device, config)
     if config is not None:
         raise UserError(f"{path}: has a config of its own; give `config` only with a published .ckpt file")
     return _load(Transformer, TransformerConfig, path, device, weights)
@@ -73,7 +70,7 @@ def pretrained_folder(path: str | Path) -> Path:
 
 def trained_on(path: str | Path) -> str | None:
     """The hash of the tokenizer whose codes a transformer was trained on, where its run tells."""
-    if _is_reference_checkpoint(path):
+    if Path(path).is_file():
         return None
     info = pretrained_folder(path) / "info.json"
     try:
@@ -82,17 +79,21 @@ def trained_on(path: str | Path) -> str | None:
         return None
 
 
-def _is_reference_checkpoint(path: str | Path) -> bool:
-    return Path(path).is_file() and Path(path).suffix in {".ckpt", ".pt", ".pth"}
+def _is_published(path: str | Path) -> bool:
+    return Path(path).is_file() and Path(path).suffix in SUFFIXES
 
 
-@contextlib.contextmanager
-def _explained():
-    """What is wrong with a published checkpoint is the user's to solve."""
+def _ready_published(
+    kind: type[nn.Module], path: str | Path, weights: Weights, device, config: TransformerConfig | None = None
+) -> nn.Module:
+    """The model of a kind in a published file of any family."""
     try:
-        yield
-    except (ValueError, KeyError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"not a published checkpoint of this kind: {' '.join(str(error).split())}") from error
+        found = read_published(path, weights=weights, hints=Hints(kind=kind, transformer=config))
+    except ValueError as error:
+        raise UserError(f"not a published checkpoint of this kind: {one_line(error)}") from error
+    # Copied: the file may change or go away while the model is in use.
+    state = {name: tensor.clone() for name, tensor in found[0].tensors.items()}
+    return _ready(kind, found[0].config, state, device, path)
 
 
 def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device, weights: Weights) -> nn.Module:
@@ -106,6 +107,8 @@ def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device, we
         config, state = _from_file(kind, config_kind, path)
         return _ready(kind, config, state, device, path)
     folder = pretrained_folder(path)
+    if not (folder / "config.yaml").exists():  # a folder for the Hub, whose file says all
+        return _load(kind, config_kind, folder / "model.safetensors", device, weights)
     try:
         config = load_config(config_kind, folder / "config.yaml")
     except ConfigError as error:
@@ -125,12 +128,12 @@ def _from_checkpoint(kind: type, config_kind: type, path: Path, weights: Weights
 
 
 def _from_file(kind: type, config_kind: type, path: Path) -> tuple:
-    """(config, weights) of a file that `tools/convert.py export` has written."""
+    """(config, weights) of a file that `tools/convert.py` has written."""
     try:
         with safe_open(path, "pt") as file:
             model = json.loads((file.metadata() or {})["model"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a file of tools/convert.py export ({error})") from error
+        raise UserError(f"{path}: not a file of tools/convert.py ({error}); write it again") from error
     if model["kind"] != kind.__name__:
         raise UserError(f"{path}: holds a {model['kind']}, not a {kind.__name__}")
     return parse_config(config_kind, model["config"], str(path)), _tensors(path)

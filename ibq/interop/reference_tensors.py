@@ -1,6 +1,7 @@
 """Checkpoints as tables of tensors: reading them, taking parts out of them, and naming whatever does not fit."""
 
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -9,25 +10,86 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DAMAGED = "is damaged, or no file of torch.save"
+DOWNLOAD_AGAIN = "download it again and compare its SHA-256 with the publisher's"
 FIRST_STAGE, TRANSFORMER = "first_stage_model.", "transformer."  # the two parts of the reference's AR checkpoints
+
+
+def read_file(path: str | Path) -> Mapping[str, Any]:
+    """A file of `torch.save` as plain containers of tensors, which stay on the disk until they are used.
+
+    Nothing is unpickled but tensors and plain containers. Raises ValueError that names the file and the remedy.
+    """
+    try:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            found = torch.load(path, map_location="cpu", weights_only=True)  # a file in the form before PyTorch 1.6
+    except UnpicklingError as error:
+        raise ValueError(_unsafe_or_damaged(path, str(error))) from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened ({error.strerror or error}); check the path") from error
+    except Exception as error:  # damage shows in many ways: bad archives, bad numbers, names that are not there
+        raise ValueError(f"{path}: {DAMAGED} ({_first_line(error)}); {DOWNLOAD_AGAIN}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}: has no table of tensors; expected a checkpoint with a `state_dict`")
+    return found
+
+
+def table_of(checkpoint: Mapping[str, Any], path: str | Path, *keys: str) -> dict[str, Tensor]:
+    """The first table of tensors under one of the keys, or the file itself if it is one; ValueError without any."""
+    state = next((checkpoint[key] for key in keys if key in checkpoint), checkpoint)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path}: has no table of tensors; expected a checkpoint with {' or '.join(f'`{k}`' for k in keys)}"
+        )
+    return dict(state)
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint: its `state_dict`, or the file itself where it is a plain table of tensors.
 
-    Nothing is unpickled but tensors and plain containers. Raises ValueError where that is not enough.
+    Raises ValueError like `read_file`.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{path}: cannot be read as tensors only ({str(error).splitlines()[0]}); "
-            "save its `state_dict` alone in an environment that you trust with the file"
-        ) from error
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: has no table of tensors; expected a checkpoint with a `state_dict`")
-    return dict(state)
+    return table_of(read_file(path), path, "state_dict")
+
+
+def damaged_record(path: str | Path) -> str | None:
+    """The first record of a checkpoint whose bytes do not have the checksum that the file gives for them.
+
+    Mapped into memory, a file is not checked. Files may be written with no checksums at all: nothing is said of one in
+    which none is right.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    wrong, right = [], 0
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            try:
+                with archive.open(name) as record:
+                    while record.read(1 << 22):
+                        pass
+                right += 1
+            except zipfile.BadZipFile:
+                wrong.append(name)
+    return wrong[0] if wrong and right else None
+
+
+def _unsafe_or_damaged(path: str | Path, reason: str) -> str:
+    """What to say of a pickle that is refused."""
+    if unsafe := re.search(r"GLOBAL ([\w.]+)", reason):
+        return (
+            f"{path}: cannot be read as tensors only: {unsafe[1]} in it may run code; if you trust the file, save its "
+            "tensors alone: torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW)"
+        )
+    return f"{path}: {DAMAGED} ({_first_line(reason)}); {DOWNLOAD_AGAIN}"
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def require_same_tensors(

@@ -1,22 +1,30 @@
-"""Reading checkpoints and configurations of the papers' public implementation (SEED-Voken).
+"""Checkpoints and configurations of the papers' public implementation (SEED-Voken), read and written.
 
 A tokenizer checkpoint holds `encoder.*`, `decoder.*`, `quantize.embedding.weight`, `quant_conv.*`,
-`post_quant_conv.*`, the frozen LPIPS network and the discriminator under `loss.*`, and under `model_ema.*`
-one average per trainable parameter, its name with all dots removed. An AR checkpoint holds `transformer.*`
-and, under `first_stage_model.*`, its tokenizer with the averaged values.
+`post_quant_conv.*`, and what `lightning_tokenizer` describes. An AR checkpoint holds `transformer.*` and, under
+`first_stage_model.*`, its tokenizer with the averaged values.
 
 Reading is strict: every tensor of a file is used, or recognised as not needed, or named in an error.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ibq.interop.lightning_tokenizer import (
+    DISCRIMINATOR,
+    TokenizerParts,
+    Weights,
+    infer_discriminator_config,
+    join_tokenizer,
+    rest_of,
+    split_tokenizer,
+    with_rest,
+)
+from ibq.interop.published import Hints, Published, require_config, require_settings
 from ibq.interop.reference_tensors import (
     FIRST_STAGE,
     TRANSFORMER,
@@ -24,52 +32,68 @@ from ibq.interop.reference_tensors import (
     count_numbered,
     read_state,
     reject_unknown,
-    require_same_tensors,
-    take,
 )
 from ibq.interop.seed_voken_transformer import (
     published_transformer_config,
     read_transformer,
+    reference_transformer_name,
     transformer_config_from_reference,
+    transformer_of,
+    transformer_state,
 )
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.transformer import Transformer
 from ibq.quantizers import IBQConfig
 
 __all__ = [
+    "DISCRIMINATOR",
     "infer_discriminator_config",
     "infer_tokenizer_config",
     "published_transformer_config",
+    "read",
     "read_discriminator",
     "read_tokenizer",
     "read_transformer",
     "tokenizer_config_from_reference",
     "transformer_config_from_reference",
+    "write_tokenizer",
+    "write_transformer",
 ]
-
-Weights = Literal["ema", "raw"]
 
 CODEBOOK = "quantizer.codebook"
 REFERENCE_CODEBOOK = "quantize.embedding.weight"
 TOKENIZER_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-DISCRIMINATOR = "loss.discriminator."
-EMA = "model_ema."
-EMA_BOOKKEEPING = ("decay", "num_updates")
-BATCHNORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-FROZEN_LPIPS = re.compile(
-    r"loss\.perceptual_loss\."
-    r"(scaling_layer\.(shift|scale)|net\.slice\d+\.\d+\.(weight|bias)|lin\d+\.model\.1\.weight)"
-)
+RESOLUTION = 256  # pixels: of all published tokenizers
 
 # What the reference's model arguments say about training only; nothing of it describes the tokenizer.
 TRAINING_ARGUMENTS = (
     *("lossconfig", "learning_rate", "resume_lr", "lr_drop_epoch", "lr_drop_rate", "use_ema", "stage"),
     *("ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor", "remap", "sane_index_shape"),
-    *("scheduler_type", "warmup_epochs", "min_learning_rate"),
+    *("scheduler_type", "warmup_epochs", "min_learning_rate", "gradient_clip_val", "lr_drop_iter"),
+    *("wp", "wp0", "wpe", "wp_iter", "max_iter", "sche_type", "use_shared_epoch"),
 )
+# What the reference's code fixes and ours has options for.
+FIXED = {"network": "vqgan", "norm_groups": 32, "quantizer.kind": "ibq", "quantizer.l2_normalize": False}
+FIXED |= {"quantizer.projector": None}
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path, weights: Weights = "ema", hints: Hints = Hints()) -> list[Published]:  # noqa: B008 (frozen)
+    """All models of a checkpoint: a tokenizer, or a transformer with or without its tokenizer.
+
+    A transformer has one set of weights. Raises ValueError that names every missing, unexpected or wrongly shaped
+    tensor.
+    """
+    state, source, found = read_state(path), str(path), []
+    in_it = {Transformer: any(name.startswith(TRANSFORMER) for name in state)}
+    in_it[Tokenizer] = not in_it[Transformer] or any(name.startswith(FIRST_STAGE) for name in state)
+    if hints.kind is Transformer or (hints.kind is None and in_it[Transformer]):
+        found.append(_transformer_of(state, source, hints))
+    if hints.kind is Tokenizer or (hints.kind is None and in_it[Tokenizer]):
+        found.append(_tokenizer_of(state, source, weights, hints))
+    return found
 
 
 def read_tokenizer(path: str | Path, weights: Weights = "ema") -> dict[str, Tensor]:
@@ -79,15 +103,7 @@ def read_tokenizer(path: str | Path, weights: Weights = "ema") -> dict[str, Tens
     checkpoint has only the averaged ones. Without a configuration at hand, `infer_tokenizer_config` gives it.
     Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
     """
-    parts = _split_tokenizer(read_state(path), str(path))
-    if weights == "raw":
-        if parts.from_ar_checkpoint:
-            raise ValueError(f"{path}: an AR checkpoint has its tokenizer's averaged values only; use weights='ema'")
-        return _our_names(parts.plain)
-    if parts.from_ar_checkpoint:
-        return _our_names(parts.plain)
-    _require_shadows(parts, str(path))
-    return _our_names({name: parts.shadows[_without_dots(name)] for name in parts.plain})
+    return _our_names(_split(read_state(path), str(path)).chosen(weights, str(path)))
 
 
 def read_discriminator(path: str | Path, weights: Weights = "raw") -> dict[str, Tensor]:
@@ -96,16 +112,39 @@ def read_discriminator(path: str | Path, weights: Weights = "raw") -> dict[str, 
     With "ema" the parameters are the averaged ones; the BatchNorm statistics exist only once, for both.
     Raises ValueError where the checkpoint has no discriminator, and like `read_tokenizer`.
     """
-    parts = _split_tokenizer(read_state(path), str(path))
-    if not parts.discriminator:
-        raise ValueError(f"{path}: has no discriminator ({DISCRIMINATOR}*); use a tokenizer checkpoint from training")
-    if weights == "raw":
-        return dict(parts.discriminator)
-    _require_shadows(parts, str(path))
-    return {
-        name: value if _is_buffer(name) else parts.shadows[_without_dots(DISCRIMINATOR + name)]
-        for name, value in parts.discriminator.items()
-    }
+    return _split(read_state(path), str(path)).chosen_discriminator(weights, str(path))
+
+
+def _transformer_of(state: dict[str, Tensor], source: str, hints: Hints) -> Published:
+    tensors = transformer_of(state, source)
+    arguments = _stage_arguments(hints, "transformer_config")
+    if arguments is not None:
+        config = transformer_config_from_reference(arguments)
+    else:
+        config = hints.transformer or published_transformer_config(tensors)
+    require_config(config, tensors, source, reference_transformer_name)
+    return Published(config=config, tensors=tensors, weights="raw")
+
+
+def _tokenizer_of(state: dict[str, Tensor], source: str, weights: Weights, hints: Hints) -> Published:
+    parts = _split(state, source)
+    tensors = _our_names(parts.chosen(weights, source))
+    arguments = _stage_arguments(hints, "first_stage_config")
+    if arguments is not None:
+        config = tokenizer_config_from_reference(arguments)
+    else:
+        config = infer_tokenizer_config(tensors, hints.resolution or RESOLUTION)
+    require_config(config, tensors, source, _reference_name)
+    rest = {} if parts.from_ar_checkpoint else rest_of(state, parts.plain, weights)
+    return Published(config=config, tensors=tensors, weights=weights, rest=rest)
+
+
+def _stage_arguments(hints: Hints, stage: str) -> Mapping[str, Any] | None:
+    """The arguments of one model, from those of the AR stage, which has two, or from those of that model alone."""
+    arguments = hints.arguments
+    if arguments is not None and "transformer_config" in arguments:
+        return argument(argument(arguments, stage), "params", f"{stage}.")
+    return arguments
 
 
 def infer_tokenizer_config(tensors: Mapping[str, Tensor], resolution: int = 256) -> TokenizerConfig:
@@ -138,15 +177,6 @@ def infer_tokenizer_config(tensors: Mapping[str, Tensor], resolution: int = 256)
     )
 
 
-def infer_discriminator_config(tensors: Mapping[str, Tensor]) -> DiscriminatorConfig:
-    """The configuration that a discriminator's weights imply, names as from `read_discriminator`."""
-    if "main.0.weight" not in tensors:
-        raise ValueError(f"missing tensors: {DISCRIMINATOR}main.0.weight")
-    # `main`: a convolution and its activation; `layers` times convolution, norm, activation; a convolution.
-    last = count_numbered(tensors, r"main\.(\d+)\.") - 1
-    return DiscriminatorConfig(channels=tensors["main.0.weight"].shape[0], layers=max(1, (last - 2) // 3))
-
-
 def tokenizer_config_from_reference(arguments: Mapping[str, Any]) -> TokenizerConfig:
     """Our configuration for the reference's model arguments (`model.init_args` of its YAML files).
 
@@ -162,6 +192,7 @@ def tokenizer_config_from_reference(arguments: Mapping[str, Any]) -> TokenizerCo
         "entropy_temperature",
         "use_entropy_loss",
         "l2_normalize",
+        "cosine_similarity",
     }
     known |= {"sample_minimization_weight", "batch_maximization_weight"} | set(TRAINING_ARGUMENTS)
     reject_unknown(arguments, known, "", "tokenizer")
@@ -190,6 +221,8 @@ def tokenizer_config_from_reference(arguments: Mapping[str, Any]) -> TokenizerCo
 def _quantizer_config_from_reference(arguments: Mapping[str, Any]) -> IBQConfig:
     if arguments.get("l2_normalize", False):
         raise ValueError("l2_normalize: true is not supported; only checkpoints with false can be read")
+    if arguments.get("cosine_similarity", False):
+        raise ValueError("cosine_similarity: true is not supported; only checkpoints with false can be read")
     entropy = bool(arguments.get("use_entropy_loss", True))
     defaults = IBQConfig()
     return IBQConfig(
@@ -202,79 +235,64 @@ def _quantizer_config_from_reference(arguments: Mapping[str, Any]) -> IBQConfig:
     )
 
 
-# --- Sorting and checking a checkpoint's tensors ------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _TokenizerParts:
-    plain: dict[str, Tensor]  # the tokenizer, the reference's names
-    discriminator: dict[str, Tensor]  # empty without a discriminator
-    shadows: dict[str, Tensor]  # averages, names without dots; empty without EMA
-    from_ar_checkpoint: bool
+def write_tokenizer(
+    config: TokenizerConfig,
+    raw: Mapping[str, Tensor],
+    averaged: Mapping[str, Tensor],
+    discriminator: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The `state_dict` of the reference's checkpoint of a tokenizer, from both sets of weights under our names.
+
+    ValueError where the reference's code has no such tokenizer.
+    """
+    require_settings(config, FIXED, "SEED-Voken")
+    return join_tokenizer(_reference_names(raw), _reference_names(averaged), discriminator)
 
 
-def _split_tokenizer(state: dict[str, Tensor], source: str) -> _TokenizerParts:
-    """Sort a checkpoint's tensors into parts and check that each part is complete."""
-    from_ar_checkpoint = any(name.startswith(FIRST_STAGE) for name in state)
-    if from_ar_checkpoint:
-        unexpected = [name for name in state if not name.startswith((FIRST_STAGE, TRANSFORMER))]
-        state = take(state, FIRST_STAGE)
-        unexpected += [FIRST_STAGE + name for name in state if not name.startswith(TOKENIZER_PARTS)]
-    else:
-        groups = (*TOKENIZER_PARTS, DISCRIMINATOR, EMA)
-        unexpected = [n for n in state if not n.startswith(groups) and not FROZEN_LPIPS.fullmatch(n)]
-    parts = _TokenizerParts(
-        plain={name: value for name, value in state.items() if name.startswith(TOKENIZER_PARTS)},
-        discriminator=take(state, DISCRIMINATOR),
-        shadows={n: value for n, value in take(state, EMA).items() if n not in EMA_BOOKKEEPING},
-        from_ar_checkpoint=from_ar_checkpoint,
-    )
-    _check_parts(parts, unexpected, source)
-    return parts
+def write_tokenizer_with_rest(
+    config: TokenizerConfig, tensors: Mapping[str, Tensor], weights: Weights, rest: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The `state_dict` that `read` took `tensors` and `rest` from. ValueError where they are not of one file."""
+    require_settings(config, FIXED, "SEED-Voken")
+    state = with_rest(_reference_names(tensors), weights, rest)
+    _split(state, "checkpoint and rest")
+    return state
 
 
-def _check_parts(parts: _TokenizerParts, unexpected: list[str], source: str) -> None:
-    if not parts.plain:
-        raise ValueError(f"{source}: has no tokenizer ({', '.join(part + '*' for part in TOKENIZER_PARTS)})")
-    try:
-        expected = _expected_shapes(parts)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    discriminator = {DISCRIMINATOR + name: value for name, value in parts.discriminator.items()}
-    found = {name: tuple(value.shape) for name, value in (parts.plain | discriminator).items()}
-    if parts.shadows:
-        trainable = [name for name in expected if not _is_buffer(name)]
-        expected |= {EMA + _without_dots(name): expected[name] for name in trainable}
-        found |= {EMA + name: tuple(value.shape) for name, value in parts.shadows.items()}
-    require_same_tensors(found, expected, source, unexpected)
+def write_transformer(
+    config: Any, tensors: Mapping[str, Tensor], tokenizer: tuple[TokenizerConfig, Mapping[str, Tensor]] | None = None
+) -> dict[str, Tensor]:
+    """The `state_dict` of the reference's AR checkpoint, with its tokenizer where one is given."""
+    state = {}
+    if tokenizer is not None:
+        require_settings(tokenizer[0], FIXED, "SEED-Voken")
+        state = {FIRST_STAGE + name: value for name, value in _reference_names(tokenizer[1]).items()}
+    return state | transformer_state(config, tensors)
 
 
-def _expected_shapes(parts: _TokenizerParts) -> dict[str, tuple[int, ...]]:
-    """Shape per name (the reference's) that a complete checkpoint of this size has."""
+# --- Names --------------------------------------------------------------------------------------------------
+
+
+def _split(state: dict[str, Tensor], source: str) -> TokenizerParts:
+    return split_tokenizer(state, source, TOKENIZER_PARTS, _network_shapes)
+
+
+def _network_shapes(plain: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape per name (the reference's) that a complete tokenizer of this size has."""
     with torch.device("meta"):
-        tokenizer = Tokenizer(infer_tokenizer_config(_our_names(parts.plain)))
-        shapes = {_reference_name(name): tuple(value.shape) for name, value in tokenizer.state_dict().items()}
-        if parts.discriminator:
-            discriminator = PatchDiscriminator(infer_discriminator_config(parts.discriminator))
-            shapes |= {DISCRIMINATOR + n: tuple(v.shape) for n, v in discriminator.state_dict().items()}
-    return shapes
-
-
-def _require_shadows(parts: _TokenizerParts, source: str) -> None:
-    if not parts.shadows:
-        raise ValueError(f"{source}: has no averaged weights ({EMA}*); use weights='raw'")
-
-
-def _is_buffer(name: str) -> bool:
-    return name.endswith(BATCHNORM_BUFFERS)
-
-
-def _without_dots(name: str) -> str:
-    return name.replace(".", "")
+        tokenizer = Tokenizer(infer_tokenizer_config(_our_names(plain)))
+    return {_reference_name(name): tuple(value.shape) for name, value in tokenizer.state_dict().items()}
 
 
 def _reference_name(name: str) -> str:
     return REFERENCE_CODEBOOK if name == CODEBOOK else name
+
+
+def _reference_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_reference_name(name): value for name, value in tensors.items()}
 
 
 def _our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Reading the transformers of the papers' public implementation (SEED-Voken): the AR half of `seed_voken`."""
+"""Transformers of the papers' public implementation (SEED-Voken), read and written: the AR half of `seed_voken`."""
 
 import math
 import re
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibq.interop.published import require_settings
 from ibq.interop.reference_tensors import (
     FIRST_STAGE,
     TRANSFORMER,
@@ -42,7 +43,11 @@ def read_transformer(path: str | Path) -> dict[str, Tensor]:
     The tokenizer that the checkpoint also holds is left to `read_tokenizer`, key/value caches that sampling
     left behind are dropped. Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
     """
-    state = read_state(path)
+    return transformer_of(read_state(path), str(path))
+
+
+def transformer_of(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """As `read_transformer`, from the tensors of a file that is read already."""
     tensors = {n: v for n, v in take(state, TRANSFORMER).items() if not KV_CACHE.fullmatch(n)}
     unexpected = [name for name in state if not name.startswith((TRANSFORMER, FIRST_STAGE))]
     if not tensors:
@@ -53,10 +58,16 @@ def read_transformer(path: str | Path) -> dict[str, Tensor]:
             expected = Transformer(_config_of_shapes(ours, head_dim=SMALLEST_HEAD)).state_dict()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    found = {_reference_name(name): tuple(value.shape) for name, value in ours.items()}
-    shapes = {_reference_name(name): tuple(value.shape) for name, value in expected.items()}
-    require_same_tensors(found, shapes, str(path), unexpected)
+    found = {reference_transformer_name(name): tuple(value.shape) for name, value in ours.items()}
+    shapes = {reference_transformer_name(name): tuple(value.shape) for name, value in expected.items()}
+    require_same_tensors(found, shapes, path, unexpected)
     return ours
+
+
+def transformer_state(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's part of the reference's checkpoint; ValueError where its code has no such model."""
+    require_settings(config, {"rope_base": 10000.0}, "SEED-Voken")
+    return {reference_transformer_name(name): value for name, value in tensors.items()}
 
 
 def transformer_config_from_reference(arguments: Mapping[str, Any]) -> TransformerConfig:
@@ -90,7 +101,7 @@ def published_transformer_config(tensors: Mapping[str, Tensor]) -> TransformerCo
 def _config_of_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> TransformerConfig:
     """A configuration with these shapes; they show neither the size of the heads nor the number of tokens."""
     needed = ("tok_emb.weight", CLASS_TABLE, "blocks.0.attention.wqkv.weight")
-    missing = [_reference_name(name) for name in needed if name not in tensors]
+    missing = [reference_transformer_name(name) for name in needed if name not in tensors]
     if missing:
         raise ValueError(f"missing tensors: {listing(missing)}")
     vocab_size, width = tensors["tok_emb.weight"].shape
@@ -109,5 +120,6 @@ def _config_of_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> Transform
     )
 
 
-def _reference_name(name: str) -> str:
+def reference_transformer_name(name: str) -> str:
+    """The reference's name of one of our transformer's tensors."""
     return TRANSFORMER + (REFERENCE_CLASS_TABLE if name == CLASS_TABLE else name)

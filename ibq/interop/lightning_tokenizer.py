@@ -1,0 +1,203 @@
+"""The parts of a tokenizer's checkpoint from the papers' public implementation (SEED-Voken, a Lightning program).
+
+IBQ's and Open-MAGVIT2's tokenizers share the form: the network's own tensors, the frozen LPIPS network and the
+discriminator under `loss.*`, and under `model_ema.*` one average per trainable parameter, its name with all dots
+removed. The AR stage holds a tokenizer under `first_stage_model.*`, with the averaged values under plain names.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ibq.interop.reference_tensors import FIRST_STAGE, TRANSFORMER, count_numbered, require_same_tensors, take
+from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+
+Weights = Literal["ema", "raw"]
+Shapes = dict[str, tuple[int, ...]]
+
+DISCRIMINATOR = "loss.discriminator."
+EMA = "model_ema."
+EMA_BOOKKEEPING = {"decay": torch.tensor(0.999), "num_updates": torch.tensor(-1, dtype=torch.int32)}
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked", ".kernel")  # of discriminators: have no averages
+FROZEN_LPIPS = re.compile(
+    r"loss\.perceptual_loss\."
+    r"(scaling_layer\.(shift|scale)|net\.slice\d+\.\d+\.(weight|bias)|lin\d+\.model\.1\.weight)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerParts:
+    """A checkpoint's tensors, sorted; each part is complete, or empty."""
+
+    plain: dict[str, Tensor]  # the tokenizer, the reference's names
+    discriminator: dict[str, Tensor]  # names without the prefix
+    shadows: dict[str, Tensor]  # averages, names without dots
+    from_ar_checkpoint: bool
+
+    def chosen(self, weights: Weights, source: str) -> dict[str, Tensor]:
+        """The raw or the averaged tokenizer, the reference's names; ValueError where there is none."""
+        if self.from_ar_checkpoint and weights == "raw":
+            raise ValueError(f"{source}: an AR checkpoint has the averaged values only; use weights='ema'")
+        if self.from_ar_checkpoint or weights == "raw":
+            return dict(self.plain)
+        self.require_shadows(source)
+        return {name: self.shadows[without_dots(name)] for name in self.plain}
+
+    def chosen_discriminator(self, weights: Weights, source: str) -> dict[str, Tensor]:
+        """The raw or the averaged discriminator; statistics exist only once, for both. ValueError without one."""
+        if not self.discriminator:
+            raise ValueError(
+                f"{source}: has no discriminator ({DISCRIMINATOR}*); use a tokenizer checkpoint from training"
+            )
+        if weights == "raw":
+            return dict(self.discriminator)
+        self.require_shadows(source)
+        return {
+            name: value if is_buffer(name) else self.shadows[without_dots(DISCRIMINATOR + name)]
+            for name, value in self.discriminator.items()
+        }
+
+    def require_shadows(self, source: str) -> None:
+        """ValueError where the checkpoint has no averages."""
+        if not self.shadows:
+            raise ValueError(f"{source}: has no averaged weights ({EMA}*); use weights='raw'")
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
+
+
+def split_tokenizer(
+    state: dict[str, Tensor],
+    source: str,
+    prefixes: tuple[str, ...],
+    network: Callable[[Mapping[str, Tensor]], Shapes],
+) -> TokenizerParts:
+    """Sort a checkpoint's tensors into parts and check that each part is complete.
+
+    `prefixes` begin the names of the tokenizer's own tensors; `network` gives the names and shapes of the network that
+    these tensors imply. Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
+    """
+    from_ar_checkpoint = any(name.startswith(FIRST_STAGE) for name in state)
+    if from_ar_checkpoint:
+        unexpected = [name for name in state if not name.startswith((FIRST_STAGE, TRANSFORMER))]
+        state = take(state, FIRST_STAGE)
+        unexpected += [FIRST_STAGE + name for name in state if not name.startswith(prefixes)]
+    else:
+        groups = (*prefixes, DISCRIMINATOR, EMA)
+        unexpected = [n for n in state if not n.startswith(groups) and not FROZEN_LPIPS.fullmatch(n)]
+    parts = TokenizerParts(
+        plain={name: value for name, value in state.items() if name.startswith(prefixes)},
+        discriminator=take(state, DISCRIMINATOR),
+        shadows={n: value for n, value in take(state, EMA).items() if n not in EMA_BOOKKEEPING},
+        from_ar_checkpoint=from_ar_checkpoint,
+    )
+    if not parts.plain:
+        raise ValueError(f"{source}: has no tokenizer ({', '.join(prefix + '*' for prefix in prefixes)})")
+    _check_parts(parts, unexpected, source, network)
+    return parts
+
+
+def _check_parts(parts: TokenizerParts, unexpected: list[str], source: str, network) -> None:
+    try:
+        expected = dict(network(parts.plain))
+        if parts.discriminator:
+            expected |= {DISCRIMINATOR + n: shape for n, shape in discriminator_shapes(parts.discriminator).items()}
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    discriminator = {DISCRIMINATOR + name: value for name, value in parts.discriminator.items()}
+    found = {name: tuple(value.shape) for name, value in (parts.plain | discriminator).items()}
+    if parts.shadows:
+        trainable = [name for name in expected if not is_buffer(name)]
+        expected |= {EMA + without_dots(name): expected[name] for name in trainable}
+        found |= {EMA + name: tuple(value.shape) for name, value in parts.shadows.items()}
+    require_same_tensors(found, expected, source, unexpected)
+
+
+def discriminator_shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Names and shapes of the complete discriminator that these tensors belong to, without the prefix."""
+    if any(name.startswith("block_in.") for name in tensors):
+        return _blurring_discriminator_shapes(tensors)
+    with torch.device("meta"):
+        state = PatchDiscriminator(infer_discriminator_config(tensors)).state_dict()
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def infer_discriminator_config(tensors: Mapping[str, Tensor]) -> DiscriminatorConfig:
+    """The configuration of the patch discriminator that these weights imply."""
+    if "main.0.weight" not in tensors:
+        raise ValueError(f"missing tensors: {DISCRIMINATOR}main.0.weight")
+    # `main`: a convolution and its activation; `layers` times convolution, norm, activation; a convolution.
+    last = count_numbered(tensors, r"main\.(\d+)\.") - 1
+    return DiscriminatorConfig(channels=tensors["main.0.weight"].shape[0], layers=max(1, (last - 2) // 3))
+
+
+def _blurring_discriminator_shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Those of the discriminator with blurred downsampling that text-to-image tokenizers were trained against.
+
+    It is recognised, so that nothing in a file goes unnoticed, and left behind.
+    """
+    if "block_in.0.weight" not in tensors:
+        raise ValueError(f"missing tensors: {DISCRIMINATOR}block_in.0.weight")
+    channels = tensors["block_in.0.weight"].shape[0]
+    shapes: Shapes = {"block_in.0.weight": (channels, 3, 5, 5), "block_in.0.bias": (channels,)}
+    blurs = any(re.fullmatch(r"blocks\.\d+\.1\.kernel", name) for name in tensors)
+    width = channels
+    for i in range(count_numbered(tensors, r"blocks\.(\d+)\.")):
+        previous, width = width, channels * 2**i
+        shapes |= {f"blocks.{i}.0.weight": (width, previous, 3, 3), f"blocks.{i}.0.bias": (width,)}
+        shapes |= {f"blocks.{i}.2.weight": (width,), f"blocks.{i}.2.bias": (width,)}
+        if blurs:
+            kernel = tensors.get(f"blocks.{i}.1.kernel")
+            shapes[f"blocks.{i}.1.kernel"] = (1, 1, 4, 4) if kernel is None else tuple(kernel.shape)
+    shapes |= {"to_logits.0.weight": (width, width, 1, 1), "to_logits.0.bias": (width,)}
+    return shapes | {"to_logits.2.weight": (1, width, 5, 5), "to_logits.2.bias": (1,)}
+
+
+# --- Writing ------------------------------------------------------------------------------------------------
+
+
+def join_tokenizer(
+    raw: Mapping[str, Tensor], averaged: Mapping[str, Tensor], discriminator: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The `state_dict` of a checkpoint, from a tokenizer with raw and averaged weights under the reference's names.
+
+    This project keeps no averages of a discriminator: those written are its raw weights. LPIPS is left out; the
+    reference loads it from elsewhere.
+    """
+    discriminator = {DISCRIMINATOR + name: value for name, value in (discriminator or {}).items()}
+    networks = ("encoder.", "decoder.")
+    state = {name: value for name, value in raw.items() if name.startswith(networks)}
+    state |= discriminator | {name: value for name, value in raw.items() if not name.startswith(networks)}
+    shadows = {name: averaged.get(name, state[name]) for name in state if not is_buffer(name)}
+    state |= {EMA + name: value for name, value in EMA_BOOKKEEPING.items()}
+    return state | {EMA + without_dots(name): value for name, value in shadows.items()}
+
+
+def with_rest(chosen: Mapping[str, Tensor], weights: Weights, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `state_dict` of a checkpoint of which one set of weights was taken, from that set and all the rest."""
+    return dict(rest) | {slot(name, weights): value for name, value in chosen.items()}
+
+
+def rest_of(state: Mapping[str, Tensor], used: Iterable[str], weights: Weights) -> dict[str, Tensor]:
+    """The tensors of a checkpoint besides one set of weights, which has the reference's names `used`."""
+    taken = {slot(name, weights) for name in used}
+    return {name: value for name, value in state.items() if name not in taken}
+
+
+def slot(name: str, weights: Weights) -> str:
+    """Where a checkpoint keeps the raw or the averaged values of a parameter."""
+    return EMA + without_dots(name) if weights == "ema" else name
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is not trained, and so has no average."""
+    return name.endswith(BUFFERS)
+
+
+def without_dots(name: str) -> str:
+    """How a parameter is called among the averages."""
+    return name.replace(".", "")

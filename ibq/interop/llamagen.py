@@ -1,0 +1,123 @@
+"""Checkpoints of LlamaGen's tokenizers VQ-16 and VQ-8 (arXiv 2406.06525), read and written.
+
+Their network is VQGAN's with attention at the lowest resolution alone, their quantizer the nearest of unit vectors:
+names are all that differs. A file holds its tensors under `model`, and the averaged ones under `ema` where the run kept
+averages; the published files have one set. LlamaGen's transformers have no adaptive norms: they do not fit this
+project's transformer and are refused.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ibq.interop.lightning_tokenizer import Weights
+from ibq.interop.published import Hints, Published, require_config, require_settings
+from ibq.interop.reference_tensors import count_numbered, read_file, table_of
+from ibq.models.tokenizer import TokenizerConfig
+from ibq.quantizers import VQConfig
+
+CODEBOOK, REFERENCE_CODEBOOK = "quantizer.codebook", "quantize.embedding.weight"
+CODES_SEEN, CODES_SEEN_SIZE = "quantize.codebook_used", 65_536  # the last codes of the training: nothing of the model
+MIDDLE = ("block_1", "attn_1", "block_2")
+BLOCKS = {"res": "block", "attn": "attn"}
+RESOLUTION = 256  # pixels that the published figures are of; 384 and 512 are also published of the same weights
+FIXED = {"network": "vqgan", "channels": 128, "res_blocks": 2, "norm_groups": 32, "in_channels": 3}
+FIXED |= {"quantizer.kind": "vq", "quantizer.normalize": "vectors", "quantizer.projector": None}
+
+
+def read(path: str | Path, weights: Weights = "ema", hints: Hints = Hints()) -> list[Published]:  # noqa: B008 (frozen)
+    """The tokenizer of a checkpoint. ValueError that names every missing, unexpected or wrongly shaped tensor.
+
+    A file with one set of weights gives it, whichever is asked for.
+    """
+    if hints.arguments is not None:
+        raise ValueError(f"{path}: the shapes of LlamaGen's tensors say all; leave the configuration out")
+    checkpoint, source = read_file(path), str(path)
+    kept = "ema" if "ema" in checkpoint and (weights == "ema" or "model" not in checkpoint) else "raw"
+    state = table_of(checkpoint, path, "ema" if kept == "ema" else "model", "state_dict")
+    if any(name.startswith("layers.") for name in state):
+        raise ValueError(
+            f"{source}: is a transformer of LlamaGen, which has no adaptive norms and does not fit this project's; "
+            "give a tokenizer's file"
+        )
+    state.pop(CODES_SEEN, None)
+    levels = count_numbered(state, r"encoder\.conv_blocks\.(\d+)\.")
+    tensors = {our_name(name, levels): value for name, value in state.items()}
+    try:
+        config = infer_config(tensors, hints.resolution or RESOLUTION)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    require_config(config, tensors, source, lambda name: reference_name(name, levels))
+    return [Published(config=config, tensors=tensors, weights=kept)]
+
+
+def infer_config(tensors: Mapping[str, Tensor], resolution: int = RESOLUTION) -> TokenizerConfig:
+    """The configuration that the shapes of a tokenizer's weights (our names) imply; ValueError for a missing one."""
+
+    def shape(name: str) -> torch.Size:
+        if name not in tensors:
+            levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.")
+            raise ValueError(f"missing tensors: {reference_name(name, levels)}")
+        return tensors[name].shape
+
+    channels = shape("encoder.conv_in.weight")[0]
+    levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.block\.")
+    num_codes, dim = shape(CODEBOOK)[:2]
+    return TokenizerConfig(
+        resolution=resolution,
+        channels=channels,
+        channel_multipliers=tuple(
+            shape(f"encoder.down.{i}.block.0.conv1.weight")[0] // channels for i in range(levels)
+        ),
+        res_blocks=count_numbered(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        attention_resolutions=(resolution // 2 ** (levels - 1),),
+        latent_channels=shape("encoder.conv_out.weight")[0],
+        quantizer=VQConfig(num_codes=num_codes, dim=dim, normalize="vectors", beta_weighs="commitment"),
+    )
+
+
+def write_tokenizer(config: TokenizerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LlamaGen's table of a tokenizer, to be saved under `model`. ValueError where its code has no such tokenizer."""
+    require_settings(config, FIXED, "LlamaGen")
+    levels = len(config.channel_multipliers)
+    attention = [level for level in range(levels) if config.has_attention(level)]
+    if attention != [levels - 1]:
+        raise ValueError(
+            "attention_resolutions: LlamaGen has attention at the lowest resolution alone; export .safetensors"
+        )
+    state = {reference_name(name, levels): value for name, value in tensors.items()}
+    return state | {CODES_SEEN: torch.zeros(CODES_SEEN_SIZE)}
+
+
+def our_name(name: str, levels: int) -> str:
+    """Our name of one of LlamaGen's tensors; a name that is not LlamaGen's comes back as it is.
+
+    The decoder's levels are numbered from the lowest resolution there, from the highest here.
+    """
+    if name == REFERENCE_CODEBOOK:
+        return CODEBOOK
+    if found := re.fullmatch(r"(encoder|decoder)\.mid\.([012])\.(.+)", name):
+        return f"{found[1]}.mid.{MIDDLE[int(found[2])]}.{found[3]}"
+    if found := re.fullmatch(r"(encoder|decoder)\.conv_blocks\.(\d+)\.(?:(res|attn)\.(\d+)\.)?(.+)", name):
+        part, level, block, number, leaf = found.groups()
+        place = f"down.{level}" if part == "encoder" else f"up.{levels - 1 - int(level)}"
+        return f"{part}.{place}." + (f"{BLOCKS[block]}.{number}." if block else "") + leaf
+    return name
+
+
+def reference_name(name: str, levels: int) -> str:
+    """LlamaGen's name of one of our tensors: the inverse of `our_name`."""
+    if name == CODEBOOK:
+        return REFERENCE_CODEBOOK
+    if found := re.fullmatch(rf"(encoder|decoder)\.mid\.({'|'.join(MIDDLE)})\.(.+)", name):
+        return f"{found[1]}.mid.{MIDDLE.index(found[2])}.{found[3]}"
+    if found := re.fullmatch(r"(encoder\.down|decoder\.up)\.(\d+)\.(?:(block|attn)\.(\d+)\.)?(.+)", name):
+        place, level, block, number, leaf = found.groups()
+        part = place.split(".")[0]
+        level = level if part == "encoder" else str(levels - 1 - int(level))
+        theirs = {ours: reference for reference, ours in BLOCKS.items()}
+        return f"{part}.conv_blocks.{level}." + (f"{theirs[block]}.{number}." if block else "") + leaf
+    return name

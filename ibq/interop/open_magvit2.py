@@ -1,0 +1,112 @@
+"""Checkpoints of Open-MAGVIT2's tokenizers (arXiv 2409.04410; SEED-Voken's code), read and written.
+
+A file holds `encoder.*` and `decoder.*`, and what `lightning_tokenizer` describes. Lookup-free codes have no codebook,
+so the quantizer has no tensors. Their transformers predict the two halves of a code one after the other, by a second
+transformer inside the first: such files do not fit this project's transformer and are refused.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ibq.interop.lightning_tokenizer import (
+    TokenizerParts,
+    Weights,
+    join_tokenizer,
+    rest_of,
+    split_tokenizer,
+    with_rest,
+)
+from ibq.interop.published import Hints, Published, require_config, require_settings
+from ibq.interop.reference_tensors import TRANSFORMER, count_numbered, read_state
+from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.quantizers import LFQConfig
+
+TOKENIZER_PARTS = ("encoder.", "decoder.")
+LEVELS = "quantizer.levels"  # a constant of our quantizer
+RESOLUTIONS = {4: 128, 5: 256}  # pixels that the published tokenizers of so many levels were trained at
+FIXED = {"network": "open_magvit2", "norm_groups": 32, "quantizer.kind": "lfq"}
+
+
+def read(path: str | Path, weights: Weights = "ema", hints: Hints = Hints()) -> list[Published]:  # noqa: B008 (frozen)
+    """The tokenizer of a checkpoint. ValueError that names every missing, unexpected or wrongly shaped tensor."""
+    if hints.arguments is not None:
+        raise ValueError(f"{path}: the shapes of Open-MAGVIT2's tensors say all; leave the configuration out")
+    state, source = read_state(path), str(path)
+    if any(name.startswith(TRANSFORMER) for name in state):
+        raise ValueError(
+            f"{source}: is a transformer of factorized codes, which does not fit this project's transformer; "
+            "give a tokenizer's file"
+        )
+    parts = _split(state, source)
+    chosen = parts.chosen(weights, source)
+    config = infer_config(chosen, hints.resolution)
+    tensors = chosen | {LEVELS: torch.full((config.quantizer.dim,), 2.0)}
+    require_config(config, tensors, source)
+    return [
+        Published(config=config, tensors=tensors, weights=weights, rest=rest_of(state, parts.plain, weights)),
+    ]
+
+
+def infer_config(tensors: Mapping[str, Tensor], resolution: int | None = None) -> TokenizerConfig:
+    """The configuration that the shapes of a tokenizer's weights imply; ValueError naming a tensor that is missing."""
+
+    def width(name: str) -> int:
+        if name not in tensors:
+            raise ValueError(f"missing tensors: {name}")
+        return tensors[name].shape[0]
+
+    channels = width("encoder.conv_in.weight")
+    levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.block\.")
+    bits = width("encoder.conv_out.weight")
+    return TokenizerConfig(
+        network="open_magvit2",
+        resolution=resolution or RESOLUTIONS.get(levels, 256),
+        in_channels=tensors["encoder.conv_in.weight"].shape[1],
+        channels=channels,
+        channel_multipliers=tuple(width(f"encoder.down.{i}.block.0.conv1.weight") // channels for i in range(levels)),
+        res_blocks=count_numbered(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        attention_resolutions=(),
+        latent_channels=bits,
+        quantizer=LFQConfig(dim=bits),
+    )
+
+
+def write_tokenizer(
+    config: TokenizerConfig,
+    raw: Mapping[str, Tensor],
+    averaged: Mapping[str, Tensor],
+    discriminator: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The `state_dict` of the reference's checkpoint, from both sets of weights under our names.
+
+    ValueError where the reference's code has no such tokenizer.
+    """
+    require_settings(config, FIXED, "Open-MAGVIT2")
+    return join_tokenizer(_without_levels(raw), _without_levels(averaged), discriminator)
+
+
+def write_tokenizer_with_rest(
+    config: TokenizerConfig, tensors: Mapping[str, Tensor], weights: Weights, rest: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The `state_dict` that `read` took `tensors` and `rest` from. ValueError where they are not of one file."""
+    require_settings(config, FIXED, "Open-MAGVIT2")
+    state = with_rest(_without_levels(tensors), weights, rest)
+    _split(state, "checkpoint and rest")
+    return state
+
+
+def _split(state: dict[str, Tensor], source: str) -> TokenizerParts:
+    return split_tokenizer(state, source, TOKENIZER_PARTS, _network_shapes)
+
+
+def _network_shapes(plain: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        tokenizer = Tokenizer(infer_config(plain))
+    return {name: tuple(value.shape) for name, value in tokenizer.state_dict().items() if name != LEVELS}
+
+
+def _without_levels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if name != LEVELS}
