@@ -197,7 +197,9 @@ def test_submission_finds_mistakes(jobs, project):
     with pytest.raises(RuntimeError, match=r"gave 2.*dept: unknown key"):
         jobs.run("bash", "slurm/ar_b.sh", "model.dept=3")
     with pytest.raises(RuntimeError, match=r"gave 2.*Slurm would not take it.*partition"):
-        jobs.run("env", "SBATCH_PARTITION=nowhere", "bash", "slurm/ar_b.sh", *settings("mistake"))
+        jobs.run(
+            "env", "SBATCH_PARTITION=nowhere", "bash", "slurm/ar_b.sh", *settings("mistake", "training.micro_batch=1")
+        )
     assert not (project / "runs" / "mistake").exists()
     assert not jobs.cluster.run("squeue", "--noheader")
 

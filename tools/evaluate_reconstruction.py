@@ -61,9 +61,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, device: torch.device) -> dict:
     """Measure, print, and say what the figures depend on."""
-    perceptual = perceptual_of(arguments, device)
-    inception = inception_of(arguments, device)
     tokenizer = load_tokenizer(arguments.tokenizer, device=device)
+    perceptual = perceptual_of(arguments, device, tokenizer.config.resolution)
+    inception = inception_of(arguments, device)
     report, originals = reconstruct(tokenizer, perceptual, inception, arguments, device)
     if inception is not None and report.metrics["images"] < 2:
         raise UserError(f"{arguments.images}: rFID needs at least 2 images; add some, or use --inception none")
@@ -96,12 +96,19 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def perceptual_of(arguments: argparse.Namespace, device: torch.device) -> dict[str, nn.Module]:
-    """The LPIPS networks that are asked for, by the names of their figures."""
+def perceptual_of(arguments: argparse.Namespace, device: torch.device, resolution: int) -> dict[str, nn.Module]:
+    """The LPIPS networks that are asked for and can see such images, by the names of their figures."""
     found = {}
     for net, name in LPIPS_OPTIONS.items():
         wanted, option = getattr(arguments, name), f"--{name.replace('_', '-')}"
         backbone = BACKBONES[net]
+        if wanted != "none" and resolution < backbone.smallest:
+            lack = f"{backbone.label} sees nothing in images of {resolution} px, {backbone.smallest} px are the least"
+            if wanted != "auto":
+                raise UserError(f"{option}: {lack}; leave it out by {option} none")
+            if dist.is_main():
+                say(f"note: no LPIPS: {lack}")
+            continue
         if wanted == "auto":
             wanted = "download" if backbone.cached.exists() else "none"
             if wanted == "none" and dist.is_main():

@@ -21,6 +21,7 @@ class Backbone:
 
     label: str
     url: str
+    smallest: int  # pixels of an image's side that its poolings leave something of
 
     @property
     def file(self) -> str:
@@ -34,8 +35,8 @@ class Backbone:
 
 
 BACKBONES = {
-    "vgg": Backbone(label="VGG-16", url="https://download.pytorch.org/models/vgg16-397923af.pth"),
-    "alex": Backbone(label="AlexNet", url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),
+    "vgg": Backbone(label="VGG-16", url="https://download.pytorch.org/models/vgg16-397923af.pth", smallest=16),
+    "alex": Backbone(label="AlexNet", url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", smallest=31),
 }
 
 
