@@ -3,11 +3,12 @@
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 100_000_000
@@ -30,17 +31,19 @@ class TooLargeError(ValueError):
     """A picture of more than MAX_PIXELS."""
 
 
-def decode_rgb(data: bytes) -> Image.Image:
+def decode_rgb(data: bytes, *, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image.Image:
     """An RGB picture from the bytes of a JPEG, PNG or WebP file; transparency is laid over white.
 
-    Cameras' EXIF orientation is applied. ValueError if the bytes are no picture or one of more than 100 megapixels.
+    Cameras' EXIF orientation is applied. `formats` are Pillow's names of those allowed (None: all that it knows).
+    ValueError if the bytes are no such picture or one of more than `max_pixels` (None: MAX_PIXELS).
     """
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
-            image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise TooLargeError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+            image = Image.open(io.BytesIO(data), formats=formats)
+        if image.width * image.height > max_pixels:
+            raise TooLargeError(f"{image.width} x {image.height} pixels are more than the {max_pixels:,} allowed")
         image = _upright(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -51,7 +54,9 @@ def decode_rgb(data: bytes) -> Image.Image:
     except TooLargeError:
         raise
     except Image.DecompressionBombError as error:
-        raise TooLargeError(f"more pixels than the {MAX_PIXELS:,} allowed") from error
+        raise TooLargeError(f"more pixels than the {max_pixels:,} allowed") from error
+    except UnidentifiedImageError as error:  # its own words name a place in memory
+        raise ValueError("not a readable picture: of no known format") from error
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         raise ValueError(f"not a readable picture: {str(error) or type(error).__name__}") from error
 
