@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from ibq.config import UserError, parse_config
 from ibq.data.transforms import to_unit_range
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.quantizers import BSQConfig, FSQConfig, IBQConfig, LFQConfig, VQConfig, build_quantizer
 
 _path = list(sys.path)
 from tools import demo, demo_models  # noqa: E402
@@ -147,9 +149,10 @@ def test_codes_in_use():
     p = torch.tensor([4, 2, 1, 1]) / 8
     assert made.perplexity == pytest.approx(float((-(p * p.log()).sum()).exp()))
     assert "**4 of 100** codes in use (4.0%)" in views.figures(made) and "inf dB" in views.figures(made)
-    table = views.code_table(made, views.hashed_colours)
+    colours = views.principal_colours(torch.randn(100, 4))
+    table = views.code_table(made, lambda codes: colours[codes])
     assert re.findall(r"</td><td>(\d+)</td><td>(\d+)</td><td>([\d.]+%)", table)[0] == ("7", "4", "50.0%")
-    many = views.code_table(with_codes([list(range(40))]), views.hashed_colours)
+    many = views.code_table(with_codes([list(range(40))]), lambda codes: colours[codes])
     assert many.count("swatch") == views.MOST_LISTED and "28 others</td><td>28" in many
 
 
@@ -162,16 +165,27 @@ def test_similar_codes_have_similar_colours():
     assert torch.equal(views.principal_colours(line[shuffled])[:, 0].int(), first[shuffled])
 
 
+@pytest.mark.parametrize(
+    ("config", "codes"),
+    [
+        (IBQConfig(num_codes=50, dim=4), 50),
+        (VQConfig(num_codes=50, dim=4), 50),
+        (LFQConfig(dim=6), 64),
+        (BSQConfig(dim=6), 64),
+        (FSQConfig(levels=(5, 3, 3)), 45),
+    ],
+)
+def test_colours_of_every_quantizer(config, codes):
+    colours = views.code_colours(build_quantizer(config))(torch.arange(codes - 45, codes).reshape(5, 9))
+    assert colours.shape == (5, 9, 3) and colours.dtype == torch.uint8
+    assert len(colours.reshape(-1, 3).unique(dim=0)) > 20
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (5, 1), (40, 2)])
 def test_colours_of_small_codebooks(shape):
     colours = views.principal_colours(torch.randn(shape))
     assert colours.shape == (shape[0], 3) and colours.dtype == torch.uint8
     assert (colours[:, shape[1] :] == views.GREY).all()
-
-
-def test_hashed_colours_are_always_the_same():
-    assert views.hashed_colours(torch.tensor([[0, 1]])).tolist() == [[[0, 0, 0], [183, 40, 78]]]
-    assert len(views.hashed_colours(torch.arange(2**40, 2**40 + 1000)).unique(dim=0)) == 1000
 
 
 def test_an_unfinished_picture_is_grey_below(tokenizer):
@@ -351,6 +365,22 @@ def test_bad_settings_get_a_message(models, values, words):
     show = demo_page.generator(demo_models.open_models(demo.parse(given)))
     ((picture, text),) = show(*values)
     assert picture is None and text.startswith("These settings do not work") and words in text
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_bf16_draws_what_tools_sample_draws(models, tmp_path, guidance):
+    from tools import demo_page
+
+    given = ["--tokenizer", str(models / "tokenizer"), "--transformer", str(models / "transformer"), "--device", "cpu"]
+    given += ["--precision", "bf16", "--rows", "2"]
+    show = demo_page.generator(demo_models.open_models(demo.parse(given)))
+    *earlier, (last, text) = show(2, 2, 5, guidance, 1.0, 10, 0.95)
+    assert len(earlier) == SIDE - 1 and earlier[2][1] == "Row 3 of 8 …"
+    (command,) = re.findall(r"```\npython (.*)\n```", text)
+    result = run_script(*shlex.split(command.replace("samples", str(tmp_path))), "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as found:
+        assert np.array_equal(apart(last, 2, 32).permute(0, 2, 3, 1).numpy(), found["arr_0"])
 
 
 # --- In the browser ---

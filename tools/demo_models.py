@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from ibq.data.shards import CLASSES_FILE, class_names, parse_classes
 from ibq.data.storage import is_url
 from ibq.decoding import Decoder
 from ibq.models.tokenizer import Tokenizer
+from ibq.models.transformer import Transformer
 from ibq.sampling import SamplerConfig
 from ibq.training.checkpoint import weights_hash
 from tools.options import device_of
@@ -25,17 +25,24 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = Path("runs/quickstart")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Models:
     """What the page works with; without a transformer it only reconstructs."""
 
-    tokenizer: Tokenizer
-    decoder: Decoder | None  # the transformer, ready for guided drawing of `rows` images
-    plain: Decoder | None  # the same for guidance 1, which needs half of the rows
-    names: list[str] | None  # of the classes, where they are known
-    paths: tuple[str, str | None]  # tokenizer and transformer as they were given
-    rows: int  # images drawn together
-    precision: str
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        transformer: Transformer | None,
+        *,
+        names: list[str] | None,
+        paths: tuple[str, str | None],
+        rows: int,
+        precision: str,
+    ):
+        self.tokenizer, self.transformer = tokenizer, transformer
+        self.names = names  # of the classes, where they are known
+        self.paths = paths  # tokenizer and transformer as they were given
+        self.rows, self.precision = rows, precision  # images drawn together
+        self._decoder: Decoder | None = None
 
     def autocast(self) -> torch.autocast:
         """The precision of the tokenizer, as a context; the same as in tools/sample.py."""
@@ -46,32 +53,31 @@ class Models:
         """A sampler with the page's settings; ValueError for impossible ones."""
         return SamplerConfig(rows_per_block=self.rows, precision=self.precision, **settings)
 
+    def decoder(self, sampler: SamplerConfig) -> Decoder:
+        """What draws with these settings; made again where guidance is switched on or off, which changes its rows."""
+        rows = self.rows * (2 if sampler.guided else 1)
+        if self._decoder is None or self._decoder.rows != rows:
+            self._decoder = None  # two would not fit where one just does
+            self._decoder = sampler.decoder(self.transformer)
+        return self._decoder
+
 
 def open_models(arguments: argparse.Namespace) -> Models:
     """Load what the options name, or what the quickstart has made; UserError that says what to do otherwise."""
     if arguments.rows < 1:
         raise UserError(f"--rows must be at least 1, got {arguments.rows}")
-    device = device_of(arguments)
-    paths = places(arguments)
+    device, paths = device_of(arguments), places(arguments)
     tokenizer = load_tokenizer(paths[0], device=device)
     if tokenizer.config.in_channels != 3:
         raise UserError(f"{paths[0]}: takes images of {tokenizer.config.in_channels} channels; the page has RGB ones")
-    decoder = plain = names = None
+    transformer = names = None
     if paths[1] is not None:
         transformer = load_transformer(paths[1], device=device)
         pair = argparse.Namespace(tokenizer=paths[0], transformer=paths[1])
         check_pair(pair, tokenizer, transformer, weights_hash(tokenizer.state_dict()))
-        decoder, plain = (Decoder(transformer, arguments.precision, rows * arguments.rows) for rows in (2, 1))
         names = names_of(paths[1], transformer.config.num_classes, arguments.class_names)
-    return Models(
-        tokenizer=tokenizer,
-        decoder=decoder,
-        plain=plain,
-        names=names,
-        paths=paths,
-        rows=arguments.rows,
-        precision=arguments.precision,
-    )
+    rows, precision = arguments.rows, arguments.precision
+    return Models(tokenizer, transformer, names=names, paths=paths, rows=rows, precision=precision)
 
 
 def places(arguments: argparse.Namespace) -> tuple[str, str | None]:

@@ -44,7 +44,7 @@ def build(models: Models, example: Callable[[], Path | None] | None = None) -> g
         with gr.Tabs():
             with gr.Tab("Reconstruct", elem_id="reconstruct-tab"):
                 reconstruction_tab(models, example)
-            if models.decoder is not None:
+            if models.transformer is not None:
                 with gr.Tab("Generate", elem_id="generate-tab"):
                     generation_tab(models)
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
@@ -54,9 +54,9 @@ def build(models: Models, example: Callable[[], Path | None] | None = None) -> g
 def _headline(models: Models) -> str:
     quantizer = models.tokenizer.quantizer
     text = f"### ibq · {quantizer.num_codes:,} codes of {quantizer.dim} dimensions"
-    if models.decoder is None:
+    if models.transformer is None:
         return f"{text}\nNo transformer: to generate images, start the page with `--transformer` as well."
-    side = models.decoder.config.tokens_per_side
+    side = models.transformer.config.tokens_per_side
     return f"{text} · transformer of {side} x {side} tokens"
 
 
@@ -66,14 +66,13 @@ def _headline(models: Models) -> str:
 def reconstruction_tab(models: Models, example: Callable[[], Path | None] | None) -> None:
     """A picture, what the tokenizer makes of it, and the codes."""
     config = models.tokenizer.config
-    most = max(LARGEST_SIDE // config.downsampling * config.downsampling, config.resolution)
     with gr.Row():
         upload = gr.File(label=f"A picture: {views.LIMITS}", elem_id="upload", file_types=["image"], height=140)
         with gr.Column():
             shape = gr.Radio([*views.SHAPES], value=views.SHAPES[0], label="What of it", elem_id="shape")
             side = gr.Slider(
                 min(2 * config.downsampling, config.resolution),
-                most,
+                largest_side(models),
                 value=config.resolution,
                 step=config.downsampling,
                 label=f"Longer side in pixels (trained at {config.resolution})",
@@ -101,16 +100,23 @@ def reconstruction_tab(models: Models, example: Callable[[], Path | None] | None
         ]
     table = gr.HTML(elem_id="codes")
     gr.on(
-        [upload.change, shape.input, side.release],
+        [upload.change, shape.input, side.change],
         reconstructor(models),
         [upload, shape, side],
         [message, *pictures, table],
         show_progress="minimal",
+        trigger_mode="always_last",  # while the slider moves
         api_visibility="private",
         **ONE_AT_A_TIME,
     )
     if example is not None:
         another.click(lambda: _as_text(example()), None, upload, api_visibility="private", show_progress="hidden")
+
+
+def largest_side(models: Models) -> int:
+    """In pixels, of a picture to reconstruct: a multiple of the tokenizer's downsampling."""
+    config = models.tokenizer.config
+    return max(LARGEST_SIDE // config.downsampling * config.downsampling, config.resolution)
 
 
 def reconstructor(models: Models) -> Callable:
@@ -123,7 +129,8 @@ def reconstructor(models: Models) -> Callable:
             return ["", *empty, ""]
         try:
             pixels = views.read_picture(file)
-            fitted = views.fitted(pixels, shape, int(side), models.tokenizer.config.downsampling)
+            side = min(int(side), largest_side(models))
+            fitted = views.fitted(pixels, shape, side, models.tokenizer.config.downsampling)
             with models.autocast():
                 made = views.reconstruct(models.tokenizer, fitted)
         except UserError as error:
@@ -142,7 +149,7 @@ def reconstructor(models: Models) -> Callable:
 
 def generation_tab(models: Models) -> None:
     """Settings, and images that appear row by row."""
-    config = models.decoder.config
+    config = models.transformer.config
     choices = views.class_choices(models.names, config.num_classes)
     with gr.Row():
         with gr.Column(scale=1):
@@ -194,7 +201,7 @@ def _grow(models: Models, label, count, seed, guidance, temperature, top_k, top_
     settings = {"guidance_scale": float(guidance), "temperature": float(temperature)}
     settings |= {"top_k": int(top_k), "top_p": float(top_p)}
     sampler = models.sampler(**settings)
-    decoder = models.decoder if sampler.guided else models.plain
+    decoder = models.decoder(sampler)
     count, seed, side = int(count), int(seed), decoder.config.tokens_per_side
     started, decoding = time.monotonic(), 0.0
     for codes in sample_rows(decoder, [int(label)] * count, range(seed, seed + count), sampler):
@@ -224,7 +231,7 @@ def _command(models: Models, label: int, count: int, seed: int, settings: dict) 
     words += ["--classes", str(label), "--count", str(count), "--seed", str(seed), "--output", "samples"]
     for name, value in settings.items():
         words += [f"--{name.replace('_', '-')}", f"{value:g}"]
-    if label == models.decoder.null_class:
+    if label == models.transformer.null_class:
         return "Image i is drawn with seed + i."
     words += ["--precision", models.precision] if models.precision != "fp32" else []
     words += ["--rows", str(models.rows)] if models.rows != 16 else []

@@ -28,7 +28,6 @@ SHAPES = ("centre square", "whole picture")
 SHOWN_SIDE = 256  # pixels: smaller pictures are enlarged to about this
 GREY = 128  # of what is not there yet
 ERROR_GAIN = 4
-MOST_COLOURED = 2**20  # codes; larger codebooks are coloured by the code's number
 MOST_LISTED = 12  # codes in the table
 
 
@@ -118,16 +117,14 @@ def reconstruct(tokenizer: Tokenizer, pixels: Tensor) -> Reconstruction:
 # --- Codes ---
 
 
+@torch.inference_mode()
 def code_colours(quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
     """A function codes [...] -> colours uint8 [..., 3], the same for a codebook each time.
 
     Similar codes get similar colours: red, green and blue are a code's ranks along the codebook's first three principal
-    components. Codebooks of more than MOST_COLOURED codes, which would take long, are coloured by number.
+    components.
     """
-    if quantizer.num_codes > MOST_COLOURED:
-        return hashed_colours
-    with torch.inference_mode():
-        table = principal_colours(quantizer.code_vectors().float().cpu())
+    table = principal_colours(quantizer.code_vectors().float().cpu())
     return lambda codes: table[codes]
 
 
@@ -146,15 +143,6 @@ def principal_colours(vectors: Tensor) -> Tensor:
     colours = torch.full((count, 3), GREY, dtype=torch.uint8)
     colours[:, : places.shape[1]] = (places * 255 // max(count - 1, 1)).to(torch.uint8)
     return colours
-
-
-def hashed_colours(codes: Tensor) -> Tensor:
-    """uint8 [..., 3] of codes [...] of any size, by a fixed mixing of their bits (the finalizer of MurmurHash3)."""
-    mixed = codes.long() & 0xFFFFFFFF
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
-    mixed = mixed ^ (mixed >> 16)
-    return torch.stack([(mixed >> shift) & 0xFF for shift in (0, 8, 16)], dim=-1).to(torch.uint8)
 
 
 # --- Samples ---
