@@ -18,6 +18,7 @@ KEYS = {
     "reconstruction": ["psnr", "thumbnail_psnr", "ssim"],
     "codebook": ["num_codes", "dim", "usage", "perplexity"],
     "ar": ["val_nll", "unigram_nll", "bigram_nll"],
+    "classifier": ["generated_accuracy", "validation_accuracy", "chance", "generated_nearest_pixel"],
 }
 
 
@@ -49,6 +50,7 @@ def test_own_images_from_folder_to_report(images, tmp_path):
     assert metrics["tokens_per_image"] <= 64 and metrics["seconds"] > 0
     page = (output / "report.html").read_text()
     assert "round ones" in page and "square ones" in page
+    assert metrics["classifier"]["chance"] == 0.5 and "Samples recognised" in page
     assert "Traceback" not in done.stdout + done.stderr
 
     before = (output / "report.html").read_bytes()
@@ -87,7 +89,7 @@ def test_killed_run_goes_on_with_the_same_plan(images, tmp_path):
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        for _ in range(600):
+        for _ in range(2000):
             if list(output.glob("tokenizer/checkpoints/step-*")):
                 break
             assert process.poll() is None, "the quickstart ended by itself"

@@ -42,9 +42,10 @@ OWN_FILES = (
     "report.html",
     "reconstruction.json",
     "reconstruction.npz",
+    "generation.json",
 )
 # Shares of the time budget; the rest goes to starting the commands, encoding, evaluating, sampling and the report.
-TOKENIZER_SHARE, TRANSFORMER_END = 0.52, 0.95
+TOKENIZER_SHARE, TRANSFORMER_END = 0.51, 0.93
 GAN_START = 0.75  # of the tokenizer's steps
 STEP_LIMITS = {"tokenizer": (300, 4_000), "transformer": (200, 4_000)}
 SMOKE_STEPS = {"tokenizer": 12, "transformer": 12}
@@ -300,6 +301,27 @@ def sample(quickstart: Quickstart) -> None:
     )
 
 
+def judge(quickstart: Quickstart) -> None:
+    """Whether a classifier of the real images recognises the generated ones; not with a single class."""
+    output, place = quickstart.output, quickstart.place
+    if len(place.index("train").classes) < 2:
+        return
+    own = ["--classifier-validation", place.validation] if place.validation is not None else []
+    own += ["--classifier-steps", "10"] if quickstart.smoke else []
+    quickstart.run(
+        "judge the generated images",
+        "tools/evaluate.py",
+        "generation",
+        "--samples",
+        str(output / "samples" / "samples.npz"),
+        "--classifier",
+        place.train,
+        *own,
+        "--json",
+        str(output / "generation.json"),
+    )
+
+
 def report(quickstart: Quickstart) -> None:
     """The page and, last, the figures: they say that the run is whole."""
     output = quickstart.output
@@ -348,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (output / "metrics.json").exists():
         print(f"{output} is finished: see {output / 'report.html'}; --fresh starts over")
         return
-    parts = (train_tokenizer, evaluate_tokenizer, encode, train_transformer, sample)
+    parts = (train_tokenizer, evaluate_tokenizer, encode, train_transformer, sample, judge)
     for part in parts:
         with quickstart.part(part.__name__):
             part(quickstart)
@@ -369,7 +391,18 @@ def summary(output: Path) -> None:
         f"{codebook['perplexity']:.0f}"
         f"\n  transformer     {ar['val_nll']:.3f} nats a token (bigram {ar['bigram_nll']:.3f}, unigram "
         f"{ar['unigram_nll']:.3f})"
+        f"{recognised(metrics.get('classifier'))}"
         f"\n  report          {output / 'report.html'}"
+    )
+
+
+def recognised(classifier: dict | None) -> str:
+    """The classifier's line, if there is one."""
+    if classifier is None:
+        return ""
+    generated, real, chance = (classifier[name] for name in ("generated_accuracy", "validation_accuracy", "chance"))
+    return (
+        f"\n  samples         {generated:.1%} recognised by a classifier (real images {real:.1%}, chance {chance:.1%})"
     )
 
 

@@ -40,7 +40,18 @@ def collect_metrics(output: Path) -> dict:
         },
         "tokens_per_image": reconstruction["tokens_per_image"],
         "ar": code_nlls(output),
+        **judgement(output),
     }
+
+
+def judgement(output: Path) -> dict:
+    """What the classifier made of the samples, where there was one."""
+    path = output / "generation.json"
+    if not path.exists():
+        return {}
+    figures = json.loads(path.read_text())["metrics"]["classifier"]
+    names = ("accuracy", "nearest_pixel")
+    return {"classifier": {name: value for name, value in figures.items() if name.endswith(names) or name == "chance"}}
 
 
 def plain_codes(output: Path) -> np.ndarray:

@@ -43,6 +43,22 @@ FIELDS = {
     ),
     "ar.bigram_nll": ("Bigram NLL", "nats/token", "", "The same when only the token before is known: a baseline."),
     "ar.unigram_nll": ("Unigram NLL", "nats/token", "", "The same when only token frequencies are known."),
+    "classifier.generated_accuracy": (
+        "Generated images recognised",
+        "%",
+        "higher",
+        "Share of the samples that a small classifier, trained on the real images, takes for the class they were meant "
+        "to be.",
+    ),
+    "classifier.validation_accuracy": ("Real images recognised", "%", "", "The same share of unseen real images."),
+    "classifier.chance": ("Chance", "%", "", "What guessing among the classes gives."),
+    "classifier.generated_nearest_pixel": (
+        "Distance to the nearest training image",
+        "",
+        "",
+        "Mean over samples of the root mean square difference of pixels in [-1, 1]: near 0 means copies.",
+    ),
+    "classifier.validation_nearest_pixel": ("The same of unseen real images", "", "", "What is usual."),
     "steps.tokenizer": ("Tokenizer steps", "int", "", "Training steps of the first stage."),
     "steps.transformer": ("Transformer steps", "int", "", "Training steps of the second stage."),
     "seconds": ("Total time", "s", "lower", "Wall-clock time from the data to this page."),

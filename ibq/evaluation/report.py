@@ -277,9 +277,19 @@ def _cards(data: ReportData) -> str:
               f" · perplexity {number(data.metric('codebook.perplexity'))}"),
         _card("Transformer", f"{number(nll)} <small>nats/token</small>", _verdict(bigram - nll, "nats", "bigrams"),
               f"bigram {number(bigram)} · unigram {number(data.metric('ar.unigram_nll'))}"),
+        *_classifier_card(data),
         _card("Time", number(data.metric("seconds"), "s"), "", "from the data to this page"),
     ]  # fmt: skip
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _classifier_card(data: ReportData) -> list[str]:
+    generated, chance = data.metric("classifier.generated_accuracy"), data.metric("classifier.chance")
+    if not math.isfinite(generated):
+        return []
+    times = f'<p class="{"good" if generated >= 2 * chance else "bad"}">{generated / chance:.1f} times chance</p>'
+    detail = f"by a small classifier · real images {number(data.metric('classifier.validation_accuracy'), '%')}"
+    return [_card("Samples recognised", number(generated, "%"), times, detail)]
 
 
 def _card(name: str, value: str, verdict: str, detail: str) -> str:
