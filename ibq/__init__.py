@@ -6,11 +6,16 @@ images = ibq.generate(tokenizer, transformer, classes=[0, 1, 2])
 """
 
 __version__ = "0.1.0"
-__all__ = ["generate", "load_tokenizer", "load_transformer"]
+HUB = ["CardFacts", "from_pretrained", "push_to_hub", "save_pretrained"]
+__all__ = ["generate", "load_tokenizer", "load_transformer", *HUB]
 
 
 def __getattr__(name: str):
     # Lazily, so that `import ibq` and every --help stay quick.
+    if name in HUB:
+        from ibq import hub
+
+        return getattr(hub, name)
     if name in __all__:
         from ibq import api
 

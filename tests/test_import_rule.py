@@ -17,7 +17,7 @@ LAYERS = [
     {"models", "losses"},
     {"data", "engine", "guidance", "decoding", "sampling", "evaluation", "interop", "scaling"},
     {"api"},  # what `import ibq` offers
-    {"training"},
+    {"training", "hub", "model_card"},
     ENTRY_SCRIPTS,
     {"launchers", "tools"},
 ]

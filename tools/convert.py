@@ -1,7 +1,9 @@
-"""Turn what a training run writes into one file for use.
+"""Models as one file: from training runs, from published checkpoints, in other implementations' form, for the Hub.
 
 python tools/convert.py export runs/ar_xxl ar_xxl.safetensors
-python tools/convert.py export runs/ar_xxl/checkpoints/step-00100000 raw.safetensors --weights raw
+python tools/convert.py export runs/tokenizer tokenizer.ckpt --format seed-voken
+python tools/convert.py import seed-voken imagenet256_16384.ckpt tokenizer_16384.safetensors
+python tools/convert.py hub runs/tokenizer my_tokenizer --data 'ImageNet-1k' --license mit --push me/my-tokenizer
 """
 
 import argparse
@@ -16,6 +18,7 @@ from ibq.config import UserError, exit_on_user_error
 from ibq.engine.shard_files import ShardReader, index_file, write_model
 from ibq.progress import say
 from ibq.training.checkpoint import DamagedError, checkpoints_in, verify_checkpoint
+from tools import convert_hub, convert_published
 
 MODELS = ("transformer", "tokenizer")
 
@@ -23,23 +26,36 @@ MODELS = ("transformer", "tokenizer")
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="`ibq.load_transformer` and `ibq.load_tokenizer` read the file as well as the checkpoint itself.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`ibq.load_transformer` and `ibq.load_tokenizer` read the .safetensors files and the checkpoints.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     export = commands.add_parser("export", help="full float32 weights of a checkpoint, from any engine, as one file")
     export.add_argument("checkpoint", type=Path, help="a step-... folder, or a run folder: its last checkpoint")
-    export.add_argument("output", type=Path, help="the .safetensors file to write")
+    export.add_argument("output", type=Path, help="the .safetensors file to write; with --format the .ckpt or .pt file")
     export.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default) or raw weights")
+    convert_published.add_export_options(export)
+    convert_published.add_import_options(commands.add_parser("import", help="a published checkpoint as one file"))
+    convert_hub.add_options(commands.add_parser("hub", help="a folder with weights, config and model card"))
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert as the command line says."""
     arguments = parse(argv)
-    if arguments.output.suffix != ".safetensors":
-        raise UserError(f"{arguments.output}: give a name that ends with .safetensors")
-    export(find(arguments.checkpoint), arguments.output, arguments.weights)
+    match arguments.command:
+        case "import":
+            convert_published.import_published(arguments)
+        case "hub":
+            convert_hub.write_folder(arguments, find)
+        case _ if arguments.format:
+            convert_published.export_published(arguments.checkpoint, arguments, find)
+        case _:
+            if arguments.tokenizer or arguments.rest:
+                raise UserError("--tokenizer and --rest are for --format; leave them out")
+            convert_published.require_suffix(arguments.output, {".safetensors"})
+            export(find(arguments.checkpoint), arguments.output, arguments.weights)
 
 
 def find(path: Path) -> Path:
@@ -66,15 +82,7 @@ def export(checkpoint: Path, output: Path, weights: str) -> None:
     if part not in reader.parts:
         raise UserError(f"{checkpoint}: its run kept no averaged weights; give --weights raw")
     metadata = {"model": json.dumps(reader.model), "weights": weights, "checkpoint": checkpoint.name}
-    temporary = output.with_name(f".tmp-{output.name}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_model(temporary, reader, part, metadata)
-        temporary.replace(output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error}); make room or give another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    convert_published.whole(output, lambda path: write_model(path, reader, part, metadata))
     say(f"{output}: {len(reader.shapes)} tensors, {output.stat().st_size / 2**30:.2f} GiB, {weights} weights")
 
 

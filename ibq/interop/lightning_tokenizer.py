@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ibq.interop.reference_tensors import FIRST_STAGE, TRANSFORMER, count_numbered, require_same_tensors, take
+from ibq.interop.reference_tensors import FIRST_STAGE, TRANSFORMER, count_numbered, require_same_tensors, shape_of, take
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 
 Weights = Literal["ema", "raw"]
@@ -128,11 +128,10 @@ def discriminator_shapes(tensors: Mapping[str, Tensor]) -> Shapes:
 
 def infer_discriminator_config(tensors: Mapping[str, Tensor]) -> DiscriminatorConfig:
     """The configuration of the patch discriminator that these weights imply."""
-    if "main.0.weight" not in tensors:
-        raise ValueError(f"missing tensors: {DISCRIMINATOR}main.0.weight")
+    channels = shape_of(tensors, "main.0.weight", 4, f"{DISCRIMINATOR}main.0.weight")[0]
     # `main`: a convolution and its activation; `layers` times convolution, norm, activation; a convolution.
     last = count_numbered(tensors, r"main\.(\d+)\.") - 1
-    return DiscriminatorConfig(channels=tensors["main.0.weight"].shape[0], layers=max(1, (last - 2) // 3))
+    return DiscriminatorConfig(channels=channels, layers=max(1, (last - 2) // 3))
 
 
 def _blurring_discriminator_shapes(tensors: Mapping[str, Tensor]) -> Shapes:
@@ -140,9 +139,7 @@ def _blurring_discriminator_shapes(tensors: Mapping[str, Tensor]) -> Shapes:
 
     It is recognised, so that nothing in a file goes unnoticed, and left behind.
     """
-    if "block_in.0.weight" not in tensors:
-        raise ValueError(f"missing tensors: {DISCRIMINATOR}block_in.0.weight")
-    channels = tensors["block_in.0.weight"].shape[0]
+    channels = shape_of(tensors, "block_in.0.weight", 4, f"{DISCRIMINATOR}block_in.0.weight")[0]
     shapes: Shapes = {"block_in.0.weight": (channels, 3, 5, 5), "block_in.0.bias": (channels,)}
     blurs = any(re.fullmatch(r"blocks\.\d+\.1\.kernel", name) for name in tensors)
     width = channels

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ibq.interop.lightning_tokenizer import Weights
 from ibq.interop.published import Hints, Published, require_config, require_settings
-from ibq.interop.reference_tensors import count_numbered, read_file, table_of
+from ibq.interop.reference_tensors import count_numbered, read_file, shape_of, table_of
 from ibq.models.tokenizer import TokenizerConfig
 from ibq.quantizers import VQConfig
 
@@ -57,15 +57,13 @@ def read(path: str | Path, weights: Weights = "ema", hints: Hints = Hints()) -> 
 def infer_config(tensors: Mapping[str, Tensor], resolution: int = RESOLUTION) -> TokenizerConfig:
     """The configuration that the shapes of a tokenizer's weights (our names) imply; ValueError for a missing one."""
 
-    def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.")
-            raise ValueError(f"missing tensors: {reference_name(name, levels)}")
-        return tensors[name].shape
+    levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.block\.")
+
+    def shape(name: str, dimensions: int = 4) -> torch.Size:
+        return shape_of(tensors, name, dimensions, reference_name(name, levels))
 
     channels = shape("encoder.conv_in.weight")[0]
-    levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.block\.")
-    num_codes, dim = shape(CODEBOOK)[:2]
+    num_codes, dim = shape(CODEBOOK, 2)
     return TokenizerConfig(
         resolution=resolution,
         channels=channels,

@@ -20,7 +20,7 @@ from ibq.interop.lightning_tokenizer import (
     with_rest,
 )
 from ibq.interop.published import Hints, Published, require_config, require_settings
-from ibq.interop.reference_tensors import TRANSFORMER, count_numbered, read_state
+from ibq.interop.reference_tensors import TRANSFORMER, count_numbered, read_state, shape_of
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.quantizers import LFQConfig
 
@@ -54,17 +54,15 @@ def infer_config(tensors: Mapping[str, Tensor], resolution: int | None = None) -
     """The configuration that the shapes of a tokenizer's weights imply; ValueError naming a tensor that is missing."""
 
     def width(name: str) -> int:
-        if name not in tensors:
-            raise ValueError(f"missing tensors: {name}")
-        return tensors[name].shape[0]
+        return shape_of(tensors, name, 4)[0]
 
-    channels = width("encoder.conv_in.weight")
+    channels, in_channels = shape_of(tensors, "encoder.conv_in.weight", 4)[:2]
     levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.block\.")
     bits = width("encoder.conv_out.weight")
     return TokenizerConfig(
         network="open_magvit2",
         resolution=resolution or RESOLUTIONS.get(levels, 256),
-        in_channels=tensors["encoder.conv_in.weight"].shape[1],
+        in_channels=in_channels,
         channels=channels,
         channel_multipliers=tuple(width(f"encoder.down.{i}.block.0.conv1.weight") // channels for i in range(levels)),
         res_blocks=count_numbered(tensors, r"encoder\.down\.0\.block\.(\d+)\."),

@@ -1,6 +1,7 @@
 """Checkpoints as tables of tensors: reading them, taking parts out of them, and naming whatever does not fit."""
 
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,12 +22,7 @@ def read_file(path: str | Path) -> Mapping[str, Any]:
     Nothing is unpickled but tensors and plain containers. Raises ValueError that names the file and the remedy.
     """
     try:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            found = torch.load(path, map_location="cpu", weights_only=True)  # a file in the form before PyTorch 1.6
+        found = _load(path)
     except UnpicklingError as error:
         raise ValueError(_unsafe_or_damaged(path, str(error))) from error
     except OSError as error:
@@ -36,6 +32,17 @@ def read_file(path: str | Path) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: has no table of tensors; expected a checkpoint with a `state_dict`")
     return found
+
+
+def _load(path: str | Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickles of other programs, which are then refused anyway
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # a file in the form before PyTorch 1.6
 
 
 def table_of(checkpoint: Mapping[str, Any], path: str | Path, *keys: str) -> dict[str, Tensor]:
@@ -84,6 +91,8 @@ def _unsafe_or_damaged(path: str | Path, reason: str) -> str:
             f"{path}: cannot be read as tensors only: {unsafe[1]} in it may run code; if you trust the file, save its "
             "tensors alone: torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW)"
         )
+    # Only what the unpickler itself says: around it PyTorch advises to switch the safety off.
+    reason = reason.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip()
     return f"{path}: {DAMAGED} ({_first_line(reason)}); {DOWNLOAD_AGAIN}"
 
 
@@ -122,6 +131,16 @@ def take(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def listing(names: list[str], limit: int = 10) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, dimensions: int, shown: str | None = None) -> torch.Size:
+    """The shape of a tensor that a configuration is read from; ValueError, under the name `shown`, if it cannot be."""
+    if name not in tensors:
+        raise ValueError(f"missing tensors: {shown or name}")
+    shape = tensors[name].shape
+    if len(shape) != dimensions:
+        raise ValueError(f"wrong shapes: {shown or name} {list(shape)} instead of one of {dimensions} dimensions")
+    return shape
 
 
 def count_numbered(tensors: Iterable[str], pattern: str) -> int:

@@ -32,6 +32,7 @@ from ibq.interop.reference_tensors import (
     count_numbered,
     read_state,
     reject_unknown,
+    shape_of,
 )
 from ibq.interop.seed_voken_transformer import (
     published_transformer_config,
@@ -154,15 +155,13 @@ def infer_tokenizer_config(tensors: Mapping[str, Tensor], resolution: int = 256)
     not show get their defaults. Raises ValueError naming a tensor that is needed and missing.
     """
 
-    def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"missing tensors: {_reference_name(name)}")
-        return tensors[name].shape
+    def shape(name: str, dimensions: int = 4) -> torch.Size:
+        return shape_of(tensors, name, dimensions, _reference_name(name))
 
     channels, in_channels = shape("encoder.conv_in.weight")[:2]
     levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.block\.")
     attention = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in tensors]
-    num_codes, dim = shape(CODEBOOK)[:2]
+    num_codes, dim = shape(CODEBOOK, 2)
     return TokenizerConfig(
         resolution=resolution,
         in_channels=in_channels,

@@ -16,10 +16,10 @@ from ibq.interop.reference_tensors import (
     TRANSFORMER,
     argument,
     count_numbered,
-    listing,
     read_state,
     reject_unknown,
     require_same_tensors,
+    shape_of,
     take,
 )
 from ibq.models.transformer import Transformer, TransformerConfig
@@ -100,17 +100,17 @@ def published_transformer_config(tensors: Mapping[str, Tensor]) -> TransformerCo
 
 def _config_of_shapes(tensors: Mapping[str, Tensor], head_dim: int) -> TransformerConfig:
     """A configuration with these shapes; they show neither the size of the heads nor the number of tokens."""
-    needed = ("tok_emb.weight", CLASS_TABLE, "blocks.0.attention.wqkv.weight")
-    missing = [reference_transformer_name(name) for name in needed if name not in tensors]
-    if missing:
-        raise ValueError(f"missing tensors: {listing(missing)}")
-    vocab_size, width = tensors["tok_emb.weight"].shape
-    kv_width = (tensors["blocks.0.attention.wqkv.weight"].shape[0] - width) // 2
+
+    def shape(name: str) -> torch.Size:
+        return shape_of(tensors, name, 2, reference_transformer_name(name))
+
+    vocab_size, width = shape("tok_emb.weight")
+    kv_width = (shape("blocks.0.attention.wqkv.weight")[0] - width) // 2
     if width % head_dim or kv_width % head_dim:
         raise ValueError(f"its width {width} is not made of heads of {head_dim} channels; give its configuration")
     return TransformerConfig(
         vocab_size=vocab_size,
-        num_classes=tensors[CLASS_TABLE].shape[0] - 1,
+        num_classes=shape(CLASS_TABLE)[0] - 1,
         tokens_per_side=1,
         depth=count_numbered(tensors, r"blocks\.(\d+)\."),
         width=width,

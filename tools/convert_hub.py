@@ -1,0 +1,61 @@
+"""A model as a folder for the Hugging Face Hub, and its upload."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ibq.api import load_tokenizer, load_transformer
+from ibq.config import UserError
+from ibq.engine.shard_files import index_file
+from ibq.hub import CARD, origin_of, push_folder, save_pretrained
+from ibq.model_card import CardFacts
+from ibq.progress import say
+
+LOADERS = {"Tokenizer": load_tokenizer, "Transformer": load_transformer}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of `hub`."""
+    add = parser.add_argument
+    add("model", type=Path, help="a .safetensors file of import or export, a step-... folder, or a run folder")
+    add("folder", type=Path, help="the folder to write")
+    add("--name", help="title of the model card")
+    add("--data", help="what the model was trained on, for the card")
+    add("--license", help="identifier of the Hub: mit, apache-2.0, ... (default: the publisher's, where it is known)")
+    add("--tokenizer-name", help="of a transformer: the repository or name of its tokenizer, for the card")
+    add("--evaluation", type=Path, nargs="+", default=[], help="JSON files of tools/evaluate.py about these weights")
+    add("--push", metavar="USER/NAME", help="also upload the folder to this repository of the Hub")
+    add("--private", action="store_true", help="--push: make the repository private")
+
+
+def write_folder(arguments: argparse.Namespace, find: Callable[[Path], Path]) -> None:
+    """Write the folder, and upload it where that is asked for."""
+    if arguments.private and not arguments.push:
+        raise UserError("--private: is about --push; give both")
+    model, origin = load(arguments.model, find)
+    facts = CardFacts(
+        name=arguments.name,
+        data=arguments.data,
+        license=arguments.license,
+        tokenizer=arguments.tokenizer_name,
+        origin=origin,
+        evaluations=arguments.evaluation,
+    )
+    save_pretrained(model, arguments.folder, facts)
+    say(f"{arguments.folder}: weights, config and {CARD}; read the card before others do")
+    if arguments.push:
+        say(push_folder(arguments.folder, arguments.push, private=arguments.private))
+
+
+def load(path: Path, find: Callable[[Path], Path]):
+    """A model on the CPU, and what its file says of where it comes from."""
+    if path.suffix == ".safetensors":
+        origin = origin_of(path)
+        kind = json.loads(origin["model"]).get("kind")
+        if kind not in LOADERS:
+            raise UserError(f"{path}: holds a {kind}, which is no model of this project; give another")
+        return LOADERS[kind](path, device="cpu"), origin
+    checkpoint = find(path)
+    kind = "Tokenizer" if (checkpoint / index_file("tokenizer")).exists() else "Transformer"
+    return LOADERS[kind](checkpoint, device="cpu"), {"checkpoint": checkpoint.name, "weights": "ema"}
