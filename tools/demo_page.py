@@ -22,10 +22,11 @@ ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model"}
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1100px !important; margin: auto !important; }
 img { image-rendering: pixelated; }
-table.codes { border: none !important; border-collapse: collapse; font-size: 0.9em; }
+table.codes, table.codes tr { border: none !important; border-collapse: collapse; font-size: 0.9em; }
 table.codes td, table.codes th { padding: 0.1em 0.8em 0.1em 0; text-align: right; border: none !important; }
 table.codes .swatch { display: inline-block; width: 1em; height: 1em; vertical-align: middle; }
 table.codes .bar { height: 0.9em; min-width: 1px; } table.codes td:last-child { width: 14em; }
+#generate-message code { white-space: pre-wrap !important; }
 """
 # A stack of the machine's own fonts: Gradio's themes take theirs from Google.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
@@ -67,7 +68,7 @@ def reconstruction_tab(models: Models, example: Callable[[], Path | None] | None
     """A picture, what the tokenizer makes of it, and the codes."""
     config = models.tokenizer.config
     with gr.Row():
-        upload = gr.File(label=f"A picture: {views.LIMITS}", elem_id="upload", file_types=["image"], height=140)
+        upload = gr.File(label=f"A picture, {views.LARGEST}", elem_id="upload", file_types=["image"], height=140)
         with gr.Column():
             shape = gr.Radio([*views.SHAPES], value=views.SHAPES[0], label="What of it", elem_id="shape")
             side = gr.Slider(
@@ -172,7 +173,8 @@ def generation_tab(models: Models) -> None:
         generator(models),
         [label, count, seed, guidance, temperature, top_k, top_p],
         [picture, message],
-        show_progress="hidden",
+        show_progress="minimal",
+        show_progress_on=message,  # the picture should stay in sight
         api_visibility="private",
         **ONE_AT_A_TIME,
     )
@@ -230,7 +232,7 @@ def _command(models: Models, label: int, count: int, seed: int, settings: dict) 
     words = ["python", "tools/sample.py", "--tokenizer", models.paths[0], "--transformer", models.paths[1]]
     words += ["--classes", str(label), "--count", str(count), "--seed", str(seed), "--output", "samples"]
     for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}", f"{value:g}"]
+        words += [f"--{name.replace('_', '-')}", str(value)]
     if label == models.transformer.null_class:
         return "Image i is drawn with seed + i."
     words += ["--precision", models.precision] if models.precision != "fp32" else []

@@ -23,7 +23,8 @@ FORMATS = (
     "GIF",
     "BMP",
 )  # of Pillow's many: formats that start other programs are not among them
-LIMITS = f"PNG, JPEG, WebP, GIF or BMP, up to {UPLOAD_MB} MB and {UPLOAD_MEGAPIXELS} megapixels"
+LARGEST = f"up to {UPLOAD_MB} MB and {UPLOAD_MEGAPIXELS} megapixels"
+LIMITS = f"PNG, JPEG, WebP, GIF or BMP, {LARGEST}"
 SHAPES = ("centre square", "whole picture")
 SHOWN_SIDE = 256  # pixels: smaller pictures are enlarged to about this
 GREY = 128  # of what is not there yet
