@@ -31,7 +31,7 @@ class Decoder:
         self._transformer = _prepared(transformer, precision, rows)
         self._step = self._transformer.decode_step
         if compile_step:
-            self._step = torch.compile(self._transformer.decode_step, dynamic=False)
+            self._step = torch.compile(self._transformer.decode_step, dynamic=False, fullgraph=True)
             self._positions = torch.arange(self.config.tokens, device=self.device)[:, None]
         self.compiled = compile_step
 

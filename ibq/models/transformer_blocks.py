@@ -45,7 +45,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     Computed in the precision of the table (float32 or float64), returned in that of x (RoFormer, arXiv
     2104.09864).
     """
-    pairs = torch.view_as_complex(x.to(table.dtype.to_real()).unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.to(table.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x.dtype)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INT8_LARGEST = 127
+INT8_INPUTS = 16  # PyTorch's product on the CPU reads over the end of rows that are no multiple of so many
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -20,6 +21,17 @@ def can_pack(weight: Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32
+
+
+@torch.library.custom_op("ibq::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., inputs] times a packed weight; an operator of its own, as compilers want packed weights as constants."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@packed_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 class PackedLinear(nn.Module):
@@ -36,7 +48,9 @@ class PackedLinear(nn.Module):
         x = x.to(self.weight.dtype)
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if torch.compiler.is_compiling():
+            return packed_linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # sooner there
 
 
 class Int8Linear(nn.Module):
@@ -50,10 +64,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs] in bfloat16."""
         x = x.to(torch.bfloat16)
-        if x.is_cpu:
+        if x.is_cpu and self.quantized.shape[1] % INT8_INPUTS == 0:
             flat = torch._weight_int8pack_mm(x.flatten(0, -2), self.quantized, self.scale)
             y = flat.unflatten(0, x.shape[:-1])
-        else:  # compiled, the conversion is a part of the product's loop
+        else:  # compiled on a GPU, the conversion is a part of the product's loop
             y = F.linear(x, self.quantized.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -1,0 +1,220 @@
+"""Decoding: every precision against the plain forward pass, guidance over the image, packed and 8-bit layers."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_bench import bench
+from test_transformer import VARIANTS, small_transformer
+from torch import nn
+
+from ibq.decoding import Decoder
+from ibq.guidance import SCHEDULES, guidance_scales
+from ibq.ops.packed_linear import Int8Linear, PackedLinear, quantize_rows
+from ibq.sampling import SamplerConfig, sample_codes
+
+ROWS = 3
+SIZES = {"tokens_per_side": 4, "width": 64, "vocab_size": 200}
+# KL from float32 in nats, for logits with a spread of about one.
+LARGEST_KL = {"fp32": 1e-9, "bf16": 1e-3, "int8": 4e-3}
+
+
+def spread_transformer(**overrides):
+    """One whose logits have a spread of about one, so that differences mean the same for all."""
+    found = small_transformer(**SIZES, **overrides)
+    with torch.no_grad():
+        found.head.weight.div_(found.logits(*random_request(found)).std())
+    return found
+
+
+@pytest.fixture(params=VARIANTS)
+def transformer(request):
+    return spread_transformer(**VARIANTS[request.param])
+
+
+def forced(decoder: Decoder, codes: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Logits [rows, T, V] of given codes, one step after the other."""
+    condition, cache = decoder.condition(classes), decoder.new_cache()
+    previous = [None, *codes.unbind(1)[:-1]]
+    return torch.stack([decoder.step(code, condition, cache, i) for i, code in enumerate(previous)], dim=1)
+
+
+def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL(exact || other) in nats of what logits say."""
+    exact, other = (logits.double().log_softmax(-1) for logits in (exact, other))
+    return float((exact.exp() * (exact - other)).sum(-1).mean())
+
+
+def random_request(transformer):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(transformer.config.vocab_size, (ROWS, transformer.config.tokens), generator=generator)
+    return codes, torch.arange(ROWS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", LARGEST_KL)
+def test_every_precision_follows_the_forward_pass(transformer, precision):
+    codes, classes = random_request(transformer)
+    exact = transformer.logits(codes, classes)
+    found = forced(Decoder(transformer, precision, ROWS), codes, classes)
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    assert -1e-12 < divergence(exact, found) < LARGEST_KL[precision]
+    if precision == "fp32":
+        assert (found - exact).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_greedy_codes_are_those_of_the_forward_pass(transformer):
+    """Code by code by the whole forward pass, with the guidance on."""
+    classes = [0, 2]
+    drawn = sample_codes(transformer, classes, [0, 0], SamplerConfig(temperature=0, guidance_scale=1.5)).flatten(1)
+    labels = torch.tensor([*classes, transformer.null_class, transformer.null_class])
+    codes = torch.zeros(2, transformer.config.tokens, dtype=torch.int64)
+    for position in range(transformer.config.tokens):
+        cond, uncond = transformer.logits(codes.repeat(2, 1), labels)[:, position].chunk(2)
+        codes[:, position] = (uncond + 1.5 * (cond - uncond)).argmax(-1)
+    assert torch.equal(codes, drawn)
+
+
+def test_modulations_are_computed_once_an_image(monkeypatch):
+    transformer = small_transformer(**SIZES)
+    calls = []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    sample_codes(transformer, [0, 1], [0, 1], SamplerConfig(rows_per_block=2))
+    # One for each block and one for the head; all other layers are packed ones.
+    assert len(calls) == transformer.config.depth + 1
+
+
+def test_the_transformer_stays_as_it_is(transformer):
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    for precision in LARGEST_KL:
+        Decoder(transformer, precision, 2)
+    after = transformer.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_weights_that_a_step_reads(transformer):
+    config = transformer.config
+    read = [p for block in transformer.blocks for m in (block.attention, block.feed_forward) for p in m.parameters()]
+    count = sum(p.numel() for p in read) + config.vocab_size * config.width
+    found = {precision: Decoder(transformer, precision, 2).weight_bytes() for precision in LARGEST_KL}
+    assert found == {"fp32": 4 * count, "bf16": 2 * count, "int8": count}
+
+
+def test_an_unknown_precision(transformer):
+    with pytest.raises(ValueError, match="'fp8' does not exist; use one of fp32, bf16, int8"):
+        Decoder(transformer, "fp8", 1)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_compiled_step_is_the_plain_one(precision):
+    transformer = spread_transformer()
+    codes, classes = random_request(transformer)
+    plain = forced(Decoder(transformer, precision, ROWS), codes, classes)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):  # one step for all positions
+        compiled = forced(Decoder(transformer, precision, ROWS, compile_step=True), codes, classes)
+    if precision == "fp32":
+        assert (compiled - plain).abs().max() < 1e-5
+    assert divergence(transformer.logits(codes, classes), compiled) < LARGEST_KL[precision]
+
+
+# --- Layers ---
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layers_are_linear_ones(rows, bias, dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 200, bias=bias).to(dtype)
+    packed = PackedLinear(layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), rows)
+    x = torch.randn(rows, 1, 96, dtype=dtype)
+    expected = layer(x).float()
+    assert packed(x).dtype == dtype
+    assert (packed(x).float() - expected).abs().max() <= {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] * 4
+
+
+@pytest.mark.parametrize("inputs", [96, 70, 33])  # PyTorch's own product takes multiples of 16 only
+def test_weights_in_8_bits_are_within_half_a_step(inputs):
+    torch.manual_seed(0)
+    weight = torch.randn(50, inputs) * torch.logspace(-4, 2, 50)[:, None]
+    weight[3] = 0
+    quantized, scale = quantize_rows(weight)
+    assert quantized.dtype == torch.int8 and quantized.abs().max() == 127 and scale.shape == (50,)
+    # The scale is rounded too: the largest weight may be cut by as much.
+    error = (quantized * scale.float()[:, None] - weight).abs()
+    assert bool((error <= scale.float()[:, None] * (0.5 + 127 * 2**-8)).all()) and not quantized[3].any()
+    bias = torch.randn(50)
+    layer, x = Int8Linear(weight, bias), torch.randn(2, 1, inputs)
+    exact = x.bfloat16().float() @ (quantized.float() * scale.float()[:, None]).t() + bias
+    assert layer(x).dtype == torch.bfloat16
+    assert ((layer(x).float() - exact).abs() <= 0.02 * exact.abs().amax()).all()
+
+
+# --- Guidance ---
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [3, 3, 3, 3, 3]),
+        ("linear", [1, 1.5, 2, 2.5, 3]),
+        ("cosine", [1, 2 - math.sqrt(0.5), 2, 2 + math.sqrt(0.5), 3]),
+        ("power-cosine", [1, *(2 - math.cos(math.pi * t**2) for t in (0.25, 0.5, 0.75)), 3]),
+        ("interval", [1, 3, 3, 1, 1]),
+    ],
+)
+def test_guidance_by_hand(schedule, expected):
+    found = guidance_scales(schedule, 3.0, 5, power=2.0, interval=(0.2, 0.5))
+    assert found == pytest.approx(expected)
+
+
+def test_guidance_of_every_schedule_is_used():
+    transformer = small_transformer(**SIZES)
+    drawn = {}
+    for schedule in SCHEDULES:
+        config = SamplerConfig(guidance_scale=6.0, guidance_schedule=schedule, guidance_interval=(0.5, 1.0))
+        drawn[schedule] = tuple(sample_codes(transformer, [0] * 4, range(4), config).flatten().tolist())
+    assert len(set(drawn.values())) == len(SCHEDULES)
+    assert guidance_scales("linear", 4.0, 1) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"guidance_schedule": "sine"}, "'sine' does not exist; use one of constant, linear"),
+        ({"guidance_power": 0.0}, "guidance_power: 0.0 is not positive"),
+        ({"guidance_interval": (0.6, 0.5)}, "guidance_interval: 0.6 to 0.5 is no part of the image"),
+        ({"precision": "fp8"}, "precision: 'fp8' does not exist"),
+    ],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(ValueError) as caught:
+        SamplerConfig(**settings)
+    assert words in str(caught.value)
+
+
+# --- The bench ---
+
+
+def test_bench(tmp_path):
+    (tmp_path / "t.yaml").write_text(
+        "data: {train: x, validation: x}\nmodel: {vocab_size: 64, num_classes: 3, tokens_per_side: 4, depth: 2,"
+        " width: 64, heads: 2}\n"
+    )
+    size = ("--config", str(tmp_path / "t.yaml"), "--images", "2", "--rounds", "1")
+    done = bench("sample", *size, "--json", str(tmp_path / "s.json"))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "s.json").read_text())
+    rate, ratio = figures["tokens_per_second"], figures["ratio"]
+    assert ratio["speedup"] == pytest.approx(rate["bf16"] / rate["textbook fp32"])
+    assert ratio["speedup_fp32"] == pytest.approx(rate["fp32"] / rate["textbook fp32"])
+    assert 0 < figures["kl_from_fp32_nats"]["bf16"] < 1e-2 and figures["share_of_bandwidth"]["fp32"] > 0
+    assert "KL from fp32" in done.stdout
+    done = bench("sample", *size, "--tokens", "17")
+    assert done.returncode == 2 and "--tokens: 1 to 16" in done.stderr
