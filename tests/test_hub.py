@@ -13,7 +13,7 @@ import pytest
 import torch
 from golden_support import golden_dir
 from safetensors import safe_open
-from training_support import ROOT, make_workplace, run_script, train_here
+from training_support import ROOT, make_workplace, run_script, train_here, write_best
 
 import ibq
 import yaml
@@ -222,12 +222,22 @@ def test_a_run_becomes_a_folder(tmp_path):
         *("--data", "40 pictures", "--license", "mit"),
     )
     assert done.returncode == 0, done.stderr
-    expected = ibq.load_tokenizer(place / "run" / "checkpoints" / "step-00000004", device="cpu").state_dict()
+    best = json.loads((place / "run" / "best" / "info.json").read_text())["step"]
+    text = (tmp_path / "folder" / "README.md").read_text()
+    for said in (f"| steps | {best} |", "| data | 40 pictures |", "averaged (EMA)"):
+        assert said in text, said
+    # A run folder means what it means to tools/evaluate.py, so that figures measured there are of these weights.
+    expected = ibq.load_tokenizer(place / "run", device="cpu").state_dict()
     loaded = from_pretrained(tmp_path / "folder", device="cpu").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
-    text = (tmp_path / "folder" / "README.md").read_text()
-    for said in ("| steps | 4 |", "| data | 40 pictures |", "`step-00000004`", "averaged (EMA)"):
-        assert said in text, said
+    step = place / "run" / "checkpoints" / "step-00000004"
+    convert.main(["hub", str(step), str(tmp_path / "folder")])
+    assert "`step-00000004`" in (tmp_path / "folder" / "README.md").read_text()
+    write_best(tmp_path / "ar" / "best", small_transformer())
+    convert.main(["hub", str(tmp_path / "ar"), str(tmp_path / "ar-folder")])
+    assert isinstance(from_pretrained(tmp_path / "ar-folder", device="cpu"), Transformer)
+    with pytest.raises(UserError, match="no model at"):
+        convert.main(["hub", str(tmp_path), str(tmp_path / "none")])
 
 
 def test_an_imported_model_becomes_a_folder(tmp_path):

@@ -5,7 +5,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ibq.api import load_tokenizer, load_transformer
+from torch import nn
+
+from ibq.api import load_tokenizer, load_transformer, pretrained_folder
 from ibq.config import UserError
 from ibq.engine.shard_files import index_file
 from ibq.hub import CARD, origin_of, push_folder, save_pretrained
@@ -18,7 +20,9 @@ LOADERS = {"Tokenizer": load_tokenizer, "Transformer": load_transformer}
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Of `hub`."""
     add = parser.add_argument
-    add("model", type=Path, help="a .safetensors file of import or export, a step-... folder, or a run folder")
+    add(
+        "model", type=Path, help="a .safetensors file of import or export, a step-... folder, or a run folder: its best"
+    )
     add("folder", type=Path, help="the folder to write")
     add("--name", help="title of the model card")
     add("--data", help="what the model was trained on, for the card")
@@ -48,14 +52,37 @@ def write_folder(arguments: argparse.Namespace, find: Callable[[Path], Path]) ->
         say(push_folder(arguments.folder, arguments.push, private=arguments.private))
 
 
-def load(path: Path, find: Callable[[Path], Path]):
-    """A model on the CPU, and what its file says of where it comes from."""
+def load(path: Path, find: Callable[[Path], Path]) -> tuple[nn.Module, dict[str, str]]:
+    """A model on the CPU, and what its file says of where it comes from; a run folder means its best weights."""
     if path.suffix == ".safetensors":
         origin = origin_of(path)
         kind = json.loads(origin["model"]).get("kind")
         if kind not in LOADERS:
             raise UserError(f"{path}: holds a {kind}, which is no model of this project; give another")
         return LOADERS[kind](path, device="cpu"), origin
-    checkpoint = find(path)
-    kind = "Tokenizer" if (checkpoint / index_file("tokenizer")).exists() else "Transformer"
-    return LOADERS[kind](checkpoint, device="cpu"), {"checkpoint": checkpoint.name, "weights": "ema"}
+    if (path / "manifest.json").exists():
+        checkpoint = find(path)
+        kind = "Tokenizer" if (checkpoint / index_file("tokenizer")).exists() else "Transformer"
+        return LOADERS[kind](checkpoint, device="cpu"), {"checkpoint": checkpoint.name, "weights": "ema"}
+    folder = pretrained_folder(path)  # as tools/evaluate.py understands it: figures are of these weights
+    return _load_best(folder), _origin_of_best(folder)
+
+
+def _load_best(folder: Path) -> nn.Module:
+    """The model of a `best` folder, whose config.yaml does not say which kind it is."""
+    try:
+        return load_tokenizer(folder, device="cpu")
+    except UserError as error:
+        try:
+            return load_transformer(folder, device="cpu")
+        except UserError:
+            raise error from None
+
+
+def _origin_of_best(folder: Path) -> dict[str, str]:
+    origin = {"weights": "ema"}
+    try:
+        step = json.loads((folder / "info.json").read_text()).get("step")
+    except (OSError, ValueError, AttributeError):
+        step = None
+    return origin | ({"step": str(step)} if isinstance(step, int) else {})
