@@ -20,9 +20,7 @@ LOADERS = {"Tokenizer": load_tokenizer, "Transformer": load_transformer}
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Of `hub`."""
     add = parser.add_argument
-    add(
-        "model", type=Path, help="a .safetensors file of import or export, a step-... folder, or a run folder: its best"
-    )
+    add("model", type=Path, help="a .safetensors file, a step-... folder, or a run folder: its best weights")
     add("folder", type=Path, help="the folder to write")
     add("--name", help="title of the model card")
     add("--data", help="what the model was trained on, for the card")
