@@ -27,10 +27,14 @@ class DepthToSpace(nn.Module):
         self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.to_space(self.conv1(x))
+
+    def to_space(self, x: Tensor) -> Tensor:
+        """[B, 4 C, H, W] -> [B, C, 2 H, 2 W]."""
         batch, channels, height, width = x.shape
         # The channels of the four pixels follow one another, row by row (`pixel_shuffle` has them interleaved).
-        x = self.conv1(x).view(batch, 2, 2, channels, height, width)
-        return x.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels, 2 * height, 2 * width)
+        x = x.view(batch, 2, 2, channels // 4, height, width)
+        return x.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels // 4, 2 * height, 2 * width)
 
 
 class AdaptiveGroupNorm(nn.Module):
@@ -43,10 +47,15 @@ class AdaptiveGroupNorm(nn.Module):
         self.beta = nn.Linear(latent_channels, channels)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        scale, shift = self.scale_and_shift(latents)
+        return scale * self.gn(x) + shift
+
+    def scale_and_shift(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, 1, 1] each, of latents [B, D, h, w]."""
         latents = latents.flatten(2)  # [B, D, hw]
         scale = self.gamma((latents.var(dim=-1) + EPS).sqrt())
         shift = self.beta(latents.mean(dim=-1))
-        return scale[:, :, None, None] * self.gn(x) + shift[:, :, None, None]
+        return scale[:, :, None, None], shift[:, :, None, None]
 
 
 def _middle(channels: int, config: "TokenizerConfig") -> nn.ModuleList:
@@ -109,10 +118,13 @@ class Decoder(nn.Module):
         """What an engine that shards weights gathers one at a time."""
         return [*self.mid_block, *self.up]
 
+    def in_order(self) -> list[nn.Module]:
+        """What runs one after the other between the first and the last convolution."""
+        levels = zip(reversed(self.adaptive), reversed(self.up), strict=True)
+        return [*self.mid_block, *(part for pair in levels for part in pair)]
+
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
-        for block in self.mid_block:
-            h = block(h)
-        for adapt, level in zip(reversed(self.adaptive), reversed(self.up), strict=True):
-            h = level(adapt(h, z))
+        for stage in self.in_order():
+            h = stage(h, z) if isinstance(stage, AdaptiveGroupNorm) else stage(h)
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -152,7 +152,7 @@ class Tokenizer(nn.Module):
 
     def encode_latents(self, images: Tensor) -> Tensor:
         """Latents [B, D, h, w] before the quantizer."""
-        self._check_images(images)
+        self.check_images(images)
         return self.quant_conv(self.encoder(images))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -169,7 +169,8 @@ class Tokenizer(nn.Module):
         """Images [B, 3, H, W], about [-1, 1], of codes [B, h, w]; ValueError for codes out of range."""
         return self.decode_latents(self.quantizer.lookup(codes))
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """ValueError unless the images can be encoded."""
         factor = self.downsampling
         if images.dim() != 4 or images.shape[1] != self.config.in_channels:
             raise ValueError(

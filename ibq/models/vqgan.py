@@ -105,14 +105,15 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(channels[i], channels[i + 1], config, bias) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(out_channels, config) for _ in range(blocks if attention else 0))
 
+    def parts(self) -> list[nn.Module]:
+        """What runs one after the other."""
+        blocks = zip(self.block, self.attn, strict=True) if self.attn else zip(self.block, strict=True)
+        change = [getattr(self, name) for name in ("downsample", "upsample") if hasattr(self, name)]
+        return [*(part for pair in blocks for part in pair), *change]
+
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
+        for part in self.parts():
+            x = part(x)
         return x
 
 
@@ -125,8 +126,14 @@ class Middle(nn.Module):
         self.attn_1 = AttnBlock(channels, config)
         self.block_2 = ResBlock(channels, channels, config)
 
+    def parts(self) -> list[nn.Module]:
+        """What runs one after the other."""
+        return [self.block_1, self.attn_1, self.block_2]
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        for part in self.parts():
+            x = part(x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -183,8 +190,12 @@ class Decoder(nn.Module):
         """What an engine that shards weights gathers one at a time."""
         return [self.mid, *self.up]
 
+    def in_order(self) -> list[nn.Module]:
+        """What runs one after the other between the first and the last convolution."""
+        return [self.mid, *reversed(self.up)]
+
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
+        h = self.conv_in(z)
+        for stage in self.in_order():
+            h = stage(h)
         return self.conv_out(F.silu(self.norm_out(h)))
