@@ -161,16 +161,16 @@ class Tiles:
         return self.convolved(h, module.conv2, module.norm2, added_to=x)
 
     def _scale_and_shift(self, norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What a group normalization comes to for each channel, [B, C, 1, 1]; the sums are taken in float64."""
-        sums = torch.zeros(2, len(x), norm.num_groups, dtype=torch.float64, device=self.device)
+        """What a group normalization comes to for each channel, [B, C, 1, 1]; tiles are put together in float64."""
+        count, mean, scatter = 0, 0.0, 0.0  # the last: sum of squared distances from the mean
         for tile in self._tiles(*x.shape[2:]):
             groups = x[(..., *tile)].to(self.device).flatten(2).unflatten(1, (norm.num_groups, -1)).flatten(2)
-            for number, group in enumerate(groups.unbind(1)):
-                group = group.double()
-                sums[0, :, number] += group.sum(-1)
-                sums[1, :, number] += group.square().sum(-1)
-        mean, squares = sums / (x[0].numel() // norm.num_groups)
-        scale = ((squares - mean.square()).clamp_min(0) + norm.eps).rsqrt()
+            own_variance, own_mean = (found.double() for found in torch.var_mean(groups.float(), -1, correction=0))
+            own, total = groups.shape[-1], count + groups.shape[-1]
+            scatter = scatter + own_variance * own + (own_mean - mean).square() * (count * own / total)  # Chan et al.
+            mean = mean + (own_mean - mean) * (own / total)
+            count = total
+        scale = (scatter / count + norm.eps).rsqrt()
         channels = x.shape[1] // norm.num_groups
         scale, mean = (value.repeat_interleave(channels, 1)[:, :, None, None] for value in (scale, mean))
         shift = -mean * scale

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from ibq.models.tokenizer import TokenizerConfig
 
 
+LARGE_MAP = (
+    64 * 64
+)  # cells; of more, attention must not make a table of all pairs: fused kernels want rows in one piece
+
+
 def norm(channels: int, config: "TokenizerConfig") -> nn.GroupNorm:
     """The group normalization of all blocks."""
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
@@ -58,6 +63,8 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         # [B, C, H, W] -> [B, 1, HW, C]
         q, k, v = (proj(h).flatten(2).transpose(1, 2).unsqueeze(1) for proj in (self.q, self.k, self.v))
+        if q.shape[2] > LARGE_MAP:
+            q, k, v = (part.contiguous() for part in (q, k, v))
         h = F.scaled_dot_product_attention(q, k, v)
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
