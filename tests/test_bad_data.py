@@ -17,7 +17,7 @@ from ibq.data import storage
 from ibq.data.images import BadSampleError, ImageDataset
 from ibq.data.index import index_file, index_shard, read_shard_index, sha256_of, write_shard_index
 from ibq.data.shards import ImageDataConfig, SourceConfig, open_images
-from ibq.data.transforms import decode_rgb
+from ibq.data.transforms import FORMATS, decode_rgb
 from ibq.training.run_data import image_data
 
 CPU = torch.device("cpu")
@@ -36,6 +36,18 @@ def encoded(image, kind="PNG", **settings):
     buffer = io.BytesIO()
     image.save(buffer, kind, **settings)
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats_that_are_decoded(kind):
+    image = decode_rgb(encoded(picture(1), kind))
+    assert image.size == (16, 16) and image.mode == "RGB"
+
+
+def test_programs_are_never_started_for_a_picture():
+    """Pillow hands an EPS file to Ghostscript, whatever the file's name."""
+    with pytest.raises(ValueError, match="not a readable picture: of no known format"):
+        decode_rgb(encoded(picture(1), "EPS"))
 
 
 def huge_png() -> bytes:

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 100_000_000
+# Pillow's names of plain raster formats. Some of its others run programs: an EPS file starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +33,10 @@ class TooLargeError(ValueError):
     """A picture of more than MAX_PIXELS."""
 
 
-def decode_rgb(data: bytes, *, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image.Image:
-    """An RGB picture from the bytes of a JPEG, PNG or WebP file; transparency is laid over white.
+def decode_rgb(data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int | None = None) -> Image.Image:
+    """An RGB picture from the bytes of a JPEG, PNG, WebP or other raster file; transparency is laid over white.
 
-    Cameras' EXIF orientation is applied. `formats` are Pillow's names of those allowed (None: all that it knows).
+    Cameras' EXIF orientation is applied. `formats` are Pillow's names of those allowed, whatever the file is called.
     ValueError if the bytes are no such picture or one of more than `max_pixels` (None: MAX_PIXELS).
     """
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
