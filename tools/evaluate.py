@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parse(argv)
+    for option in ("json", "npz"):
+        if path := getattr(arguments, option, None):
+            evaluate_record.require_writable(f"--{option}", path)
     set_up_torch(training=False)
     if arguments.command == "verify":
         return evaluate_record.verify(arguments, measure_again)

@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
     samples = open_set(arguments.samples, arguments.size)
     if samples.count == 0:
         raise UserError(f"{arguments.samples}: holds statistics, and no images to judge; give samples as images")
+    if samples.count < 2 and arguments.reference:
+        raise UserError(f"{arguments.samples}: one image is too few for statistics; give at least 2")
     made_by = metadata(samples)
     record = {
         "metrics": {},
@@ -87,6 +89,8 @@ def check(arguments: argparse.Namespace) -> None:
         least = 8 if option == "--classifier-size" else 1
         if value is not None and value < least:
             raise UserError(f"{option} must be at least {least}, got {value}")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed must be from 0 to {2**63 - 1}, got {arguments.seed}")
 
 
 def metadata(samples: ImageSet) -> dict:
@@ -114,15 +118,17 @@ def against_references(samples: ImageSet, arguments: argparse.Namespace, device:
     network = dist.main_first(lambda: load_inception(arguments.inception)).to(device)
     references = [open_set(place, arguments.size) for place in arguments.reference]
     bars = Bars()
-    report = evaluate_generation(
-        network,
-        samples,
-        references,
-        distances=arguments.precision_recall,
-        batch_size=arguments.batch_size,
-        progress=bars.start,
-    )
-    bars.close()
+    try:
+        report = evaluate_generation(
+            network,
+            samples,
+            references,
+            distances=arguments.precision_recall,
+            batch_size=arguments.batch_size,
+            progress=bars.start,
+        )
+    finally:
+        bars.close()  # before an error is told: a bar would be drawn again below it
     record["metrics"] |= report.metrics
     record["references"] = report.references
     record["protocol"] = protocol(network, arguments.precision_recall)
@@ -185,6 +191,12 @@ def with_classifier(samples: ImageSet, arguments: argparse.Namespace, device: to
         sets = (open_split(arguments.classifier, split, HELD_OUT) for split in ("train", "validation"))
     train, validation = sets
     classes = len(train.classes)
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        wrong = next(int(label) for label in labels if not 0 <= label < classes)
+        raise UserError(
+            f"{arguments.samples}: class {wrong} is none of the {classes} of {arguments.classifier}; give the real "
+            "images of the same classes"
+        )
     parts = [real_images(index, config.size, device) for index in (train, validation)]
     generated = LabelledImages(images=resized(samples, config.size).to(device), labels=labels.to(device))
     with progress_bar("classifier", config.steps, "step") as progress:

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,7 +42,22 @@ def start(command: str, argv: Sequence[str], device: torch.device) -> dict:
 
 def write(path: Path, record: Mapping) -> None:
     """Write a record; figures that are not numbers become null, as JSON has no NaN."""
-    write_text(path, json.dumps(_without_nan(record), indent=1, allow_nan=False))
+    try:
+        write_text(path, json.dumps(_without_nan(record), indent=1, allow_nan=False))
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error}); the figures are those printed above") from error
+
+
+def require_writable(option: str, path: Path) -> None:
+    """UserError for a file that could not be written, before hours of work that it is for."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error}); give another file") from error
 
 
 def read(path: Path) -> dict:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ibq.config import UserError
+from ibq.models.perceptual import why_unreadable
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 FILES = (URL.rsplit("/", 1)[1], "weights-inception-2015-12-05-6726825d.pth")  # torch-fidelity's name for the same bytes
@@ -121,8 +122,7 @@ def load_inception(weights: str | None = None, device: torch.device | str = "cpu
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a file of Inception weights ({reason}); use {FILES[0]}") from error
+        raise UserError(f"{path}: not a file of Inception weights ({why_unreadable(error)}); use {FILES[0]}") from error
     network = Inception().eval().requires_grad_(False)
     _fill(network, state, path)
     network.sha256 = digest

@@ -5,6 +5,7 @@ statistics `mu`, `sigma` (pool features) and `mu_s`, `sigma_s` (spatial ones). N
 """
 
 import hashlib
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -59,7 +60,17 @@ class NpzImages:
                 raise UserError(f"{self.path}: arr_0 is {dtype} {list(shape)}, not uint8 [N, H, W, 3]; {REMEDY}")
             if fortran or not min(shape[1:]):
                 raise UserError(f"{self.path}: arr_0 is not a C-ordered array of pictures; {REMEDY}")
+            if shape[0] < 1:
+                raise UserError(f"{self.path}: arr_0 {list(shape)} holds no images; {REMEDY}")
+            self._check_length(math.prod(shape))
         self.count, self.size = shape[0], (shape[1], shape[2])
+
+    def _check_length(self, wanted: int) -> None:
+        """ValueError if the file does not have as many bytes of images as their header says: none are set aside."""
+        with zipfile.ZipFile(self.path) as archive:
+            found = archive.getinfo("arr_0.npy").file_size
+        if found < wanted:
+            raise ValueError(f"arr_0 has {found:,} bytes, its header says {wanted:,}")
 
     @contextmanager
     def _open(self, name: str):
@@ -193,7 +204,11 @@ ImageSet = NpzImages | PlaceImages
 
 def open_set(place: str, size: int | None = None) -> ImageSet:
     """The set that a place names: an `.npz` file, a folder, or a glob of shards; `size` is for the last two."""
-    return NpzImages(place) if place.endswith(".npz") else PlaceImages(place, size)
+    if place.endswith(".npz"):
+        return NpzImages(place)
+    if Path(place).is_file() and not place.endswith(".tar"):
+        raise UserError(f"{place}: neither an .npz file nor a tar shard; {REMEDY}, or give a folder of images")
+    return PlaceImages(place, size)
 
 
 class PixelHash:

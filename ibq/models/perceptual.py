@@ -98,8 +98,15 @@ def _read(backbone: Backbone, weights: str, remedy: str, sha256: str | None) -> 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = why_unreadable(error)
         raise UserError(f"{path}: not a file of {backbone.label} weights ({reason}); use {backbone.file}") from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """What torch.load says, in short; of an unsafe pickle it would tell the user how to run the code in it."""
+    if isinstance(error, UnpicklingError):
+        return "it is damaged, or holds more than tensors, which is never loaded"
+    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:200]
 
 
 def _load(slices: nn.Module, state: object, origin: str, backbone: Backbone) -> None:
