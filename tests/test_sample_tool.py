@@ -118,6 +118,9 @@ def test_killed_and_continued(one_process, models, tmp_path):
     again = run_script(*command)
     assert again.returncode == 0 and "600 images" in again.stdout
     assert run_script(*options(models, folder, "--total", "300")).returncode == 2
+    (folder / "samples.json").write_text("{")  # cut, as a full disk leaves it
+    broken = run_script(*command)
+    assert broken.returncode == 2 and "another command" in broken.stderr and broken.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
@@ -138,6 +141,7 @@ def test_pictures_in_other_precisions(models, tmp_path, precision):
         (["--total", "0"], ["--total"]),
         (["--count", "0"], ["--count"]),
         (["--classes", "7"], ["--classes", "0 to 2"]),
+        (["--classes", "1", "1"], ["--classes", "twice"]),
         (["--seed", "-1"], ["--seed"]),
         (["--top-p", "2"], ["--top-p"]),
         (["--rows", "0"], ["rows"]),

@@ -105,6 +105,8 @@ def request_of(arguments: argparse.Namespace, num_classes: int) -> Request:
                 f"--total: {arguments.total} images cannot be equally many of {len(classes)} classes; "
                 f"use {arguments.total - rest} or {arguments.total - rest + len(classes)}"
             )
+    if len(set(classes)) < len(classes):
+        raise UserError("--classes: one is there twice; ask for more images of it by --count")
     if count < 1:
         raise UserError(f"{'--total' if arguments.total is not None else '--count'} must be at least 1 image a class")
     if not 0 <= arguments.seed <= LARGEST_SEED - count:

@@ -24,13 +24,21 @@ def begin(folder: Path, plan: Mapping[str, Any], *, fresh: bool) -> None:
     if fresh:
         remove(folder, (PIECES, SET_FILE, INFO_FILE))
     if (folder / INFO_FILE).exists() and not (folder / PLAN_FILE).exists():
-        if json.loads((folder / INFO_FILE).read_text()).get("plan") != json.loads(json.dumps(plan)):
+        if _plan_of(folder / INFO_FILE) != json.loads(json.dumps(plan)):
             raise UserError(f"{folder}: holds the samples of another command; give another --output, or --fresh")
         return
     text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
     if (folder / PLAN_FILE).exists() and (folder / PLAN_FILE).read_text() != text:
         raise UserError(f"{folder}: holds pieces of another command; give another --output, or --fresh")
     write_text(folder / PLAN_FILE, text)
+
+
+def _plan_of(path: Path) -> object:
+    """What a finished set was made by; None where its file does not tell."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["plan"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def piece_file(folder: Path, number: int) -> Path:
