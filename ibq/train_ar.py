@@ -21,7 +21,7 @@ from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
 from ibq.data.shards import ImageDataConfig
-from ibq.engine import Blueprint, EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
+from ibq.engine.build import Blueprint, EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
 from ibq.engine.heartbeat import HeartbeatConfig
 from ibq.engine.tensor_parallel import check_tensor_parallel
 from ibq.models.tokenizer import Tokenizer

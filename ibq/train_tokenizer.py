@@ -21,7 +21,7 @@ import torch
 from ibq import dist
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.shards import ImageDataConfig
-from ibq.engine import (
+from ibq.engine.build import (
     Blueprint,
     EngineConfig,
     EngineSettings,

@@ -16,7 +16,8 @@ import torch
 
 from ibq import dist
 from ibq.config import exit_on_user_error, parse_config
-from ibq.engine import (
+from ibq.engine.base import GroupHyper
+from ibq.engine.build import (
     Blueprint,
     EngineSettings,
     FsdpEngineConfig,
@@ -25,7 +26,6 @@ from ibq.engine import (
     ZeroEngineConfig,
     build_engine,
 )
-from ibq.engine.base import GroupHyper
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.perceptual import PerceptualConfig, build_perceptual
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig

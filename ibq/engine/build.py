@@ -1,0 +1,34 @@
+"""Engines, chosen in a config by `kind`."""
+
+from ibq.engine.base import Engine, EngineSettings, OptimizerConfig
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.fsdp import FsdpEngine, FsdpEngineConfig
+from ibq.engine.local import LocalEngine, LocalEngineConfig
+from ibq.engine.zero import ZeroEngine, ZeroEngineConfig
+
+EngineConfig = LocalEngineConfig | FsdpEngineConfig | ZeroEngineConfig
+
+__all__ = [
+    "Blueprint",
+    "Engine",
+    "EngineConfig",
+    "EngineSettings",
+    "FsdpEngineConfig",
+    "LocalEngineConfig",
+    "OptimizerConfig",
+    "ZeroEngineConfig",
+    "build_engine",
+]
+
+
+def build_engine(config: EngineConfig, blueprint: Blueprint, settings: EngineSettings) -> Engine:
+    """The engine that `config` describes, training the module of `blueprint`."""
+    match config:
+        case LocalEngineConfig():
+            return LocalEngine(blueprint, settings)
+        case FsdpEngineConfig():
+            return FsdpEngine(config, blueprint, settings)
+        case ZeroEngineConfig():
+            return ZeroEngine(config, blueprint, settings)
+        case _:
+            raise ValueError(f"no engine for {type(config).__name__}")
