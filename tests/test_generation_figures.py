@@ -1,6 +1,8 @@
 """FID and its relatives: the statistics against the golden data, the features against torch-fidelity's own."""
 
+import io
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -24,6 +26,15 @@ from ibq.evaluation.statistics import (
 
 TENSORS, GOLDEN = golden_tensors("evaluator"), golden_json("evaluator")["values"]
 POOL = {name: TENSORS[f"pool/{name}"] for name in ("ref", "sample")}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Decompositions of 2,048 dimensions by several threads on a busy machine wait for each other for minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def fid(kind: str, count: int | None = None) -> float:
@@ -221,8 +232,11 @@ def test_weights_that_are_none(tmp_path, monkeypatch):
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "broken.pth").write_bytes(b"nothing")
     for name in ("evil.pth", "other.pth", "broken.pth"):
-        with pytest.raises(UserError, match=f"{name}: not .*Inception"):
+        with pytest.raises(UserError, match=f"{name}: not .*Inception") as caught:
             inception.load_inception(str(tmp_path / name))
+        assert "weights_only" not in str(caught.value) and "option" not in str(caught.value), (
+            "how to run the code in it"
+        )
     assert not (tmp_path / "written").exists()
     monkeypatch.setenv(inception.ENVIRONMENT, str(tmp_path / "missing.pth"))
     with pytest.raises(UserError, match=r"no Inception weights at .*missing.pth.*; give a copy of"):
@@ -300,6 +314,7 @@ BAD_FILES = {
     "floats": ({"arr_0": np.zeros((4, 8, 8, 3), np.float32)}, "arr_0 is float32"),
     "channels first": ({"arr_0": np.zeros((4, 3, 8, 8), np.uint8)}, "not uint8 [N, H, W, 3]"),
     "one image": ({"arr_0": np.zeros((8, 8, 3), np.uint8)}, "not uint8 [N, H, W, 3]"),
+    "no images": ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "holds no images"),
     "objects": ({"arr_0": np.array([{}, 1], dtype=object)}, "pickled Python objects, which are never loaded"),
     "nothing": ({"x": np.zeros(3)}, "neither images (arr_0) nor statistics"),
     "short mean": ({"mu": np.zeros(5), "sigma": np.eye(5)}, "mu is float64 [5], not finite floats [2048]"),
@@ -319,6 +334,25 @@ def test_files_of_another_form(name, tmp_path):
         images.statistics()
         images.labels()
     assert str(path) in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_header_that_says_more_than_there_is(tmp_path):
+    """Memory for as many images as it says is never asked for."""
+    header = io.BytesIO()
+    shape = (10**12, 256, 256, 3)
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + b"123")
+    with pytest.raises(
+        UserError, match=r"x\.npz: not a readable \.npz file \(arr_0 has [0-9,]+ bytes, its header says"
+    ):
+        open_set(str(tmp_path / "x.npz"))
+
+
+def test_files_that_are_no_sets(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"x\.npy: neither an \.npz file nor a tar shard; write it again with"):
+        open_set(str(tmp_path / "x.npy"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "not a file", "missing", "a folder"])
