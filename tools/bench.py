@@ -13,12 +13,21 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ibq.config import exit_on_user_error
 from ibq.files import write_text
-from tools import bench_head_loss, bench_loader, bench_quantizer, bench_sample, bench_tokenizer_memory, bench_xxl_step
+from tools import (
+    bench_ar_step,
+    bench_head_loss,
+    bench_loader,
+    bench_quantizer,
+    bench_sample,
+    bench_tokenizer_memory,
+    bench_xxl_step,
+)
 
 BENCHES = {
     "loader": bench_loader,
     "quantizer": bench_quantizer,
     "head-loss": bench_head_loss,
+    "ar-step": bench_ar_step,
     "sample": bench_sample,
     "tokenizer-memory": bench_tokenizer_memory,
     "xxl-step": bench_xxl_step,

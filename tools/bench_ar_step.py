@@ -1,0 +1,243 @@
+"""A training step of the transformer: tokens/s, share of the machine's matrix-product rate, memory, time by part.
+
+Against a plain form of the published structure with equal weights: autocast over fp32 weights, rotations of queries and
+keys and the statistics of norms by fp32 copies, a table of logits, and AdamW one operation after the other.
+"""
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibq.config import UserError, load_section
+from ibq.engine.base import EngineSettings, GroupHyper, OptimizerConfig
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.local import LocalEngine
+from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.progress import progress_bar
+from ibq.scaling.transformer import transformer_flops
+from ibq.training.ar_task import ARTask
+from ibq.training.metrics import Stopwatch
+from ibq.training.run import set_up_torch
+from tools.bench_process import GIB, extra_peak_gib, product_rate, run_apart, synchronize
+
+FORMS = ("ours", "plain")
+OPTIMIZER = OptimizerConfig(kind="adamw", learning_rate=1e-4, betas=(0.9, 0.96), weight_decay=0.05, clip_norm=1.0)
+BANDWIDTH_FLOATS = 2**26  # that are copied to measure the memory's bandwidth
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this bench."""
+    add = parser.add_argument
+    add("--config", default="yaml/b.yaml", help="config of a transformer run (default: %(default)s)")
+    add("--batch", type=int, default=4, help="images (default: %(default)s)")
+    add("--steps", type=int, default=4, help="timed steps of each form, of which the best counts (default: 4)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Each form in a fresh process, then the machine's own rates."""
+    settings = {name: getattr(arguments, name) for name in ("config", "batch", "steps", "device")}
+    if min(arguments.batch, arguments.steps) < 1:
+        raise UserError("--batch and --steps must be at least 1")
+    config = load_section(TransformerConfig, arguments.config, "model")  # errors before the wait
+    figures: dict = {}
+    with progress_bar("ar-step", len(FORMS) + 1, "run") as progress:
+        for form in FORMS:
+            figures[form] = run_apart(measure_form, form=form, **settings)
+            progress.update()
+        rates = run_apart(measure_rates, config=arguments.config, batch=arguments.batch, device=arguments.device)
+        progress.update()
+    flops = arguments.batch * transformer_flops(config).textbook
+    for form in FORMS:
+        own = figures[form]
+        own["tokens_per_second"] = arguments.batch * config.tokens / own["seconds"]
+        own["mfu"] = flops / own["seconds"] / rates["bf16"]
+    ours, plain = (figures[form] for form in FORMS)
+    return figures | {
+        "ratio": {
+            "speedup": plain["seconds"] / ours["seconds"],
+            "memory": ours["peak_gib"] / plain["peak_gib"],
+            "mfu": ours["mfu"],
+        },
+        "rates": rates,
+        "flops_per_step": flops,
+        **settings,
+        "threads": ours["threads"],
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def table(figures: dict) -> str:
+    """The figures for people."""
+    ours, plain, ratio, rates = figures["ours"], figures["plain"], figures["ratio"], figures["rates"]
+    name = f"{Path(figures['config']).stem}, {figures['batch']} images"
+    lines = [f"{name:32s} {'ours':>10s} {'plain':>10s} {'ratio':>7s}"]
+    rows = {"tokens/s": "tokens_per_second", "seconds a step": "seconds", "peak GiB": "peak_gib", "MFU": "mfu"}
+    for text, key in rows.items():
+        lines.append(f"{text:32s} {ours[key]:10.3f} {plain[key]:10.3f} {ours[key] / plain[key]:7.2f}")
+    for part in ours["parts"]:
+        one, other = ours["parts"][part], plain["parts"][part]
+        lines.append(f"{'  seconds in ' + part:32s} {one:10.3f} {other:10.3f} {one / max(other, 1e-9):7.2f}")
+    lines.append(f"{ratio['speedup']:.2f} times the plain form's speed at {ratio['memory']:.2f} of its memory")
+    lines.append(
+        f"matrix products: {rates['bf16'] / 1e9:,.0f} GFLOP/s in bf16, {rates['fp32'] / 1e9:,.0f} in fp32; memory is "
+        f"copied at {rates['bytes_per_second'] / 1e9:.1f} GB/s; {figures['flops_per_step'] / 1e12:.2f} TFLOP a step"
+    )
+    return "\n".join(lines)
+
+
+# --- In a fresh process ---
+
+
+def measure_rates(*, config: str, batch: int, device: str) -> dict[str, float]:
+    """The machine's own limits: products at the shapes of the model's layers, and copies in memory."""
+    set_up_torch(training=True)
+    model = load_section(TransformerConfig, config, "model")
+    tokens, width = batch * model.tokens, model.model_width
+    shapes = [
+        (tokens, width, 3 * width),
+        (tokens, width, width),
+        (tokens, width, 4 * width),
+        (tokens, 3 * width, width),
+    ]
+    source = torch.ones(BANDWIDTH_FLOATS, device=device)
+    target = torch.empty_like(source)
+    seconds = min(_seconds(lambda: target.copy_(source), device) for _ in range(8))
+    return {
+        "bf16": product_rate(torch.bfloat16, shapes, device),
+        "fp32": product_rate(torch.float32, shapes, device),
+        "bytes_per_second": 2 * 4 * BANDWIDTH_FLOATS / seconds,
+    }
+
+
+def _seconds(function: Callable[[], object], device: str) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def measure_form(*, form: str, config: str, batch: int, steps: int, device: str) -> dict:
+    """The best step of a form, its parts, and the process's memory at its most; two steps are not counted."""
+    set_up_torch(training=True)
+    model = load_section(TransformerConfig, config, "model")
+    blueprint = Blueprint(name="transformer", build=lambda: Transformer(model), seed=0)
+    trainer = {"ours": OurStep, "plain": PlainStep}[form](blueprint, torch.device(device))
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(model.vocab_size, (batch, model.tokens), generator=generator).to(device)
+    classes = torch.randint(model.num_classes, (batch,), generator=generator).to(device)
+    losses: list[float] = []
+
+    def run() -> None:
+        losses.append(float(trainer.step(codes, classes)))
+
+    run()
+    peak = extra_peak_gib(run, device)  # the second step: moments exist
+    trainer.stopwatch.means(1)
+    best, parts = float("inf"), {}
+    for _ in range(steps):
+        seconds = _seconds(run, device)
+        found = trainer.stopwatch.means(1)
+        if seconds < best:
+            best, parts = seconds, {name.removeprefix("seconds/"): value for name, value in found.items()}
+    weights = 4 * sum(parameter.numel() for parameter in trainer.module.parameters())
+    return {
+        "seconds": best,
+        "parts": {name: value for name, value in parts.items() if name != "tokenizer"},
+        "peak_gib": peak + 3 * weights / GIB,  # weights and both moments are there before the step
+        "losses": losses,
+        "threads": torch.get_num_threads(),
+    }
+
+
+class OurStep:
+    """What `ibq/train_ar.py` does."""
+
+    def __init__(self, blueprint: Blueprint, device: torch.device):
+        engine = LocalEngine(blueprint, EngineSettings(optimizer=OPTIMIZER, device=device, precision="bf16"))
+        hyper = GroupHyper(learning_rate=OPTIMIZER.learning_rate, weight_decay=OPTIMIZER.weight_decay)
+        self.task = ARTask(engine, hyper=lambda step: {"decay": hyper, "no_decay": hyper})
+        self.module, self.stopwatch = engine.module.train(), Stopwatch(device)
+
+    def step(self, codes: Tensor, classes: Tensor) -> Tensor:
+        """Train on a batch; its loss."""
+        return self.task.step(0, [(codes, classes)], self.stopwatch).metrics["loss/total"]
+
+
+class PlainStep:
+    """The published structure, which stays as it is: the baseline."""
+
+    def __init__(self, blueprint: Blueprint, device: torch.device):
+        self.module: Transformer = blueprint.whole().to(device).train()
+        self.stopwatch, self.device = Stopwatch(device), device
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(),
+            lr=OPTIMIZER.learning_rate,
+            betas=OPTIMIZER.betas,
+            weight_decay=OPTIMIZER.weight_decay,
+            foreach=False,
+            fused=False,
+        )
+
+    def step(self, codes: Tensor, classes: Tensor) -> Tensor:
+        """Train on a batch; its loss."""
+        part = self.stopwatch.part
+        with part("forward"), torch.autocast(self.device.type, torch.bfloat16):
+            logits = self._logits(codes, classes)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+        with part("backward"):
+            loss.backward()
+        with part("optimizer"):
+            nn.utils.clip_grad_norm_(self.module.parameters(), OPTIMIZER.clip_norm, foreach=False)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _logits(self, codes: Tensor, classes: Tensor) -> Tensor:
+        model, config = self.module, self.module.config
+        dropped = torch.rand(len(classes), device=classes.device) < config.class_dropout
+        embedding = model.class_emb(torch.where(dropped, model.null_class, classes))
+        x = torch.cat([embedding[:, None], model.tok_emb(codes[:, :-1])], dim=1)
+        x = F.dropout(x, config.token_dropout)
+        rope = torch.view_as_real(model._rope(x)[: config.tokens])
+        for block in model.blocks:
+            x = self._block(block, x, embedding, rope)
+        scale, shift = model.head_nm.ada_lin(embedding).unflatten(-1, (2, -1))[:, :, None].unbind(1)
+        return F.linear(_norm(x, model.head_nm.rmsnorm.weight) * (1 + scale) + shift, model.head.weight)
+
+    def _block(self, block: nn.Module, x: Tensor, embedding: Tensor, rope: Tensor) -> Tensor:
+        config, attention, feed = self.module.config, block.attention, block.feed_forward
+        modulation = block.ada_lin(embedding).unflatten(-1, (6, -1))[:, :, None].unbind(1)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        h = _norm(x, block.attention_norm.weight) * (1 + scale1) + shift1
+        qkv = attention.wqkv(h).unflatten(-1, (-1, attention.head_dim))
+        q, k, v = qkv.split([attention.heads, attention.kv_heads, attention.kv_heads], dim=2)
+        q, k, v = (part.transpose(1, 2) for part in (_rotate(q, rope), _rotate(k, rope), v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=attention.heads != attention.kv_heads)
+        out = F.dropout(attention.wo(out.transpose(1, 2).flatten(2)), config.residual_dropout)
+        x = x + gamma1 * out
+        h = _norm(x, block.ffn_norm.weight) * (1 + scale2) + shift2
+        return x + gamma2 * F.dropout(feed.w2(F.silu(feed.w1(h)) * feed.w3(h)), config.ffn_dropout)
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    high = x.float()
+    return (high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x) * weight
+
+
+def _rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotations by real and imaginary parts in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    real, imaginary = rope[:, None].unbind(-1)
+    first, second = pairs.unbind(-1)
+    turned = torch.stack([first * real - second * imaginary, second * real + first * imaginary], dim=-1)
+    return turned.flatten(-2).type_as(x)
