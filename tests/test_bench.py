@@ -45,6 +45,46 @@ def test_head_loss(tmp_path):
     assert figures["ratio"]["memory"] > 1 and figures["ours"]["gemm_share"] > 0 and figures["textbook"]["seconds"] > 0
 
 
+TINY_TRANSFORMER = """
+data: {train: x, validation: x}
+model: {vocab_size: 64, num_classes: 3, tokens_per_side: 4, depth: 2, width: 64, heads: 2}
+"""
+TINY_TOKENIZER = """
+data: {train: x, validation: x}
+model:
+  resolution: 32
+  channels: 32
+  channel_multipliers: [1, 1]
+  res_blocks: 1
+  attention_resolutions: []
+  latent_channels: 16
+  quantizer: {num_codes: 64, dim: 16}
+loss: {gan: {discriminator: {channels: 8, layers: 2}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "rate"),
+    [
+        ("ar-step", TINY_TRANSFORMER, "tokens_per_second"),
+        ("tokenizer-step", TINY_TOKENIZER, "images_per_second"),
+    ],
+)
+def test_training_steps(name, config, rate, tmp_path):
+    (tmp_path / "run.yaml").write_text(config)
+    size = ("--config", str(tmp_path / "run.yaml"), "--batch", "2", "--steps", "1")
+    done = bench(name, *size, "--json", str(tmp_path / "s.json"), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "s.json").read_text())
+    ours, plain = figures["ours"], figures["plain"]
+    assert figures["ratio"]["speedup"] == pytest.approx(plain["seconds"] / ours["seconds"])
+    assert ours[rate] / plain[rate] == pytest.approx(figures["ratio"]["speedup"])
+    assert ours["parts"].keys() == plain["parts"].keys()
+    # The same networks on the same data: both forms begin with nearly the same loss.
+    assert ours["losses"][0] == pytest.approx(plain["losses"][0], rel=2e-2)
+    assert "times the plain form's speed" in done.stdout
+
+
 @pytest.mark.parametrize("option", ["--codes=0", "--images=-1", "--device=cuda"])
 def test_bad_options_are_one_line(option, tmp_path):
     import torch

@@ -1,0 +1,231 @@
+"""A training step of the tokenizer's GAN: images/s, memory, time by part.
+
+All of it: encoder, quantizer, decoder, LPIPS over VGG-16 (random weights), the discriminator's step, both optimizers
+and the average. Against a plain form with equal weights: tables for the quantizer, optimizers and average one operation
+after the other.
+"""
+
+import argparse
+import os
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibq import losses
+from ibq.config import UserError, load_section
+from ibq.data.transforms import to_unit_range
+from ibq.engine.base import EngineSettings, OptimizerConfig
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.local import LocalEngine
+from ibq.models.discriminator import PatchDiscriminator
+from ibq.models.perceptual import build_lpips
+from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.ops import textbook
+from ibq.progress import progress_bar
+from ibq.training.metrics import Stopwatch
+from ibq.training.run import set_up_torch
+from ibq.training.tokenizer_task import TokenizerLossConfig, TokenizerTask
+from tools.bench_process import GIB, extra_peak_gib, run_apart, synchronize
+
+FORMS = ("ours", "plain")
+RATE = 1e-4
+OPTIMIZER = OptimizerConfig(kind="adam", learning_rate=RATE, betas=(0.5, 0.9))
+EMA_DECAY = 0.999
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this bench."""
+    add = parser.add_argument
+    add("--config", default="yaml/tokenizer_262144.yaml", help="config of a tokenizer run (default: %(default)s)")
+    add("--batch", type=int, default=1, help="images (default: %(default)s)")
+    add("--steps", type=int, default=2, help="timed steps of each form, of which the best counts (default: 2)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Each form in a fresh process."""
+    settings = {name: getattr(arguments, name) for name in ("config", "batch", "steps", "device")}
+    if min(arguments.batch, arguments.steps) < 1:
+        raise UserError("--batch and --steps must be at least 1")
+    load_section(TokenizerConfig, arguments.config, "model")  # errors before the wait
+    figures: dict = {}
+    with progress_bar("tokenizer-step", len(FORMS), "run") as progress:
+        for form in FORMS:
+            figures[form] = run_apart(measure_form, form=form, **settings)
+            figures[form]["images_per_second"] = arguments.batch / figures[form]["seconds"]
+            progress.update()
+    ours, plain = (figures[form] for form in FORMS)
+    return figures | {
+        "ratio": {"speedup": plain["seconds"] / ours["seconds"], "memory": ours["peak_gib"] / plain["peak_gib"]},
+        **settings,
+        "threads": ours["threads"],
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def table(figures: dict) -> str:
+    """The figures for people."""
+    ours, plain, ratio = figures["ours"], figures["plain"], figures["ratio"]
+    name = f"{Path(figures['config']).stem}, {figures['batch']} images"
+    lines = [f"{name:32s} {'ours':>10s} {'plain':>10s} {'ratio':>7s}"]
+    for text, key in {"images/s": "images_per_second", "seconds a step": "seconds", "peak GiB": "peak_gib"}.items():
+        lines.append(f"{text:32s} {ours[key]:10.3f} {plain[key]:10.3f} {ours[key] / plain[key]:7.2f}")
+    for part in ours["parts"]:
+        one, other = ours["parts"][part], plain["parts"][part]
+        lines.append(f"{'  seconds in ' + part:32s} {one:10.3f} {other:10.3f} {one / max(other, 1e-9):7.2f}")
+    lines.append(f"{ratio['speedup']:.2f} times the plain form's speed at {ratio['memory']:.2f} of its memory")
+    return "\n".join(lines)
+
+
+# --- In a fresh process ---
+
+
+def measure_form(*, form: str, config: str, batch: int, steps: int, device: str) -> dict:
+    """The best step of a form, its parts, and the process's memory at its most; two steps are not counted."""
+    set_up_torch(training=True)
+    model = load_section(TokenizerConfig, config, "model")
+    settings = load_section(TokenizerLossConfig, config, "loss")
+    kind = {"ours": OurStep, "plain": PlainStep}[form]
+    trainer = kind(model, settings, torch.device(device))
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, model.in_channels, model.resolution // 8, model.resolution // 8)
+    coarse = torch.rand(shape, generator=generator)
+    images = F.interpolate(coarse * 255, scale_factor=8, mode="bilinear").to(torch.uint8).to(device)
+    found: list[float] = []
+
+    def run() -> None:
+        found.append(float(trainer.step(images)))
+
+    run()
+    peak = extra_peak_gib(run, device)  # the second step: moments exist
+    trainer.stopwatch.means(1)
+    best, parts = float("inf"), {}
+    for _ in range(steps):
+        synchronize(device)
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds, own = time.perf_counter() - started, trainer.stopwatch.means(1)
+        if seconds < best:
+            best, parts = seconds, {name.removeprefix("seconds/"): value for name, value in own.items()}
+    return {
+        "seconds": best,
+        "parts": parts,
+        "peak_gib": peak + trainer.held_bytes() / GIB,
+        "losses": found,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _blueprints(model: TokenizerConfig, settings: TokenizerLossConfig) -> tuple[Blueprint, Blueprint]:
+    discriminator = settings.gan.discriminator
+    return (
+        Blueprint(name="tokenizer", build=lambda: Tokenizer(model), seed=0),
+        Blueprint(name="discriminator", build=lambda: PatchDiscriminator(discriminator), seed=0),
+    )
+
+
+def _bytes(*modules: nn.Module) -> int:
+    return sum(4 * parameter.numel() for module in modules for parameter in module.parameters())
+
+
+class OurStep:
+    """What `ibq/train_tokenizer.py` does."""
+
+    def __init__(self, model: TokenizerConfig, settings: TokenizerLossConfig, device: torch.device):
+        memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        common = {"optimizer": OPTIMIZER, "device": device, "precision": "bf16", "memory_format": memory_format}
+        generator, discriminator = _blueprints(model, settings)
+        gan = replace(settings, gan=replace(settings.gan, start_step=0))
+        self.task = TokenizerTask(
+            LocalEngine(generator, EngineSettings(**common, ema_decay=EMA_DECAY)),
+            LocalEngine(discriminator, EngineSettings(**common)),
+            gan,
+            perceptual=build_lpips("vgg", "random", remedy="").to(device),
+            learning_rate=lambda step: RATE,
+            memory_format=memory_format,
+        )
+        self.stopwatch = Stopwatch(device)
+
+    def held_bytes(self) -> int:
+        """Weights, moments and average, which are there before a step."""
+        return 4 * _bytes(self.task.tokenizer) + 3 * _bytes(self.task.discriminator.module)
+
+    def step(self, images: Tensor) -> Tensor:
+        """Train on a batch; its loss."""
+        return self.task.step(0, [(images, None)], self.stopwatch).metrics["loss/total"]
+
+
+class PlainStep:
+    """The published structure, which stays as it is: the baseline."""
+
+    def __init__(self, model: TokenizerConfig, settings: TokenizerLossConfig, device: torch.device):
+        generator, discriminator = _blueprints(model, settings)
+        self.tokenizer: Tokenizer = generator.whole().to(device).train()
+        self.discriminator: PatchDiscriminator = discriminator.whole().to(device).train()
+        self.average = [parameter.detach().clone() for parameter in self.tokenizer.parameters()]
+        self.perceptual = build_lpips("vgg", "random", remedy="").to(device)
+        self.settings, self.device, self.stopwatch = settings, device, Stopwatch(device)
+        self.lecam = [torch.zeros((), device=device), torch.zeros((), device=device)]
+        plain = {"lr": RATE, "betas": OPTIMIZER.betas, "foreach": False, "fused": False}
+        self.optimizers = [torch.optim.Adam(m.parameters(), **plain) for m in (self.tokenizer, self.discriminator)]
+
+    def held_bytes(self) -> int:
+        """Weights, moments and average, which are there before a step."""
+        return 4 * _bytes(self.tokenizer) + 3 * _bytes(self.discriminator)
+
+    def step(self, images: Tensor) -> Tensor:
+        """Train on a batch; its loss."""
+        part, x = self.stopwatch.part, to_unit_range(images)
+        with part("forward"), self._autocast():
+            latents = self.tokenizer.encode_latents(x)
+            quantized, quantization, entropy = self._quantize(latents)
+            reconstruction = self.tokenizer.decode_latents(quantized)
+        with part("discriminator"):
+            self._discriminator_step(x, reconstruction.detach())
+        with part("losses"), self._autocast():
+            nll = (reconstruction.float() - x).abs().mean() + self.perceptual(x, reconstruction.float()).float().mean()
+            logits = self.discriminator(reconstruction).float()
+            gan = self.settings.gan.weight * losses.non_saturating_generator_loss(logits)
+            loss = nll + self.settings.quantization_weight * quantization + self.settings.entropy_weight * entropy + gan
+        with part("backward"):
+            loss.backward()
+        with part("optimizer"):
+            self.optimizers[0].step()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for own, parameter in zip(self.average, self.tokenizer.parameters(), strict=True):
+                    own.mul_(EMA_DECAY).add_(parameter, alpha=1 - EMA_DECAY)
+        return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.tokenizer.quantizer.config
+        with torch.autocast(self.device.type, enabled=False):
+            tokens = latents.float().flatten(2).transpose(1, 2).flatten(0, 1)
+            found = textbook.index_backprop(
+                tokens, self.tokenizer.quantizer.codebook, beta=config.beta, temperature=config.entropy_temperature
+            )
+        batch, dim, height, width = latents.shape
+        quantized = found.latents.view(batch, height * width, dim).transpose(1, 2).reshape(latents.shape)
+        return quantized, found.quantization_loss, found.sample_entropy - found.batch_entropy
+
+    def _discriminator_step(self, real: Tensor, fake: Tensor) -> None:
+        with self._autocast():
+            real_logits, fake_logits = self.discriminator(real).float(), self.discriminator(fake).float()
+            logits = (real_logits, fake_logits)
+            self.lecam = [losses.lecam_update(e, v.detach().mean()) for e, v in zip(self.lecam, logits, strict=True)]
+            loss = losses.hinge_discriminator_loss(*logits)
+            loss = loss + self.settings.gan.lecam_weight * losses.lecam_regularizer(*logits, *self.lecam)
+        loss.backward()
+        self.optimizers[1].step()
+        self.optimizers[1].zero_grad(set_to_none=True)
