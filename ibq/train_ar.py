@@ -22,8 +22,8 @@ from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
 from ibq.data.shards import ImageDataConfig
 from ibq.engine.build import Blueprint, EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
+from ibq.engine.configs import check_tensor_parallel
 from ibq.engine.heartbeat import HeartbeatConfig
-from ibq.engine.tensor_parallel import check_tensor_parallel
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.ar_task import ARScheduleConfig, ARTask

@@ -11,7 +11,7 @@ from typing import Any
 
 from ibq.config import UserError
 from ibq.data.order import BatchPlan
-from ibq.engine.tensor_parallel import check_tensor_parallel
+from ibq.engine.configs import check_tensor_parallel
 from ibq.models.transformer import TransformerConfig
 from ibq.training.run import parse_arguments
 from launchers.executor import ROOT, in_code

@@ -8,11 +8,11 @@ import torch
 from training_support import make_workplace, run_script, train_here
 
 from ibq.config import UserError
+from ibq.engine.configs import check_tensor_parallel
 from ibq.engine.local import LocalEngine
 from ibq.engine.shard import Runs, Shard, place, take
 from ibq.engine.tensor_parallel import (
     apply_tensor_parallel,
-    check_tensor_parallel,
     partial_gradients,
     tensor_shard,
 )

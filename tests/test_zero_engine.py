@@ -12,7 +12,8 @@ from training_support import ROOT, largest_difference, make_workplace, run_scrip
 
 from ibq.config import ConfigError, UserError
 from ibq.engine.base import EngineSettings, OptimizerConfig
-from ibq.engine.zero import ZeroEngine, ZeroEngineConfig
+from ibq.engine.configs import ZeroEngineConfig
+from ibq.engine.zero import ZeroEngine
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 sys.path.insert(0, str(Path(__file__).parent / "workers"))

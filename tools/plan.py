@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from ibq.config import UserError, exit_on_user_error, load_config
 from ibq.config_yaml import read_layers
 from ibq.engine.build import EngineConfig, FsdpEngineConfig, LocalEngineConfig, OptimizerConfig, ZeroEngineConfig
-from ibq.engine.tensor_parallel import check_tensor_parallel
+from ibq.engine.configs import check_tensor_parallel
 from ibq.files import write_text
 from ibq.models.tokenizer import TokenizerConfig
 from ibq.models.transformer import TransformerConfig

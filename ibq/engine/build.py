@@ -2,11 +2,7 @@
 
 from ibq.engine.base import Engine, EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
-from ibq.engine.fsdp import FsdpEngine, FsdpEngineConfig
-from ibq.engine.local import LocalEngine, LocalEngineConfig
-from ibq.engine.zero import ZeroEngine, ZeroEngineConfig
-
-EngineConfig = LocalEngineConfig | FsdpEngineConfig | ZeroEngineConfig
+from ibq.engine.configs import EngineConfig, FsdpEngineConfig, LocalEngineConfig, ZeroEngineConfig
 
 __all__ = [
     "Blueprint",
@@ -25,10 +21,16 @@ def build_engine(config: EngineConfig, blueprint: Blueprint, settings: EngineSet
     """The engine that `config` describes, training the module of `blueprint`."""
     match config:
         case LocalEngineConfig():
+            from ibq.engine.local import LocalEngine
+
             return LocalEngine(blueprint, settings)
         case FsdpEngineConfig():
+            from ibq.engine.fsdp import FsdpEngine
+
             return FsdpEngine(config, blueprint, settings)
         case ZeroEngineConfig():
+            from ibq.engine.zero import ZeroEngine
+
             return ZeroEngine(config, blueprint, settings)
         case _:
             raise ValueError(f"no engine for {type(config).__name__}")

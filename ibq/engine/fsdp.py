@@ -7,10 +7,7 @@ of one tensor group are neighbours and see the same data.
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as torch_dist
@@ -21,55 +18,14 @@ from torch.distributed.fsdp import register_fsdp_forward_method as make_forward_
 from torch.distributed.tensor import DTensor
 
 from ibq import dist
-from ibq.config import UserError
 from ibq.engine.base import EngineSettings, Reader
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.configs import FsdpEngineConfig
 from ibq.engine.shard import Shard, part, take, whole
 from ibq.engine.tensor_parallel import apply_tensor_parallel, partial_gradients, tensor_shard
 from ibq.engine.torch_engine import Held, TorchEngine
 
 DIMENSIONS = ("replicate", "shard", "tensor")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FsdpEngineConfig:
-    """Sharding by FSDP2; `hybrid` keeps one copy of the model on every `shard_ranks` ranks (by default a machine)."""
-
-    kind: Literal["fsdp"] = "fsdp"
-    shard: Literal["full", "hybrid"] = "full"
-    shard_ranks: int | None = None  # of hybrid: ranks that share one copy
-    offload: Literal["none", "cpu"] = "none"  # of shards, gradients and optimizer
-    tensor_parallel: int = 1  # ranks that share each matrix
-    sequence_parallel: bool = False  # they also share the tokens between the matrices
-    compile: bool = False  # torch.compile for every block
-
-    def __post_init__(self):
-        if self.tensor_parallel < 1:
-            raise ValueError(f"tensor_parallel: must be at least 1, got {self.tensor_parallel}")
-        if self.sequence_parallel and self.tensor_parallel == 1:
-            raise ValueError("sequence_parallel: needs tensor_parallel of at least 2")
-        if self.shard_ranks is not None and self.shard == "full":
-            raise ValueError("shard_ranks: is for shard: hybrid; leave it out")
-        if self.shard_ranks is not None and self.shard_ranks < 1:
-            raise ValueError(f"shard_ranks: must be at least 1, got {self.shard_ranks}")
-
-    def mesh_sizes(self, world_size: int) -> tuple[int, int, int]:
-        """(replicate, shard, tensor) ranks; UserError where the numbers do not divide."""
-        if world_size % self.tensor_parallel:
-            raise UserError(
-                f"engine.tensor_parallel: {self.tensor_parallel} does not divide the {world_size} processes; "
-                "start a multiple of it"
-            )
-        ranks = world_size // self.tensor_parallel
-        if self.shard == "full":
-            return 1, ranks, self.tensor_parallel
-        share = self.shard_ranks or max(1, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) // self.tensor_parallel)
-        if ranks % share:
-            raise UserError(
-                f"engine.shard_ranks: {share} ranks a copy do not divide the {ranks} that see different data; "
-                "choose a divisor"
-            )
-        return ranks // share, share, self.tensor_parallel
 
 
 class FsdpEngine(TorchEngine):

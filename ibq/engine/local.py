@@ -3,8 +3,6 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -15,13 +13,6 @@ from ibq.engine.base import EngineSettings
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.shard import whole
 from ibq.engine.torch_engine import Held, TorchEngine
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalEngineConfig:
-    """Whole weights on every rank; DDP averages the gradients when a launcher starts several."""
-
-    kind: Literal["local"] = "local"
 
 
 class LocalEngine(TorchEngine):

@@ -36,22 +36,6 @@ from ibq.ops.linear_cross_entropy import split_linear_cross_entropy
 TOKENS = 1  # the dimension of the tokens in [B, T, C]
 
 
-def check_tensor_parallel(ranks: int, *, heads: int, kv_heads: int, tokens: int | None = None) -> None:
-    """Raise UserError unless so many ranks can share a transformer: by whole heads, and with `tokens` also these.
-
-    Other layers whose sizes do not divide are not split: each rank has them whole.
-    """
-    sizes = {"heads": heads, "key and value heads": kv_heads}
-    if tokens is not None:
-        sizes["tokens (sequence_parallel)"] = tokens
-    common = math.gcd(*sizes.values())
-    for name, size in sizes.items():
-        if size % ranks:
-            *others, last = [str(number) for number in range(1, common + 1) if common % number == 0]
-            choice = f"{', '.join(others)} or {last}" if others else last
-            raise UserError(f"engine.tensor_parallel: {ranks} does not divide the {size} {name}; use {choice}")
-
-
 def tensor_shard(module: nn.Module, name: str, shape: tuple[int, ...], rank: int, size: int) -> Shard:
     """The elements of a whole parameter that one of `size` tensor ranks holds, in the order in which it holds them."""
     layer = _parent(name)

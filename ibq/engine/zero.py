@@ -7,8 +7,7 @@ gradients are reduced and accumulated in float32.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from ibq import dist
 from ibq.config import UserError
 from ibq.engine.base import EngineSettings, GroupHyper, ParameterState, Reader, StepResult
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.configs import ZeroEngineConfig
 from ibq.engine.shard import Shard, take
 from ibq.engine.zero_average import Shadows
 from ibq.engine.zero_setup import (
@@ -34,53 +34,6 @@ from ibq.engine.zero_setup import (
     silence,
 )
 from ibq.engine.zero_state import MOMENTS, FlatPartitions, Group, ParameterPartitions, Partitions
-
-Target = Literal["none", "cpu", "nvme"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroEngineConfig:
-    """Sharded training by DeepSpeed; sizes count elements, not bytes.
-
-    With the optimizer on NVMe, its state and the average are files in a folder of this process under `nvme_path`, 16
-    bytes per element of its partition; a step reads and writes them once. Weights on NVMe are read for every use.
-    """
-
-    kind: Literal["zero"] = "zero"
-    stage: Literal[0, 1, 2, 3] = 3
-    offload_optimizer: Target = "none"
-    offload_parameters: Target = "none"
-    nvme_path: str | None = None
-    sub_group_size: int = 50_000_000  # stage 3: what is updated (and in memory) at a time, and the largest parameter
-    reduce_bucket_size: int = 50_000_000  # gradients reduced at a time
-    allgather_bucket_size: int = 50_000_000  # stages 1, 2: weights gathered at a time
-    prefetch_bucket_size: int = 50_000_000  # stage 3: weights gathered ahead of their use
-    max_live_parameters: int = 200_000_000  # stage 3: weights gathered at a time
-    parameter_buffers: int = 8  # weights from NVMe that are in memory at a time, each as large as the largest
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # raw DeepSpeed keys, laid over what is built from these
-
-    def __post_init__(self):
-        if self.stage not in (0, 1, 2, 3):
-            raise ValueError(f"stage: {self.stage} is not a ZeRO stage; choose 0, 1, 2 or 3")
-        for name in ("offload_optimizer", "offload_parameters"):
-            if getattr(self, name) not in ("none", "cpu", "nvme"):
-                raise ValueError(f"{name}: {getattr(self, name)} is not possible; choose none, cpu or nvme")
-        if self.offload_parameters != "none" and self.stage != 3:
-            raise ValueError(f"offload_parameters: needs stage 3, not {self.stage}; set stage to 3, or use none")
-        if self.offload_optimizer == "nvme" and self.stage != 3:
-            raise ValueError(f"offload_optimizer: nvme needs stage 3, not {self.stage}; set stage to 3, or use cpu")
-        if self.offload_optimizer == "cpu" and self.stage == 0:
-            raise ValueError("offload_optimizer: stage 0 has nothing to offload; set stage to 1, 2 or 3, or use none")
-        if self.uses_nvme and not self.nvme_path:
-            raise ValueError("nvme_path: missing; name a folder on the NVMe disk, or offload to cpu")
-        for name in ("sub_group_size", "reduce_bucket_size", "allgather_bucket_size", "parameter_buffers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is not positive; leave it out for the default")
-
-    @property
-    def uses_nvme(self) -> bool:
-        """Whether anything is kept on NVMe."""
-        return "nvme" in (self.offload_optimizer, self.offload_parameters)
 
 
 class ZeroEngine:

@@ -28,7 +28,7 @@ from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 
 if TYPE_CHECKING:
-    from ibq.engine.zero import ZeroEngineConfig
+    from ibq.engine.configs import ZeroEngineConfig
 
 PREFIX = "ibq-zero-"
 PERSISTENT = 100_000  # parameters of at most so many elements stay gathered in stage 3 (DeepSpeed's default)

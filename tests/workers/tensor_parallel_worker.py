@@ -19,7 +19,8 @@ from ibq import dist
 from ibq.engine import tensor_parallel as module
 from ibq.engine.base import PARTS, Engine, EngineSettings, GroupHyper, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
-from ibq.engine.fsdp import FsdpEngine, FsdpEngineConfig
+from ibq.engine.configs import FsdpEngineConfig
+from ibq.engine.fsdp import FsdpEngine
 from ibq.engine.shard import Runs, Shard, whole
 from ibq.models.transformer import Transformer, TransformerConfig
 

@@ -20,8 +20,9 @@ from torch import nn
 from ibq import dist
 from ibq.engine.base import PARTS, EngineSettings, GroupHyper, OptimizerConfig, ParameterState
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.configs import ZeroEngineConfig
 from ibq.engine.shard import place, take
-from ibq.engine.zero import ZeroEngine, ZeroEngineConfig
+from ibq.engine.zero import ZeroEngine
 from ibq.engine.zero_setup import load_deepspeed
 from ibq.models.transformer import Transformer, TransformerConfig
 
