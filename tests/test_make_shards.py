@@ -437,7 +437,7 @@ def test_image_that_could_not_be_read_comes_in_when_it_can(damaged, make, tmp_pa
 # --- Going on ---
 
 
-LARGE_SHARDS = 120  # so many that a busy machine comes to kill a run of them before it ends
+LARGE_SHARDS = 400  # so many that a busy machine comes to kill a run of them before it ends
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +499,7 @@ def test_ctrl_c_ends_quickly_and_quietly(large, make, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     begin = time.monotonic()
     _, err = process.communicate(timeout=10)
-    assert process.returncode == 130 and time.monotonic() - begin < 3
+    assert process.returncode == 130 and time.monotonic() - begin < 8
     assert "Traceback" not in err and "the same command goes on" in err
     wait_for_end(process.pid)
     assert not glob.glob(f"{tmp_path}/out/.*")

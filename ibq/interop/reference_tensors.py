@@ -88,8 +88,8 @@ def _unsafe_or_damaged(path: str | Path, reason: str) -> str:
     """What to say of a pickle that is refused."""
     if unsafe := re.search(r"GLOBAL ([\w.]+)", reason):
         return (
-            f"{path}: cannot be read as tensors only: {unsafe[1]} in it may run code; if you trust the file, save its "
-            "tensors alone: torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW)"
+            f"{path}: cannot be read as tensors only: {unsafe[1]} in it may run code; ask for a file of tensors, or "
+            "save its `state_dict` alone in an environment that you trust with it"
         )
     # Only what the unpickler itself says: around it PyTorch advises to switch the safety off.
     reason = reason.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip()

@@ -19,6 +19,7 @@ from ibq.engine.base import Engine
 from ibq.engine.heartbeat import Heartbeat, HeartbeatConfig
 from ibq.files import recover_folder, write_text
 from ibq.progress import progress_bar, say
+from ibq.training import provenance
 from ibq.training.bad_samples import BadSamples
 from ibq.training.checkpoint import (
     CheckpointConfig,
@@ -147,6 +148,7 @@ def train(
         if dist.is_main():
             write_text(folder / "config.yaml", config_text)
         if run.state.step < total_steps or run.state.validation_pending:
+            provenance.record_start(folder)
             write_status(folder, "running", run.state.step, total_steps)
         try:
             _steps(run, total_steps, seed, title)

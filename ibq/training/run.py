@@ -91,7 +91,6 @@ def train_in_folder(task: Task, data: RunData, config, fresh: bool, device: torc
     """Train in the run's folder as its config says, and leave the process group; the exit code."""
     try:
         with run_folder(config.output, fresh) as folder:
-            provenance.record_start(folder)
             code = train(
                 task,
                 data,
