@@ -423,7 +423,7 @@ def bad_files(folder: Path):
         yield folder / f"{name}.ckpt", "seed-voken", "download it again"
     yield damage(whole), "seed-voken", "another checksum"
     for name in ("unsafe.ckpt", "plain.pt"):
-        yield folder / name, "seed-voken", "may run code; if you trust the file"
+        yield folder / name, "seed-voken", "may run code; ask for a file of tensors"
     yield folder / "less.ckpt", "seed-voken", "wrong shapes: encoder.conv_in.weight [1]"
     for name in ("no_tensors", "list"):
         yield folder / f"{name}.ckpt", "seed-voken", "no table of tensors"
