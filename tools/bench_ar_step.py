@@ -5,17 +5,14 @@ keys and the statistics of norms by fp32 copies, a table of logits, and AdamW on
 """
 
 import argparse
-import os
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibq.config import UserError, load_section
+from ibq.config import load_section
 from ibq.engine.base import EngineSettings, GroupHyper, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.local import LocalEngine
@@ -25,73 +22,43 @@ from ibq.scaling.transformer import transformer_flops
 from ibq.training.ar_task import ARTask
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
-from tools.bench_process import GIB, extra_peak_gib, product_rate, run_apart, synchronize
+from tools import bench_step
+from tools.bench_process import product_rate, run_apart, synchronize
 
-FORMS = ("ours", "plain")
 OPTIMIZER = OptimizerConfig(kind="adamw", learning_rate=1e-4, betas=(0.9, 0.96), weight_decay=0.05, clip_norm=1.0)
 BANDWIDTH_FLOATS = 2**26  # that are copied to measure the memory's bandwidth
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this bench."""
-    add = parser.add_argument
-    add("--config", default="yaml/b.yaml", help="config of a transformer run (default: %(default)s)")
-    add("--batch", type=int, default=4, help="images (default: %(default)s)")
-    add("--steps", type=int, default=4, help="timed steps of each form, of which the best counts (default: 4)")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    bench_step.add_options(parser, config="yaml/b.yaml", batch=4, steps=4)
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Each form in a fresh process, then the machine's own rates."""
-    settings = {name: getattr(arguments, name) for name in ("config", "batch", "steps", "device")}
-    if min(arguments.batch, arguments.steps) < 1:
-        raise UserError("--batch and --steps must be at least 1")
+    settings = bench_step.settings_of(arguments)
     config = load_section(TransformerConfig, arguments.config, "model")  # errors before the wait
-    figures: dict = {}
-    with progress_bar("ar-step", len(FORMS) + 1, "run") as progress:
-        for form in FORMS:
-            figures[form] = run_apart(measure_form, form=form, **settings)
-            progress.update()
+    with progress_bar("ar-step", len(bench_step.FORMS) + 1, "run") as progress:
+        figures = bench_step.measure_forms(measure_form, settings, progress.update)
         rates = run_apart(measure_rates, config=arguments.config, batch=arguments.batch, device=arguments.device)
         progress.update()
     flops = arguments.batch * transformer_flops(config).textbook
-    for form in FORMS:
+    for form in bench_step.FORMS:
         own = figures[form]
         own["tokens_per_second"] = arguments.batch * config.tokens / own["seconds"]
         own["mfu"] = flops / own["seconds"] / rates["bf16"]
-    ours, plain = (figures[form] for form in FORMS)
-    return figures | {
-        "ratio": {
-            "speedup": plain["seconds"] / ours["seconds"],
-            "memory": ours["peak_gib"] / plain["peak_gib"],
-            "mfu": ours["mfu"],
-        },
-        "rates": rates,
-        "flops_per_step": flops,
-        **settings,
-        "threads": ours["threads"],
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
+    figures["ratio"]["mfu"] = figures["ours"]["mfu"]
+    return figures | {"rates": rates, "flops_per_step": flops}
 
 
 def table(figures: dict) -> str:
     """The figures for people."""
-    ours, plain, ratio, rates = figures["ours"], figures["plain"], figures["ratio"], figures["rates"]
-    name = f"{Path(figures['config']).stem}, {figures['batch']} images"
-    lines = [f"{name:32s} {'ours':>10s} {'plain':>10s} {'ratio':>7s}"]
     rows = {"tokens/s": "tokens_per_second", "seconds a step": "seconds", "peak GiB": "peak_gib", "MFU": "mfu"}
-    for text, key in rows.items():
-        lines.append(f"{text:32s} {ours[key]:10.3f} {plain[key]:10.3f} {ours[key] / plain[key]:7.2f}")
-    for part in ours["parts"]:
-        one, other = ours["parts"][part], plain["parts"][part]
-        lines.append(f"{'  seconds in ' + part:32s} {one:10.3f} {other:10.3f} {one / max(other, 1e-9):7.2f}")
-    lines.append(f"{ratio['speedup']:.2f} times the plain form's speed at {ratio['memory']:.2f} of its memory")
-    lines.append(
-        f"matrix products: {rates['bf16'] / 1e9:,.0f} GFLOP/s in bf16, {rates['fp32'] / 1e9:,.0f} in fp32; memory is "
+    rates = figures["rates"]
+    return bench_step.table(figures, rows) + (
+        f"\nmatrix products: {rates['bf16'] / 1e9:,.0f} GFLOP/s in bf16, {rates['fp32'] / 1e9:,.0f} in fp32; memory is "
         f"copied at {rates['bytes_per_second'] / 1e9:.1f} GB/s; {figures['flops_per_step'] / 1e12:.2f} TFLOP a step"
     )
-    return "\n".join(lines)
 
 
 # --- In a fresh process ---
@@ -127,7 +94,7 @@ def _seconds(function: Callable[[], object], device: str) -> float:
 
 
 def measure_form(*, form: str, config: str, batch: int, steps: int, device: str) -> dict:
-    """The best step of a form, its parts, and the process's memory at its most; two steps are not counted."""
+    """A form's figures."""
     set_up_torch(training=True)
     model = load_section(TransformerConfig, config, "model")
     blueprint = Blueprint(name="transformer", build=lambda: Transformer(model), seed=0)
@@ -135,28 +102,16 @@ def measure_form(*, form: str, config: str, batch: int, steps: int, device: str)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(model.vocab_size, (batch, model.tokens), generator=generator).to(device)
     classes = torch.randint(model.num_classes, (batch,), generator=generator).to(device)
-    losses: list[float] = []
-
-    def run() -> None:
-        losses.append(float(trainer.step(codes, classes)))
-
-    run()
-    peak = extra_peak_gib(run, device)  # the second step: moments exist
-    trainer.stopwatch.means(1)
-    best, parts = float("inf"), {}
-    for _ in range(steps):
-        seconds = _seconds(run, device)
-        found = trainer.stopwatch.means(1)
-        if seconds < best:
-            best, parts = seconds, {name.removeprefix("seconds/"): value for name, value in found.items()}
     weights = 4 * sum(parameter.numel() for parameter in trainer.module.parameters())
-    return {
-        "seconds": best,
-        "parts": {name: value for name, value in parts.items() if name != "tokenizer"},
-        "peak_gib": peak + 3 * weights / GIB,  # weights and both moments are there before the step
-        "losses": losses,
-        "threads": torch.get_num_threads(),
-    }
+    figures = bench_step.time_steps(
+        lambda: float(trainer.step(codes, classes)),
+        trainer.stopwatch,
+        3 * weights,  # and both moments
+        steps,
+        device,
+    )
+    figures["parts"].pop("tokenizer", None)  # codes need none
+    return figures
 
 
 class OurStep:

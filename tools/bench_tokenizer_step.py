@@ -6,18 +6,14 @@ after the other.
 """
 
 import argparse
-import os
-import platform
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq import losses
-from ibq.config import UserError, load_section
+from ibq.config import load_section
 from ibq.data.transforms import to_unit_range
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
@@ -30,9 +26,8 @@ from ibq.progress import progress_bar
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
 from ibq.training.tokenizer_task import TokenizerLossConfig, TokenizerTask
-from tools.bench_process import GIB, extra_peak_gib, run_apart, synchronize
+from tools import bench_step
 
-FORMS = ("ours", "plain")
 RATE = 1e-4
 OPTIMIZER = OptimizerConfig(kind="adam", learning_rate=RATE, betas=(0.5, 0.9))
 EMA_DECAY = 0.999
@@ -40,54 +35,32 @@ EMA_DECAY = 0.999
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this bench."""
-    add = parser.add_argument
-    add("--config", default="yaml/tokenizer_262144.yaml", help="config of a tokenizer run (default: %(default)s)")
-    add("--batch", type=int, default=1, help="images (default: %(default)s)")
-    add("--steps", type=int, default=2, help="timed steps of each form, of which the best counts (default: 2)")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    bench_step.add_options(parser, config="yaml/tokenizer_262144.yaml", batch=1, steps=2)
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Each form in a fresh process."""
-    settings = {name: getattr(arguments, name) for name in ("config", "batch", "steps", "device")}
-    if min(arguments.batch, arguments.steps) < 1:
-        raise UserError("--batch and --steps must be at least 1")
+    settings = bench_step.settings_of(arguments)
     load_section(TokenizerConfig, arguments.config, "model")  # errors before the wait
-    figures: dict = {}
-    with progress_bar("tokenizer-step", len(FORMS), "run") as progress:
-        for form in FORMS:
-            figures[form] = run_apart(measure_form, form=form, **settings)
-            figures[form]["images_per_second"] = arguments.batch / figures[form]["seconds"]
-            progress.update()
-    ours, plain = (figures[form] for form in FORMS)
-    return figures | {
-        "ratio": {"speedup": plain["seconds"] / ours["seconds"], "memory": ours["peak_gib"] / plain["peak_gib"]},
-        **settings,
-        "threads": ours["threads"],
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
+    with progress_bar("tokenizer-step", len(bench_step.FORMS), "run") as progress:
+        figures = bench_step.measure_forms(measure_form, settings, progress.update)
+    for form in bench_step.FORMS:
+        figures[form]["images_per_second"] = arguments.batch / figures[form]["seconds"]
+    return figures
 
 
 def table(figures: dict) -> str:
     """The figures for people."""
-    ours, plain, ratio = figures["ours"], figures["plain"], figures["ratio"]
-    name = f"{Path(figures['config']).stem}, {figures['batch']} images"
-    lines = [f"{name:32s} {'ours':>10s} {'plain':>10s} {'ratio':>7s}"]
-    for text, key in {"images/s": "images_per_second", "seconds a step": "seconds", "peak GiB": "peak_gib"}.items():
-        lines.append(f"{text:32s} {ours[key]:10.3f} {plain[key]:10.3f} {ours[key] / plain[key]:7.2f}")
-    for part in ours["parts"]:
-        one, other = ours["parts"][part], plain["parts"][part]
-        lines.append(f"{'  seconds in ' + part:32s} {one:10.3f} {other:10.3f} {one / max(other, 1e-9):7.2f}")
-    lines.append(f"{ratio['speedup']:.2f} times the plain form's speed at {ratio['memory']:.2f} of its memory")
-    return "\n".join(lines)
+    return bench_step.table(
+        figures, {"images/s": "images_per_second", "seconds a step": "seconds", "peak GiB": "peak_gib"}
+    )
 
 
 # --- In a fresh process ---
 
 
 def measure_form(*, form: str, config: str, batch: int, steps: int, device: str) -> dict:
-    """The best step of a form, its parts, and the process's memory at its most; two steps are not counted."""
+    """A form's figures."""
     set_up_torch(training=True)
     model = load_section(TokenizerConfig, config, "model")
     settings = load_section(TokenizerLossConfig, config, "loss")
@@ -97,30 +70,9 @@ def measure_form(*, form: str, config: str, batch: int, steps: int, device: str)
     shape = (batch, model.in_channels, model.resolution // 8, model.resolution // 8)
     coarse = torch.rand(shape, generator=generator)
     images = F.interpolate(coarse * 255, scale_factor=8, mode="bilinear").to(torch.uint8).to(device)
-    found: list[float] = []
-
-    def run() -> None:
-        found.append(float(trainer.step(images)))
-
-    run()
-    peak = extra_peak_gib(run, device)  # the second step: moments exist
-    trainer.stopwatch.means(1)
-    best, parts = float("inf"), {}
-    for _ in range(steps):
-        synchronize(device)
-        started = time.perf_counter()
-        run()
-        synchronize(device)
-        seconds, own = time.perf_counter() - started, trainer.stopwatch.means(1)
-        if seconds < best:
-            best, parts = seconds, {name.removeprefix("seconds/"): value for name, value in own.items()}
-    return {
-        "seconds": best,
-        "parts": parts,
-        "peak_gib": peak + trainer.held_bytes() / GIB,
-        "losses": found,
-        "threads": torch.get_num_threads(),
-    }
+    return bench_step.time_steps(
+        lambda: float(trainer.step(images)), trainer.stopwatch, trainer.held_bytes(), steps, device
+    )
 
 
 def _blueprints(model: TokenizerConfig, settings: TokenizerLossConfig) -> tuple[Blueprint, Blueprint]:

@@ -1,0 +1,89 @@
+"""What the benches of training steps share: both forms in fresh processes, the best step with its parts, the table."""
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ibq.config import UserError
+from ibq.training.metrics import Stopwatch
+from tools.bench_process import GIB, extra_peak_gib, run_apart, synchronize
+
+FORMS = ("ours", "plain")
+
+
+def add_options(parser: argparse.ArgumentParser, *, config: str, batch: int, steps: int) -> None:
+    """The options of such a bench, with its defaults."""
+    add = parser.add_argument
+    add("--config", default=config, help="config of a run (default: %(default)s)")
+    add("--batch", type=int, default=batch, help="images (default: %(default)s)")
+    help_steps = "timed steps of each form, of which the best counts (default: %(default)s)"
+    add("--steps", type=int, default=steps, help=help_steps)
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def settings_of(arguments: argparse.Namespace) -> dict:
+    """The options, as `measure_form` takes them; UserError for impossible ones."""
+    if min(arguments.batch, arguments.steps) < 1:
+        raise UserError("--batch and --steps must be at least 1")
+    return {name: getattr(arguments, name) for name in ("config", "batch", "steps", "device")}
+
+
+def measure_forms(measure_form: Callable[..., dict], settings: dict, advance: Callable[[], object]) -> dict:
+    """Each form in a fresh process, their ratios, and what the figures depend on."""
+    figures: dict = {}
+    for form in FORMS:
+        figures[form] = run_apart(measure_form, form=form, **settings)
+        advance()
+    ours, plain = (figures[form] for form in FORMS)
+    return figures | {
+        "ratio": {"speedup": plain["seconds"] / ours["seconds"], "memory": ours["peak_gib"] / plain["peak_gib"]},
+        **settings,
+        "threads": ours["threads"],
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def time_steps(step: Callable[[], float], stopwatch: Stopwatch, held_bytes: int, steps: int, device: str) -> dict:
+    """The best of so many steps and its parts, and the memory at its most; two steps before are not counted.
+
+    `step` gives its loss; `held_bytes` are there before a step.
+    """
+    losses = [step()]
+    peak = extra_peak_gib(lambda: losses.append(step()), device)  # the second step: moments exist
+    stopwatch.means(1)
+    best, parts = float("inf"), {}
+    for _ in range(steps):
+        synchronize(device)
+        started = time.perf_counter()
+        losses.append(step())
+        synchronize(device)
+        seconds, own = time.perf_counter() - started, stopwatch.means(1)
+        if seconds < best:
+            best, parts = seconds, {name.removeprefix("seconds/"): value for name, value in own.items()}
+    peak_gib = peak + held_bytes / GIB
+    return {
+        "seconds": best,
+        "parts": parts,
+        "peak_gib": peak_gib,
+        "losses": losses,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def table(figures: Mapping, rows: Mapping[str, str]) -> str:
+    """Both forms side by side: `rows` (text -> name of a figure), then the parts of the step."""
+    ours, plain, ratio = figures["ours"], figures["plain"], figures["ratio"]
+    name = f"{Path(figures['config']).stem}, {figures['batch']} images"
+    lines = [f"{name:32s} {'ours':>10s} {'plain':>10s} {'ratio':>7s}"]
+    values = {text: (ours[key], plain[key]) for text, key in rows.items()}
+    values |= {f"  seconds in {part}": (ours["parts"][part], plain["parts"][part]) for part in ours["parts"]}
+    for text, (one, other) in values.items():
+        lines.append(f"{text:32s} {one:10.3f} {other:10.3f} {one / max(other, 1e-9):7.2f}")
+    lines.append(f"{ratio['speedup']:.2f} times the plain form's speed at {ratio['memory']:.2f} of its memory")
+    return "\n".join(lines)
