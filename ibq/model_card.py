@@ -10,15 +10,14 @@ from torch import nn
 
 import yaml
 from ibq.config import UserError, dump_config
+from ibq.evaluation import record as evaluation
 from ibq.interop.families import FAMILIES
 from ibq.models.tokenizer import Tokenizer
 from ibq.quantizers import IBQConfig, LFQConfig
 from ibq.training.checkpoint import weights_hash
 
 NOT_STATED = "not stated"
-RECORD_FORMAT = 1  # of the JSON files of tools/evaluate.py
-COMMANDS = {"reconstruction": "image reconstruction", "generation": "class-conditional image generation"}
-RECORD_REMEDY = "give a file that tools/evaluate.py has written with --json"
+TASKS = {"reconstruction": "image reconstruction", "generation": "class-conditional image generation"}
 
 QUANTIZER_PAPERS = {"vq": "1711.00937", "simvq": "2411.02038", "bsq": "2406.07548", "fsq": "2309.15505"}
 IBQ_PAPER = """\
@@ -79,14 +78,8 @@ def model_card(model: nn.Module, facts: CardFacts) -> str:
 
 def read_record(path: Path, model: nn.Module) -> dict:
     """A record of tools/evaluate.py, checked to be of these very weights; UserError otherwise."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error}); {RECORD_REMEDY}") from error
-    if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT or record.get("command") not in COMMANDS:
-        raise UserError(f"{path}: not the record of an evaluation; {RECORD_REMEDY}")
-    if not isinstance(record.get("metrics"), dict) or not isinstance(record.get("inputs"), dict):
-        raise UserError(f"{path}: `metrics` and `inputs` are missing; {RECORD_REMEDY}")
+    record = evaluation.read_record(path)
+    evaluation.require_figures(path, record)
     measured, own = measured_weights(record, model), weights_hash(model.state_dict())
     if measured != own:
         raise UserError(
@@ -125,7 +118,7 @@ def _front_matter(model: nn.Module, facts: CardFacts, records: list[tuple[Path, 
 
 
 def _result(record: Mapping) -> dict:
-    task = COMMANDS[record["command"]]
+    task = TASKS[record["command"]]
     metrics = [{"type": name, "name": name, "value": value} for name, value in _leaves(record["metrics"])]
     dataset = {"type": "custom", "name": _images_of(record)}
     return {"task": {"type": task.replace(" ", "-"), "name": task}, "dataset": dataset, "metrics": metrics}
@@ -195,7 +188,7 @@ def _figures(records: list[tuple[Path, dict]]) -> str:
     for path, record in records:
         rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in _leaves(record["metrics"]))
         proof = "".join(f"- {name}: {value}\n" for name, value in _provenance(record))
-        text += f"\n### {COMMANDS[record['command']].capitalize()}, {_images_of(record)}\n\n"
+        text += f"\n### {TASKS[record['command']].capitalize()}, {_images_of(record)}\n\n"
         text += f"| figure | measured |\n|---|---|\n{rows}\nFrom `{path.name}`:\n\n{proof}"
     return text
 

@@ -13,16 +13,15 @@ import torch
 
 from ibq import dist
 from ibq.config import UserError
+from ibq.evaluation.record import FORMAT, REMEDY, read_record, require_figures
 from ibq.files import write_text
 from ibq.progress import say
 from ibq.training.provenance import git_state
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMAT = 1
 HELP = "run an evaluation again from its JSON file: exit code 0 if all is the same, 1 if not, 2 for a bad file"
 EPILOG = "With torchrun, several processes share the images; the figures are the same for every number of them."
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "lpips", "torch-fidelity", "pillow")
-COMMANDS = ("reconstruction", "generation")
 TOLERANCE = 1e-6
 
 
@@ -62,20 +61,15 @@ def require_writable(option: str, path: Path) -> None:
 
 def read(path: Path) -> dict:
     """A record, checked; UserError for another file."""
-    remedy = "give a file that tools/evaluate.py has written with --json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error}); {remedy}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("command") not in COMMANDS:
-        raise UserError(f"{path}: not the record of an evaluation; {remedy}")
-    argv, metrics, inputs = (record.get(name) for name in ("arguments", "metrics", "inputs"))
+    record = read_record(path)
+    argv = record.get("arguments")
     if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
-        raise UserError(f"{path}: `arguments` is not a list of words; {remedy}")
+        raise UserError(f"{path}: `arguments` is not a list of words; {REMEDY}")
     if argv[0] != record["command"]:
-        raise UserError(f"{path}: `arguments` do not begin with the command {record['command']!r}; {remedy}")
-    if not isinstance(metrics, dict) or not isinstance(inputs, dict) or not list(_leaves(metrics)):
-        raise UserError(f"{path}: `metrics` and `inputs` are missing; {remedy}")
+        raise UserError(f"{path}: `arguments` do not begin with the command {record['command']!r}; {REMEDY}")
+    require_figures(path, record)
+    if not list(_leaves(record["metrics"])):
+        raise UserError(f"{path}: `metrics` are missing; {REMEDY}")
     for word in argv:
         if "pipe:" in word:
             raise UserError(
