@@ -21,7 +21,7 @@ from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
 from ibq.data.shards import ImageDataConfig
-from ibq.engine.build import Blueprint, EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
+from ibq.engine.build import EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
 from ibq.engine.configs import check_tensor_parallel
 from ibq.engine.heartbeat import HeartbeatConfig
 from ibq.models.tokenizer import Tokenizer
@@ -39,6 +39,7 @@ from ibq.training.run import (
     train_in_folder,
 )
 from ibq.training.run_data import RunData, code_data, image_data
+from ibq.training.startup import StartUp, TimedBlueprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class ARRunConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the exit code."""
+    start_up = StartUp()
     arguments = parse_arguments(
         ARRunConfig, __doc__.splitlines()[0],
         "torchrun --nproc-per-node 8 ibq/train_ar.py --config yaml/b.yaml data.train=codes/train", argv,
@@ -87,12 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_torch(training=True)
     device = dist.setup(config.device)
     share_model(config)
-    with naming(arguments.source):
+    with start_up.part("data"), naming(arguments.source):
         data, tokenizer = open_data(config, device)
     bind_data(data, config.training, device, arguments.source)
-    task = build_task(config, data, device, tokenizer)
+    with start_up.part("engine"):
+        task = build_task(config, data, device, tokenizer, start_up)
     check_schedule(task.hyper, arguments.source)
-    return train_in_folder(task, data, config, arguments.fresh, device, title="transformer")
+    return train_in_folder(task, data, config, arguments.fresh, device, title="transformer", start_up=start_up)
 
 
 def share_model(config: ARRunConfig) -> None:
@@ -160,14 +163,16 @@ def _check_model(config: ARRunConfig, *, num_codes: int, tokens_per_side: int, c
             raise UserError(f"model.{name}: is {getattr(config.model, name)} but the data has {value}; set it so")
 
 
-def build_task(config: ARRunConfig, data: RunData, device: torch.device, tokenizer) -> ARTask:
+def build_task(config: ARRunConfig, data: RunData, device: torch.device, tokenizer, start_up: StartUp) -> ARTask:
     """Network, engine and the task that trains it."""
     total_steps = config.training.total_steps(data.steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
 
     engine = build_engine(
         config.engine,
-        Blueprint(name="transformer", build=lambda: Transformer(config.model), seed=config.seed),
+        TimedBlueprint(
+            name="transformer", build=lambda: Transformer(config.model), seed=config.seed, start_up=start_up
+        ),
         EngineSettings(
             optimizer=config.optimizer,
             device=device,

@@ -22,7 +22,6 @@ from ibq import dist
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.shards import ImageDataConfig
 from ibq.engine.build import (
-    Blueprint,
     EngineConfig,
     EngineSettings,
     LocalEngineConfig,
@@ -46,6 +45,7 @@ from ibq.training.run import (
     train_in_folder,
 )
 from ibq.training.run_data import RunData, image_data
+from ibq.training.startup import StartUp, TimedBlueprint
 from ibq.training.tokenizer_task import (
     CodebookStartConfig,
     MultiStepScheduleConfig,
@@ -97,6 +97,7 @@ class TokenizerRunConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the exit code."""
+    start_up = StartUp()
     arguments = parse_arguments(
         TokenizerRunConfig, __doc__.splitlines()[0],
         "python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml training.micro_batch=8", argv,
@@ -104,21 +105,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     config: TokenizerRunConfig = arguments.config
     set_up_torch(training=True)
     device = dist.setup(config.device)
-    perceptual = dist.main_first(lambda: build_perceptual(config.loss.perceptual))  # one rank downloads the weights
-    with naming(arguments.source):
+    with start_up.part("model"):
+        perceptual = dist.main_first(lambda: build_perceptual(config.loss.perceptual))  # one rank downloads the weights
+    with start_up.part("data"), naming(arguments.source):
         data = image_data(config.data, config.model.resolution, config.seed)
     bind_data(data, config.training, device, arguments.source)
-    task = build_task(config, data, device, perceptual)
+    with start_up.part("engine"):
+        task = build_task(config, data, device, perceptual, start_up)
     check_schedule(task.learning_rate, arguments.source)
     warmup, total = config.codebook_start.warmup_steps, config.training.total_steps(data.steps_per_epoch)
     if warmup >= total:
         raise UserError(
             f"{arguments.source}: codebook_start.warmup_steps: {warmup} must be below the run's {total} steps"
         )
-    return train_in_folder(task, data, config, arguments.fresh, device, title="tokenizer")
+    return train_in_folder(task, data, config, arguments.fresh, device, title="tokenizer", start_up=start_up)
 
 
-def build_task(config: TokenizerRunConfig, data: RunData, device: torch.device, perceptual) -> TokenizerTask:
+def build_task(
+    config: TokenizerRunConfig, data: RunData, device: torch.device, perceptual, start_up: StartUp
+) -> TokenizerTask:
     """Networks, engines and the task that trains them."""
     total_steps = config.training.total_steps(data.steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
@@ -129,7 +134,7 @@ def build_task(config: TokenizerRunConfig, data: RunData, device: torch.device, 
     def engine(kind, name, build, ema_decay):
         return build_engine(
             kind,
-            Blueprint(name=name, build=build, seed=config.seed),
+            TimedBlueprint(name=name, build=build, seed=config.seed, start_up=start_up),
             EngineSettings(
                 optimizer=config.optimizer,
                 device=device,

@@ -31,6 +31,7 @@ from ibq.training.checkpoint import (
 )
 from ibq.training.metrics import Interval, MetricLogger, Stopwatch, peak_memory_gib
 from ibq.training.run_data import RunData
+from ibq.training.startup import StartUp
 from ibq.training.stopping import StopSignals, write_status
 
 Batch = tuple[Tensor, Tensor]
@@ -135,6 +136,7 @@ def train(
     seed: int,
     device: torch.device,
     title: str,
+    start_up: StartUp,
 ) -> int:
     """Train from the last checkpoint in `folder`, or from the start, to `total_steps`; the exit code.
 
@@ -144,14 +146,17 @@ def train(
     signals = StopSignals(checkpoint.signal)
     run = _Run(task, data, folder, config, checkpoint, heartbeat, device, signals, total_steps)
     with signals.noted(), run.heartbeat:
-        run.resume()
+        with start_up.part("checkpoint"):
+            run.resume()
+        with start_up.part("log"):
+            run.open_log()
         if dist.is_main():
             write_text(folder / "config.yaml", config_text)
         if run.state.step < total_steps or run.state.validation_pending:
             provenance.record_start(folder)
             write_status(folder, "running", run.state.step, total_steps)
         try:
-            _steps(run, total_steps, seed, title)
+            _steps(run, total_steps, seed, title, start_up)
         except BaseException as error:
             write_status(folder, "failed", run.state.step, total_steps, run.heartbeat.explain(error))
             raise
@@ -166,19 +171,24 @@ def train(
     return 0
 
 
-def _steps(run: "_Run", total_steps: int, seed: int, title: str) -> None:
+def _steps(run: "_Run", total_steps: int, seed: int, title: str, start_up: StartUp) -> None:
     """The steps that are left, with what happens between them."""
     state, config = run.state, run.config
     batches = run.data.training(state.position, total_steps - state.step, run.bad_samples.report)
     progress = progress_bar(title, total_steps, "step", initial=state.step, disable=not dist.is_main())
     with contextlib.closing(batches), progress:
-        run.validate_if_due()
+        with start_up.part("validation"):
+            run.validate_if_due()
+        start_up.enter("first batch")
         while state.step < total_steps and not run.signals.agree():
             seed_step(seed, state.step)
             with run.stopwatch.part("data"):
                 batch = next(batches)
+            start_up.enter("first step")
             outcome = run.task.step(state.step, batch, run.stopwatch)
             run.count(outcome)
+            if not start_up.done:
+                run.note_start(start_up)
             progress.update()
             last = state.step == total_steps
             if state.step % config.log_every == 0 or last:
@@ -249,6 +259,9 @@ class _Run:
             saved.order = self.state.order
             self.state, self._saved = saved, (saved.step, saved.validation_pending)
             self.bad_samples.resume(saved.step, saved.bad_samples)
+
+    def open_log(self) -> None:
+        """Go on with the log where the checkpoint is."""
         self.logger = MetricLogger(self.folder, self.state.step)
         self._since, self._started = self.state.step, time.perf_counter()
 
@@ -325,6 +338,13 @@ class _Run:
                 f"stopped after {self.bad_in_a_row} bad steps in a row, the last at {where}; "
                 "lower the learning rate or look at the data of these steps"
             )
+
+    def note_start(self, start_up: StartUp) -> None:
+        """Say how long it took until the first step was done."""
+        with self._besides_steps():
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # once: until now the step may only have been queued
+            start_up.finish(self.folder)
 
     def log(self) -> None:
         """Log an interval's means with rates, memory and the task's own figures."""

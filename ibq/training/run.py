@@ -15,14 +15,14 @@ from ibq import dist
 from ibq.config import UserError, dump_config, load_config
 from ibq.files import remove
 from ibq.progress import say
-from ibq.training import bad_samples, provenance
+from ibq.training import bad_samples, provenance, startup
 from ibq.training.loop import Task, TrainingConfig, train
 from ibq.training.run_data import RunData
 from ibq.training.stopping import STATUS_FILE
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best", STATUS_FILE, bad_samples.FILE,
-             provenance.FILE, provenance.PACKAGES_FILE)  # fmt: skip
+             provenance.FILE, provenance.PACKAGES_FILE, startup.FILE)  # fmt: skip
 LOCK_FILE = ".lock"
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
@@ -87,7 +87,9 @@ def run_folder(output: str, fresh: bool) -> Iterator[Path]:
             lock.close()
 
 
-def train_in_folder(task: Task, data: RunData, config, fresh: bool, device: torch.device, title: str) -> int:
+def train_in_folder(
+    task: Task, data: RunData, config, fresh: bool, device: torch.device, title: str, start_up: startup.StartUp
+) -> int:
     """Train in the run's folder as its config says, and leave the process group; the exit code."""
     try:
         with run_folder(config.output, fresh) as folder:
@@ -103,6 +105,7 @@ def train_in_folder(task: Task, data: RunData, config, fresh: bool, device: torc
                 seed=config.seed,
                 device=device,
                 title=title,
+                start_up=start_up,
             )
     finally:
         for engine in task.engines.values():  # a process of several ends without the interpreter's clean-up

@@ -1,0 +1,73 @@
+"""How long commands take to start: what a run says of it, the bench, and what `--help` does not import."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from training_support import make_workplace, train_here
+
+from ibq.training import startup
+from ibq.training.run import RUN_FILES
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("startup"))
+
+
+def check(folder: Path, said: str) -> dict:
+    """The parts make up the total, and the line says the same as the file."""
+    found = json.loads((folder / startup.FILE).read_text())
+    assert found["seconds"] == pytest.approx(sum(found["parts"].values()), abs=1e-3)
+    assert set(found["parts"]) <= set(startup.PARTS) and found["ranks"] == 1
+    assert min(found["parts"].values()) > 0
+    (line,) = re.findall(r"start-up: .*", said)
+    total, parts = re.fullmatch(r"start-up: ([\d.]+) s to the first step: (.*)", line).groups()
+    shown = {name: float(seconds) for name, seconds in (part.rsplit(" ", 1) for part in parts.split(", "))}
+    assert float(total) == pytest.approx(found["seconds"], abs=0.051)
+    assert shown == {name: round(seconds, 1) for name, seconds in found["parts"].items() if seconds >= 0.05}
+    return found
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_run_says_what_its_start_took(stage, workplace, tmp_path, capfd):
+    settings = ["--config", str(workplace / f"{stage}.yaml"), f"output={tmp_path / 'run'}"]
+    assert train_here(stage, [*settings, "training.max_steps=2"]) == 0
+    first = check(tmp_path / "run", capfd.readouterr().err)
+    assert {"imports", "engine", "model", "first batch", "first step"} <= set(first["parts"])
+    assert train_here(stage, settings) == 0
+    resumed = check(tmp_path / "run", capfd.readouterr().err)
+    assert "checkpoint" in resumed["parts"] and resumed != first
+    # Nothing is left to do: there is no first step, and what was known stays.
+    assert train_here(stage, settings) == 0
+    assert "start-up" not in capfd.readouterr().err
+    assert json.loads((tmp_path / "run" / startup.FILE).read_text()) == resumed
+
+
+def test_fresh_removes_it():
+    assert startup.FILE in RUN_FILES
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    startup.StartUp().finish(tmp_path / "file")  # no folder
+    assert "start-up: " in capfd.readouterr().err
+
+
+def test_parts_inside_parts_count_once(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
+    monkeypatch.setattr(startup.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(startup, "process_seconds", lambda: 5.0)
+    start = startup.StartUp()
+    with start.part("engine"), start.part("model"):
+        pass
+    assert {name: seconds for name, seconds in start.seconds.items() if seconds} == {
+        "imports": 5.0, "set-up": 1.0, "engine": 2.0 + 8.0, "model": 4.0,
+    }  # fmt: skip
+
+
+def test_without_proc_the_module_s_import_is_the_beginning(monkeypatch):
+    monkeypatch.setattr(startup.Path, "read_text", lambda _: "")
+    monkeypatch.setattr(startup.time, "perf_counter", lambda: startup._imported + 2.5)
+    assert startup.process_seconds() == pytest.approx(2.5)
