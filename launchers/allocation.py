@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Protocol
 
 from ibq.config import UserError
-from ibq.dist import slurm_port
 
 ENDED_AT_ONCE_S = 60.0  # that Slurm has to end a job after it has been requeued
 
@@ -152,7 +151,7 @@ def srun_prefix(allocation: SlurmAllocation, nodes: int | None = None, ranks_per
 def torchrun_command(allocation: Allocation, nodes: int, command: Sequence[str]) -> tuple[str, ...]:
     """A command for one task on each node, which starts the node's ranks by torchrun."""
     python, *rest = command
-    port = slurm_port(os.environ) + 1 if "SLURM_JOB_ID" in os.environ else 29_500
+    port = _slurm_port() + 1 if "SLURM_JOB_ID" in os.environ else 29_500
     options = ["--nnodes", str(nodes), "--nproc-per-node", str(allocation.ranks_per_node), "--rdzv-backend", "c10d"]
     options += ["--rdzv-endpoint", f"{allocation.nodes[0]}:{port}", "--rdzv-id", allocation.name]
     return (python, "-m", "torch.distributed.run", *options, *rest)
@@ -164,7 +163,7 @@ def deepspeed_command(allocation: Allocation, nodes: int, command: Sequence[str]
     slots = allocation.ranks_per_node
     hostfile.write_text("".join(f"{node} slots={slots}\n" for node in allocation.nodes[:nodes]))
     python, *rest = command
-    port = slurm_port(os.environ) + 2 if "SLURM_JOB_ID" in os.environ else 29_500
+    port = _slurm_port() + 2 if "SLURM_JOB_ID" in os.environ else 29_500
     launch = [str(Path(python).with_name("deepspeed")), "--hostfile", str(hostfile), "--no_ssh", "--node_rank"]
     before, after = shlex.join(launch), ["--master_addr", allocation.nodes[0], "--master_port", str(port), *rest]
     return ("bash", "-c", f'exec {before} "${{SLURM_NODEID:-0}}" {shlex.join(after)}')
@@ -176,3 +175,9 @@ def _said(*command: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         print(f"{shlex.join(command)}: {error}", file=sys.stderr)
         return ""
+
+
+def _slurm_port() -> int:
+    from ibq.dist import slurm_port  # reads PyTorch, for which --help should not wait
+
+    return slurm_port(os.environ)

@@ -19,7 +19,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ibq.config import UserError, exit_on_user_error
 from ibq.files import append_line
-from ibq.training.stopping import read_status
 from launchers.allocation import (
     Allocation,
     Step,
@@ -96,6 +95,8 @@ class Job:
 
     def _conclude(self, allocation: Allocation, logs: Path | None, code: int, folder: Path | None = None) -> int:
         """Say how it ended, and have it requeued where that helps."""
+        from ibq.training.stopping import read_status  # reads PyTorch, for which --help should not wait
+
         reason = read_status(folder).get("reason", "") if folder else ""
         said = f"{self.script} ended with exit code {code}" + (f": {reason}" if reason else "")
         if code == 0:

@@ -13,7 +13,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a failure is one line, without torch's stacks
 
 from ibq.config import exit_on_user_error
-from ibq.engine.preflight import PreflightConfig, preflight
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--wait-s", type=float, default=120.0, metavar="S", help="for the slowest rank (default: %(default)s)")
     add("--hosts", default="", metavar="A,B,...", help="the host of each rank, to name one that never speaks")
     arguments = parser.parse_args(argv)
+    from ibq.engine.preflight import PreflightConfig, preflight  # reads PyTorch, for which --help should not wait
+
     config = PreflightConfig(folder=arguments.folder, device=arguments.device, wait_s=arguments.wait_s)
     report = preflight(config, arguments.hosts.split(",") if arguments.hosts else ())
     if int(os.environ.get("RANK", "0")) == 0 or (report.problems and not report.hosts):

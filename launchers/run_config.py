@@ -12,8 +12,6 @@ from typing import Any
 from ibq.config import UserError
 from ibq.data.order import BatchPlan
 from ibq.engine.configs import check_tensor_parallel
-from ibq.models.transformer import TransformerConfig
-from ibq.training.run import parse_arguments
 from launchers.executor import ROOT, in_code
 
 # The training scripts, by their path in the project, and the config class that each reads.
@@ -48,6 +46,8 @@ def load_run(script: str, argv: Sequence[str]) -> Any:
 
     The file's path is relative to the current folder, as for the script itself. Raises ConfigError or UserError.
     """
+    from ibq.training.run import parse_arguments  # reads PyTorch, for which a launcher's --help should not wait
+
     kind, said = config_class(script), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -66,6 +66,8 @@ def check_run(config: Any, ranks: int = 1) -> None:
 
     Raises UserError that begins with the setting.
     """
+    from ibq.models.transformer import TransformerConfig  # as above
+
     shared = getattr(config.engine, "tensor_parallel", 1)  # ranks that see the same data
     if shared > 1 and isinstance(config.model, TransformerConfig):
         check_tensor_parallel(

@@ -1,14 +1,18 @@
 """How long commands take to start: what a run says of it, the bench, and what `--help` does not import."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from training_support import make_workplace, train_here
+from training_support import ROOT, make_workplace, train_here
 
 from ibq.training import startup
 from ibq.training.run import RUN_FILES
+from tools import bench_start_up
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +75,53 @@ def test_without_proc_the_module_s_import_is_the_beginning(monkeypatch):
     monkeypatch.setattr(startup.Path, "read_text", lambda _: "")
     monkeypatch.setattr(startup.time, "perf_counter", lambda: startup._imported + 2.5)
     assert startup.process_seconds() == pytest.approx(2.5)
+
+
+# --- The bench, and what `--help` imports ---
+
+HEAVY = ("scipy", "matplotlib", "deepspeed", "lpips", "torchvision", "tensorboard", "gradio", "webdataset", "triton",
+         "torch._dynamo", "submitit", "huggingface_hub")  # fmt: skip
+# What these print needs nothing of PyTorch, nor what they do before they start another process.
+WITHOUT_TORCH = {
+    *("launchers/slurm.py", "launchers/job.py", "launchers/preflight.py", "launchers/snapshot.py", "tools/bench.py"),
+    *("tools/bench.py start-up", "tools/demo.py", "tools/fit_scaling.py", "tools/make_shards.py", "tools/published.py"),
+    *("tools/quickstart.py",),
+}
+
+
+def test_every_command_is_known():
+    found = bench_start_up.help_commands()
+    assert set(found) >= WITHOUT_TORCH | {"ibq/train_ar.py", "tools/convert.py hub", "tools/evaluate.py verify"}
+    assert "launchers/sweep.py" in found and "tools/bench_process.py" not in found
+
+
+@pytest.mark.parametrize("command", bench_start_up.help_commands())
+def test_help_does_not_wait_for_heavy_modules(command):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]
+    modules = set(re.findall(r"^import time:.*\|\s*(\S+)$", done.stderr, flags=re.M))
+    assert "argparse" in modules
+    assert not modules & {*HEAVY, *(["torch"] if command in WITHOUT_TORCH else [])}
+
+
+def test_the_bench_in_small(tmp_path):
+    small = [f"model.{size}" for size in ("depth=2", "heads=2", "width=32", "vocab_size=64", "num_classes=12")]
+    options = ["--folder", str(tmp_path / "run"), "--repeats", "1", "--commands", "tools/bench.py", "--set", *small]
+    done = subprocess.run(
+        [sys.executable, "tools/bench.py", "start-up", *options, "--json", str(tmp_path / "s.json")],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "s.json").read_text())
+    for run in figures["runs"].values():
+        assert run["seconds"] == pytest.approx(sum(run["parts"].values()), abs=0.01)
+    assert set(figures["runs"]) == {"quickstart", "xxl"} and figures["runs"]["xxl"]["parts"]["launcher"] > 0
+    assert figures["help"].keys() == {"tools/bench.py"} and not (tmp_path / "run").exists()
+    assert "quickstart: " in done.stdout and "tools/bench.py" in done.stdout
+
+
+def test_without_the_emoji_there_are_pictures_of_noise(tmp_path):
+    bench_start_up._write_pictures(tmp_path)
+    assert len(list(tmp_path.glob("class?/*.png"))) == 64

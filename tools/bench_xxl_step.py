@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -134,28 +135,33 @@ def _make_codes(folder: Path, config: str, sizes: list[str], images: int) -> Non
 def _train(arguments: argparse.Namespace, last: int, after: int = 0) -> list[dict]:
     """Train until step `last`; the rows of the log. Once resumed, the checkpoint of step `after` makes room."""
     folder = arguments.folder
-    (folder / "nvme").mkdir(exist_ok=True)
-    settings = [
-        *("engine.kind=zero", "engine.stage=3", "engine.offload_optimizer=nvme", f"engine.nvme_path={folder / 'nvme'}"),
-        *("precision=bf16", "ema_decay=null", "model.gradient_checkpointing=true", f"output={folder / 'run'}"),
-        *(f"data.train={folder / 'codes'}", f"data.validation={folder / 'codes'}", "data.streams=1"),
-        *(f"training={{epochs: null, max_steps: {last}, batch_size: {arguments.batch}}}", "training.log_every=1"),
-        *(f"training.micro_batch={arguments.batch}", "training.validate_every=null", "checkpoint.keep=1"),
-        *("optimizer.scale_learning_rate=false", "optimizer.learning_rate=1e-4", "schedule.end=1.0"),
-        *("schedule.warmup_epochs=null", "schedule.warmup_steps=0", *arguments.overrides),
-    ]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1"]
-    launcher += ["--master_port", str(_free_port())]
+    command = training_command(folder, arguments.config, arguments.batch, last, arguments.overrides)
     log = folder / "run" / "metrics.jsonl"
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(log, after, last, folder / "run/checkpoints", done))
     watcher.start()
     try:
-        _run(*launcher, "ibq/train_ar.py", "--config", arguments.config, *settings)
+        _run(*command)
     finally:
         done.set()
         watcher.join()
     return _rows(log)
+
+
+def training_command(folder: Path, config: str, batch: int, last: int, overrides: Sequence[str]) -> list[str]:
+    """Training on the codes in `folder`/codes until step `last`, by the deepspeed launcher; `folder`/run is its own."""
+    (folder / "nvme").mkdir(exist_ok=True)
+    settings = [
+        *("engine.kind=zero", "engine.stage=3", "engine.offload_optimizer=nvme", f"engine.nvme_path={folder / 'nvme'}"),
+        *("precision=bf16", "ema_decay=null", "model.gradient_checkpointing=true", f"output={folder / 'run'}"),
+        *(f"data.train={folder / 'codes'}", f"data.validation={folder / 'codes'}", "data.streams=1"),
+        *(f"training={{epochs: null, max_steps: {last}, batch_size: {batch}}}", "training.log_every=1"),
+        *(f"training.micro_batch={batch}", "training.validate_every=null", "checkpoint.keep=1"),
+        *("optimizer.scale_learning_rate=false", "optimizer.learning_rate=1e-4", "schedule.end=1.0"),
+        *("schedule.warmup_epochs=null", "schedule.warmup_steps=0", *overrides),
+    ]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1"]
+    return [*launcher, "--master_port", str(_free_port()), "ibq/train_ar.py", "--config", config, *settings]
 
 
 def _watch(log: Path, after: int, last: int, checkpoints: Path, done: threading.Event) -> None:

@@ -22,7 +22,6 @@ from ibq.files import write_text
 from ibq.progress import progress_bar
 from ibq.scaling.law_fit import Runs, Settings, analyse, fits_to_do
 from ibq.scaling.law_support import findings
-from tools.fit_scaling_plots import write_plots
 from tools.fit_scaling_report import as_json, as_text
 
 EPILOG = """\
@@ -185,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(as_text(analysis, found, columns)))
     try:
         write_text(output / "fit.json", as_json(analysis, found, columns, source=str(file)))
+        from tools.fit_scaling_plots import write_plots  # reads matplotlib
+
         pictures = write_plots(analysis, output, columns)
     except OSError as error:
         raise UserError(f"--output: {output} cannot be written ({error}); give another folder") from error

@@ -21,14 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-import torch
-
 from ibq.config import UserError, exit_on_user_error
-from ibq.data.codes import CodeDataset
 from ibq.data.index import ImageIndex
 from ibq.data.shards import open_images, open_split
 from ibq.files import remove, write_text
-from tools.quickstart_report import collect_metrics, write_page
+
+# PyTorch is imported where it is needed: --help should not wait for it.
 
 EMOJI = ("tests/data/emoji64/train-*.tar", "tests/data/emoji64/val-*.tar")
 OWN_FILES = (
@@ -51,6 +49,7 @@ STEP_LIMITS = {"tokenizer": (300, 4_000), "transformer": (200, 4_000)}
 SMOKE_STEPS = {"tokenizer": 12, "transformer": 12}
 SAMPLES_PER_CLASS, GUIDANCE, TOP_P = 8, 2.5, 0.9
 VIEWS = 4
+TOKENIZER = ("ibq/train_tokenizer.py", "yaml/quickstart_tokenizer.yaml")  # script and config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +141,8 @@ class Quickstart:
 
 def bf16_speedup() -> float:
     """How many times faster than fp32 a bf16 matrix product is here."""
+    import torch
+
     if torch.cuda.is_available():
         return float("inf")
     seconds = {}
@@ -189,7 +190,7 @@ def measure(
 
 def train_tokenizer(quickstart: Quickstart) -> None:
     """Stage 1."""
-    script, config = "ibq/train_tokenizer.py", "yaml/quickstart_tokenizer.yaml"
+    script, config = TOKENIZER
     overrides = [*quickstart.place.overrides(), f"precision={quickstart.precision()}"]
     steps = quickstart.steps(
         "tokenizer", lambda: measure(quickstart, script, config, overrides, gan=True), TOKENIZER_SHARE
@@ -199,12 +200,19 @@ def train_tokenizer(quickstart: Quickstart) -> None:
         script,
         "--config",
         config,
+        *tokenizer_settings(overrides, quickstart.output / "tokenizer", steps),
+    )
+
+
+def tokenizer_settings(overrides: Sequence[str], output: Path, steps: int) -> list[str]:
+    """Settings over the config for a training of so many steps."""
+    return [
         *overrides,
-        f"output={quickstart.output / 'tokenizer'}",
+        f"output={output}",
         *step_overrides(steps),
         f"loss.gan.start_step={int(steps * GAN_START)}",
         f"codebook_start.warmup_steps={min(150, steps // 8)}",
-    )
+    ]
 
 
 def step_overrides(steps: int) -> list[str]:
@@ -261,6 +269,8 @@ def encode(quickstart: Quickstart) -> None:
 
 def train_transformer(quickstart: Quickstart) -> None:
     """Stage 2."""
+    from ibq.data.codes import CodeDataset
+
     script, config = "ibq/train_ar.py", "yaml/quickstart_transformer.yaml"
     codes = quickstart.output / "codes"
     meta = CodeDataset(codes / "train").meta
@@ -325,6 +335,8 @@ def judge(quickstart: Quickstart) -> None:
 def report(quickstart: Quickstart) -> None:
     """The page and, last, the figures: they say that the run is whole."""
     output = quickstart.output
+    from tools.quickstart_report import collect_metrics, write_page
+
     metrics = collect_metrics(output)
     metrics["steps"] = {stage: quickstart.plan[stage] for stage in STEP_LIMITS}
     metrics["parts"] = {name.replace("_", " "): seconds for name, seconds in quickstart.seconds.items()}

@@ -5,11 +5,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+
+if TYPE_CHECKING:  # tools that only read and write images should not wait for PyTorch
+    from torch import Tensor
 
 MAX_PIXELS = 100_000_000
 # Pillow's names of plain raster formats. Some of its others run programs: an EPS file starts Ghostscript.
@@ -119,11 +121,11 @@ def view(image: Image.Image, size: int, *, zoom: float, x: float, y: float, flip
     return pixels[:, ::-1] if flip else pixels
 
 
-def to_unit_range(images: Tensor) -> Tensor:
+def to_unit_range(images: "Tensor") -> "Tensor":
     """uint8 [0, 255] -> float32 [-1, 1]."""
     return images.float() / 127.5 - 1.0
 
 
-def to_uint8(images: Tensor) -> Tensor:
+def to_uint8(images: "Tensor") -> "Tensor":
     """Float [-1, 1] -> uint8 by clamping and truncation, the reference's convention."""
-    return ((images.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
+    return ((images.float().clamp(-1, 1) + 1) / 2 * 255).byte()

@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.stats import norm, t
 
 EXPONENTS = (0.005, 4.0)  # bounds
 FLOOR_RANGE, TERM_RANGE = 12.0, 14.0  # how far below the lowest loss the logarithm of a part may fall
@@ -126,6 +124,8 @@ class Problem:
         return min((self._descend(start, weights, quick) for start in starts), key=lambda end: end[0])
 
     def _descend(self, theta: np.ndarray, weights: np.ndarray, quick: bool) -> tuple[float, np.ndarray]:
+        from scipy.optimize import minimize  # slow to import: --help should not wait for it
+
         value, iterations = math.inf, RESAMPLE_ITERATIONS if quick else ITERATIONS
         larger = [delta for delta in DELTAS if delta > self.delta]
         for delta in (*larger[-1:], self.delta) if quick else (*larger, self.delta, self.delta):
@@ -225,6 +225,8 @@ def interval(samples: np.ndarray, level: float, points: int, constants: int) -> 
     The plain percentiles are too narrow by sqrt((n - p) / n) and by a normal's quantile in place of Student's: the
     expanded percentile interval of Hesterberg (arXiv 1411.5279), here with p fitted constants.
     """
+    from scipy.stats import norm, t  # slow to import, as above
+
     free = max(points - constants, 1)
     tail = norm.cdf(-math.sqrt(points / free) * t.ppf(0.5 + level / 2, free))
     low, high = np.quantile(samples, [tail, 1 - tail])

@@ -11,9 +11,6 @@ import time
 from importlib.metadata import distributions
 from pathlib import Path
 
-import torch
-
-from ibq import dist
 from ibq.files import append_line, write_text
 
 FILE = "starts.jsonl"
@@ -45,6 +42,11 @@ def git_state(root: Path) -> dict[str, str | bool | None]:
 
 def start_record(root: Path) -> dict:
     """What is known of this start."""
+    # Here, for launchers/snapshot.py and submissions want only `git_state`, and not to wait for PyTorch.
+    import torch
+
+    from ibq import dist
+
     kept = {name: value for name, value in sorted(os.environ.items()) if KEPT.match(name) and not SECRET.search(name)}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -64,6 +66,8 @@ def start_record(root: Path) -> dict:
 
 def record_start(folder: Path) -> None:
     """Add this start to the run's list; rank 0 alone does it. A full disk is no reason to fail here."""
+    from ibq import dist  # as above
+
     if not dist.is_main():
         return
     root = Path(__file__).resolve().parent.parent.parent
