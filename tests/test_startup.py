@@ -83,8 +83,21 @@ HEAVY = ("scipy", "matplotlib", "deepspeed", "lpips", "torchvision", "tensorboar
          "torch._dynamo", "submitit", "huggingface_hub")  # fmt: skip
 # What these print needs nothing of PyTorch, nor what they do before they start another process.
 WITHOUT_TORCH = {
-    *("launchers/slurm.py", "launchers/job.py", "launchers/preflight.py", "launchers/snapshot.py", "tools/bench.py"),
-    *("tools/bench.py start-up", "tools/demo.py", "tools/fit_scaling.py", "tools/make_shards.py", "tools/published.py"),
+    *(
+        "launchers/slurm.py",
+        "launchers/job.py",
+        "launchers/preflight.py",
+        "launchers/snapshot.py",
+        "launchers/sweep.py",
+    ),
+    *(
+        "tools/bench.py",
+        "tools/bench.py start-up",
+        "tools/demo.py",
+        "tools/fit_scaling.py",
+        "tools/make_shards.py",
+        "tools/published.py",
+    ),
     *("tools/quickstart.py",),
 }
 
