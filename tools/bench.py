@@ -25,6 +25,8 @@ BENCHES = {
     "tokenizer-step": "a training step of the tokenizer's GAN against a plain form",
     "sample": "sampling against a textbook sampler and the memory's bandwidth",
     "tokenizer-memory": "activation memory of the tokenizer with and without recomputed ResBlocks",
+    "engines": "a training step of the transformer under each engine on two processes: time, memory, communication",
+    "growth": "how a training step grows over depth, width, tokens and codes, beside counted FLOPs",
     "start-up": "seconds from a command to its first training step, by part, and of every --help",
     "xxl-step": "true steps of the 2.06B transformer with its optimizer on disk",
 }

@@ -65,6 +65,13 @@ def extra_peak_gib(function: Callable[[], object], device: str = "cpu") -> float
     return (peak - before) * 1024 / GIB
 
 
+def held_gib(device: str = "cpu") -> float:
+    """What this process holds now, in GiB: allocated tensors on CUDA, else resident memory without what is freed."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device) / GIB
+    return _reset_peak() * 1024 / GIB
+
+
 def product_rate(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]], device: str = "cpu") -> float:
     """The fastest matrix product of [rows, inner] and [inner, columns] over these shapes, in FLOP/s.
 
