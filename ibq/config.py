@@ -75,9 +75,15 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
     return _build(cls, layers, str(path))
 
 
-def load_section(cls: type[Config], path: str | Path, section: str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration `cls` from one top-level section of a YAML file and what it inherits, such as `model`."""
-    layers = [layer.value[section] for layer in read_layers(Path(path)) if section in layer.value]
+def load_section(
+    cls: type[Config], path: str | Path, section: str, overrides: Sequence[str] = (), default: Config | None = None
+) -> Config:
+    """The configuration `cls` from one top-level section of a YAML file and what it inherits, such as `model`.
+
+    Laid over `default`, which a choice of classes needs where the file may not choose.
+    """
+    layers = [] if default is None else [wrap(config_to_dict(default), str(path))]
+    layers += [layer.value[section] for layer in read_layers(Path(path)) if section in layer.value]
     if overrides:
         layers.append(_override_layer(overrides))
     return _build(cls, layers or [Node({}, str(path))], f"{path}: {section}")
@@ -146,7 +152,7 @@ def _override_layer(overrides: Sequence[str]) -> Node:
 
 
 def _build(cls: type[Config], layers: list[Node], source: str) -> Config:
-    assert dataclasses.is_dataclass(cls), f"{cls} is not a dataclass"
+    assert _sections(cls), f"{cls} is neither a dataclass nor a choice of them"
     tree = None
     for layer in layers:
         tree = _overlay(tree, layer, cls)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ibq.config import load_section
 from ibq.engine.base import EngineSettings, GroupHyper, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.configs import LocalEngineConfig
 from ibq.engine.local import LocalEngine
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.progress import progress_bar
@@ -98,7 +99,11 @@ def measure_form(*, form: str, config: str, batch: int, steps: int, device: str)
     set_up_torch(training=True)
     model = load_section(TransformerConfig, config, "model")
     blueprint = Blueprint(name="transformer", build=lambda: Transformer(model), seed=0)
-    trainer = {"ours": OurStep, "plain": PlainStep}[form](blueprint, torch.device(device))
+    trainer = (
+        PlainStep(blueprint, torch.device(device))
+        if form == "plain"
+        else OurStep(blueprint, torch.device(device), bench_step.engine_config(config))
+    )
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(model.vocab_size, (batch, model.tokens), generator=generator).to(device)
     classes = torch.randint(model.num_classes, (batch,), generator=generator).to(device)
@@ -117,8 +122,9 @@ def measure_form(*, form: str, config: str, batch: int, steps: int, device: str)
 class OurStep:
     """What `ibq/train_ar.py` does."""
 
-    def __init__(self, blueprint: Blueprint, device: torch.device):
-        engine = LocalEngine(blueprint, EngineSettings(optimizer=OPTIMIZER, device=device, precision="bf16"))
+    def __init__(self, blueprint: Blueprint, device: torch.device, config: LocalEngineConfig):
+        settings = EngineSettings(optimizer=OPTIMIZER, device=device, precision="bf16")
+        engine = LocalEngine(blueprint, settings, config)
         hyper = GroupHyper(learning_rate=OPTIMIZER.learning_rate, weight_decay=OPTIMIZER.weight_decay)
         self.task = ARTask(engine, hyper=lambda step: {"decay": hyper, "no_decay": hyper})
         self.module, self.stopwatch = engine.module.train(), Stopwatch(device)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ibq.config import UserError
+from ibq.config import UserError, load_section
+from ibq.engine.configs import EngineConfig, LocalEngineConfig
 from ibq.training.metrics import Stopwatch
 from tools.bench_process import GIB, extra_peak_gib, run_apart, synchronize
 
@@ -31,6 +32,12 @@ def settings_of(arguments: argparse.Namespace) -> dict:
     if min(arguments.batch, arguments.steps) < 1:
         raise UserError("--batch and --steps must be at least 1")
     return {name: getattr(arguments, name) for name in ("config", "batch", "steps", "device")}
+
+
+def engine_config(config: str) -> LocalEngineConfig:
+    """How one process runs the config: compiled or not, as its engine says."""
+    chosen = load_section(EngineConfig, config, "engine", default=LocalEngineConfig())
+    return LocalEngineConfig(compile=getattr(chosen, "compile", None))
 
 
 def measure_forms(measure_form: Callable[..., dict], settings: dict, advance: Callable[[], object]) -> dict:

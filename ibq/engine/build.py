@@ -23,7 +23,7 @@ def build_engine(config: EngineConfig, blueprint: Blueprint, settings: EngineSet
         case LocalEngineConfig():
             from ibq.engine.local import LocalEngine
 
-            return LocalEngine(blueprint, settings)
+            return LocalEngine(blueprint, settings, config)
         case FsdpEngineConfig():
             from ibq.engine.fsdp import FsdpEngine
 

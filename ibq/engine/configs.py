@@ -15,6 +15,7 @@ class LocalEngineConfig:
     """Whole weights on every rank; DDP averages the gradients when a launcher starts several."""
 
     kind: Literal["local"] = "local"
+    compile: bool | None = None  # torch.compile of every block; by default on a GPU with Triton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class FsdpEngineConfig:
     offload: Literal["none", "cpu"] = "none"  # of shards, gradients and optimizer
     tensor_parallel: int = 1  # ranks that share each matrix
     sequence_parallel: bool = False  # they also share the tokens between the matrices
-    compile: bool = False  # torch.compile for every block
+    compile: bool | None = None  # as in `LocalEngineConfig`
 
     def __post_init__(self):
         if self.tensor_parallel < 1:

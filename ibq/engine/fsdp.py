@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from ibq import dist
 from ibq.engine.base import EngineSettings, Reader
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.compilation import compile_units, module_units
 from ibq.engine.configs import FsdpEngineConfig
 from ibq.engine.shard import Shard, part, take, whole
 from ibq.engine.tensor_parallel import apply_tensor_parallel, partial_gradients, tensor_shard
@@ -45,7 +46,7 @@ class FsdpEngine(TorchEngine):
         if not sharded_at_birth:
             module = blueprint.whole().to(settings.device)
         self._whole = {id(p) for p in module.kept_whole()} if hasattr(module, "kept_whole") else set()
-        self._wrap(module, settings)
+        compiled = self._wrap(module, settings)
         if sharded_at_birth:
             module.to_empty(device="cpu" if config.offload == "cpu" else settings.device)
         module._get_fsdp_state()._lazy_init()  # else the first forward pass may move the shards to other memory
@@ -54,19 +55,19 @@ class FsdpEngine(TorchEngine):
             for name, own in held.items():
                 full = blueprint.initial(module, name, own.shard.shape)
                 own.tensor.data.copy_(take(full, own.shard).view(own.tensor.shape))
-        super().__init__(module, settings, held)
+        super().__init__(module, settings, held, compiled=compiled)
         self._parameters = dict(module.named_parameters())
         # Parameters that each tensor rank uses on its tokens alone: FSDP does not add up their gradients.
         self._partial = partial_gradients(module, config.tensor_parallel) if config.sequence_parallel else set()
 
-    def _wrap(self, module: nn.Module, settings: EngineSettings) -> None:
+    def _wrap(self, module: nn.Module, settings: EngineSettings) -> bool:
+        """Split, compile and shard the module; whether it is compiled."""
         config = self.config
         if config.tensor_parallel > 1:
             apply_tensor_parallel(module, self._mesh["tensor"], sequence_parallel=config.sequence_parallel)
-        units = module.gathered_together() if hasattr(module, "gathered_together") else []
-        if config.compile:
-            for unit in units:
-                unit.compile()
+        # Matrices that are split over ranks are compiled only when that is asked for.
+        setting = False if config.compile is None and config.tensor_parallel > 1 else config.compile
+        compiled = compile_units(module, setting, settings.device)
         ignored = {p for p in module.parameters() if id(p) in self._whole}
         mesh = self._mesh["replicate", "shard"] if "replicate" in self._mesh.mesh_dim_names else self._mesh["shard"]
         offload = CPUOffloadPolicy(pin_memory=settings.device.type == "cuda") if config.offload == "cpu" else None
@@ -74,11 +75,12 @@ class FsdpEngine(TorchEngine):
         # The blocks are gathered in bf16. What is left (embeddings, final norm, head, quantizer) stays in fp32 under
         # autocast, as in one process.
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for unit in units:
+        for unit in module_units(module):
             fully_shard(unit, **common, mp_policy=bf16 if settings.precision == "bf16" else MixedPrecisionPolicy())
         fully_shard(module, **common)
         for path, method in getattr(module, "forward_methods", ()):
             make_forward_method(module.get_submodule(path), method)
+        return compiled
 
     def _hold(self, module: nn.Module, name: str, parameter: nn.Parameter) -> Held:
         """This rank's part of a parameter, as a plain tensor in the same memory."""

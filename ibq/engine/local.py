@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ibq import dist
 from ibq.engine.base import EngineSettings
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.compilation import compile_units
+from ibq.engine.configs import LocalEngineConfig
 from ibq.engine.shard import whole
 from ibq.engine.torch_engine import Held, TorchEngine
 
@@ -18,9 +20,10 @@ from ibq.engine.torch_engine import Held, TorchEngine
 class LocalEngine(TorchEngine):
     """Whole weights on this rank; see `ibq.engine.base.Engine`."""
 
-    def __init__(self, blueprint: Blueprint, settings: EngineSettings):
+    def __init__(self, blueprint: Blueprint, settings: EngineSettings, config: LocalEngineConfig | None = None):
         module = blueprint.whole().to(settings.device, memory_format=settings.memory_format)
-        super().__init__(module, settings, _held(module))
+        compiled = config is not None and compile_units(module, config.compile, settings.device)
+        super().__init__(module, settings, _held(module), compiled=compiled)
         self._callable = self._parallel() if dist.world_size() > 1 else module
 
     def _parallel(self) -> DistributedDataParallel:

@@ -17,6 +17,7 @@ from ibq.engine.base import (
     StepResult,
     ema_update,
 )
+from ibq.engine.compilation import uncompiled
 from ibq.engine.shard import Shard, take
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -35,8 +36,9 @@ class Held:
 class TorchEngine:
     """Trains `module`, of which this rank holds the given parts; see `ibq.engine.base.Engine`."""
 
-    def __init__(self, module: nn.Module, settings: EngineSettings, held: dict[str, Held]):
+    def __init__(self, module: nn.Module, settings: EngineSettings, held: dict[str, Held], *, compiled: bool = False):
         self.module = module
+        self._compiled = compiled
         self.settings = settings
         self.steps = 0
         self._held = held
@@ -83,7 +85,7 @@ class TorchEngine:
                 own.tensor.grad = torch.zeros_like(own.tensor)
         norm, skipped = self._gradient_norm()
         if not skipped:
-            self._clip(norm)
+            self._optimizer.grad_scale = self._divisor(norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = hyper[group["name"]].learning_rate
                 group["weight_decay"] = hyper[group["name"]].weight_decay
@@ -101,21 +103,20 @@ class TorchEngine:
         found = torch.zeros(2, dtype=torch.float64, device=self._loss_is_bad.device)
         found[1] = self._loss_is_bad
         if parts:
-            # In float64: float32 sums on the CPU are off by 1e-4 for large gradients that are mostly zero.
-            norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in parts], dtype=torch.float64))
-            copies = torch.tensor([copies for _, copies in parts], dtype=torch.float64, device=norms.device)
-            found[0] = (norms.square() / copies).sum()
+            squares = _squares([gradient for gradient, _ in parts])
+            copies = torch.tensor([copies for _, copies in parts], dtype=torch.float64, device=squares.device)
+            found[0] = (squares / copies).sum()
         dist.all_reduce_sum(found)
         squares, bad = found.tolist()
         norm = found[0].sqrt().float()
         return norm, bad > 0 or not squares < float("inf")
 
-    def _clip(self, norm: Tensor) -> None:
+    def _divisor(self, norm: Tensor) -> Tensor | None:
+        """What clipping divides the gradients by; the fused optimizers do it as they read them."""
         limit = self.settings.optimizer.clip_norm
-        gradients = [own.tensor.grad for own in self._held.values()]
-        if limit is not None:
-            share = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-            torch._foreach_mul_(gradients, share.to(gradients[0].device))
+        if limit is None:
+            return None
+        return ((norm + 1e-6) / limit).clamp(min=1.0)  # as torch.nn.utils.clip_grad_norm_
 
     def discard(self) -> None:
         """Forget the accumulated gradients."""
@@ -141,10 +142,14 @@ class TorchEngine:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this context the module carries the averaged weights, if this engine keeps an average."""
+        """Within this context the module carries the averaged weights, if this engine keeps an average.
+
+        It also runs uncompiled: what validates has batches of its own sizes, each of which would be compiled for.
+        """
         self._swap()
         try:
-            yield
+            with uncompiled(self._compiled):
+                yield
         finally:
             self._swap()
 
@@ -201,6 +206,25 @@ class TorchEngine:
 
     def close(self) -> None:
         """Nothing is kept outside of memory."""
+
+
+def _squares(gradients: list[Tensor]) -> Tensor:
+    """The sum of each gradient's squares, float64 [gradients]."""
+    if gradients[0].is_cpu:
+        return torch.stack([_squares_by_row(gradient) for gradient in gradients])
+    return torch.stack(torch._foreach_norm(gradients, dtype=torch.float64)).square()
+
+
+def _squares_by_row(gradient: Tensor) -> Tensor:
+    """The same of one gradient on a CPU, at the speed of its memory.
+
+    There one sum in float32 over all of a large gradient that is mostly zero is off by 1e-4, and one in float64 makes
+    a copy first: the norms of its rows are short sums.
+    """
+    if gradient.dim() < 2:
+        return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    rows = torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.dim())))
+    return rows.double().square().sum()
 
 
 def _build_optimizer(config: OptimizerConfig, held: dict[str, Held]) -> torch.optim.Optimizer:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq.models.transformer_blocks import (
@@ -24,6 +23,7 @@ from ibq.models.transformer_blocks import (
     linear,
     rotary_table,
 )
+from ibq.ops.dropout import dropout
 
 INIT_STD = 0.02
 FFN_MULTIPLE = 256
@@ -263,7 +263,7 @@ class Transformer(nn.Module):
     def _blocks(self, codes: Tensor, embedding: Tensor) -> Tensor:
         """The residual stream after the last block, [B, T, C]."""
         x = torch.cat([embedding[:, None], self.tok_emb(codes[:, :-1])], dim=1)
-        x = F.dropout(x, self.config.token_dropout, self.training)
+        x = dropout(x, self.config.token_dropout, self.training)
         rope = self._rope(x)[: self.config.tokens]
         condition = self._block_condition(embedding)
         for block in self.blocks:

@@ -46,7 +46,7 @@ def forward(
     usage = tokens.new_zeros(len(codebook), dtype=torch.float64)
     strips = []
     for strip, logits, scratch in _strips(tokens, codebook):
-        torch.mm(codebook, tokens[strip].t(), out=logits)
+        _logits(codebook, tokens[strip], logits, scratch)
         top, codes = first_best(logits)
         total, weighted = _zeros(top), _zeros(top)
         for chunk in _chunks(logits, scratch):
@@ -86,23 +86,34 @@ def backward(
     if grad_latents is not None:
         (grad_latents,) = _operands(dot_precision, grad_latents)
     grad_tokens, grad_codebook = torch.empty_like(tokens), torch.zeros_like(codebook[: len(codebook) * for_codebook])
-    buffer = None
+    pulls, selection, entropies = None, None, None
     for strip, logits, scratch in _strips(tokens, codebook):
-        torch.mm(codebook, tokens[strip].t(), out=logits)
-        logits.sub_(statistics.top[strip])
-        gradient = logits
         if grad_latents is not None:
-            buffer = torch.empty_like(logits) if buffer is None else _shortened(buffer, logits.shape[1])
-            gradient = torch.mm(codebook, grad_latents[strip].t(), out=buffer)
-            _through_selection(gradient, logits, scratch, selection_temperature)
+            pulls = torch.empty_like(logits) if pulls is None else _shortened(pulls, logits.shape[1])
+            selection = _SelectionGradient(grad_latents[strip], selection_temperature)
         if grad_usage is not None:
             own = (statistics.sample_entropy[strip], statistics.log_sum_entropy[strip], grad_sample_entropy[strip])
-            _through_entropies(logits, scratch, *own, grad_usage / len(tokens), temperature)
-            if gradient is not logits:
-                gradient.add_(logits)
-        torch.mm(gradient.t(), codebook, out=grad_tokens[strip])
-        if for_codebook:
-            grad_codebook.addmm_(gradient, tokens[strip])
+            entropies = _EntropiesGradient(*own, grad_usage / len(tokens), temperature)
+        # Two loops over the codes: what the softmaxes' gradients subtract is a sum over all of them.
+        for chunk in _chunks(logits, scratch):
+            x = torch.mm(codebook[chunk], tokens[strip].t(), out=logits[chunk]).sub_(statistics.top[strip])
+            if selection is not None:
+                selection.add_up(x, codebook[chunk], pulls[chunk], scratch)
+            if entropies is not None:
+                entropies.add_up(x, chunk, scratch)
+        own_tokens = torch.zeros_like(tokens[strip].t())  # [D, n]
+        for chunk in _chunks(logits, scratch):
+            gradient = logits[chunk]
+            if selection is not None:
+                selection.finish(gradient, pulls[chunk], scratch)
+            if entropies is not None:
+                entropies.finish(gradient, chunk, scratch)
+            if selection is not None:
+                gradient = pulls[chunk] if entropies is None else gradient.add_(pulls[chunk])
+            own_tokens.addmm_(codebook[chunk].t(), gradient)
+            if for_codebook:
+                grad_codebook[chunk].addmm_(gradient, tokens[strip])
+        grad_tokens[strip] = own_tokens.t()
     return grad_tokens, grad_codebook
 
 
@@ -113,55 +124,60 @@ def _operands(dot_precision: str, *matrices: Tensor) -> list[Tensor]:
     return list(matrices)
 
 
-def _through_selection(gradient: Tensor, logits: Tensor, scratch: Tensor, temperature: float) -> None:
-    """Turn G in `gradient` [K, n] into p (G - sum_k p G) / tau; logits [K, n] are relative to the largest."""
-    scale = LOG2_E / temperature
-    total, weighted = _zeros(logits[0]), _zeros(logits[0])
-    for chunk in _chunks(logits, scratch):
-        x = logits[chunk]
-        p = torch.mul(x, scale, out=scratch[: len(x)]).exp2_()
-        total += p.sum(dim=0)
-        weighted += p.mul_(gradient[chunk]).sum(dim=0)
-    mean = (weighted / total).to(logits.dtype)
-    offset = -(total.log2() + math.log2(temperature)).to(logits.dtype)  # log2 of 1 / (tau sum)
-    for chunk in _chunks(logits, scratch):
-        x = logits[chunk]
-        p = torch.add(offset, x, alpha=scale, out=scratch[: len(x)]).exp2_()
-        gradient[chunk].sub_(mean).mul_(p)
+class _SelectionGradient:
+    """Gradient of a strip's logits through p, the softmax at the selection's temperature: p (G - sum_k p G) / tau."""
+
+    def __init__(self, grad_latents: Tensor, temperature: float):
+        self.grad_latents, self.temperature = grad_latents, temperature
+        self.scale = LOG2_E / temperature
+        self.total, self.weighted = _zeros(grad_latents[:, 0]), _zeros(grad_latents[:, 0])
+
+    def add_up(self, x: Tensor, codebook: Tensor, pulls: Tensor, scratch: Tensor) -> None:
+        """Write G of a chunk of codes into `pulls`; logits x [codes, n] are relative to the largest."""
+        torch.mm(codebook, self.grad_latents.t(), out=pulls)
+        p = torch.mul(x, self.scale, out=scratch[: len(x)]).exp2_()
+        self.total += p.sum(dim=0)
+        self.weighted += p.mul_(pulls).sum(dim=0)
+
+    def finish(self, x: Tensor, pulls: Tensor, scratch: Tensor) -> None:
+        """Turn G in `pulls` into the gradient, once all chunks are added up."""
+        mean = (self.weighted / self.total).to(x.dtype)
+        offset = -(self.total.log2() + math.log2(self.temperature)).to(x.dtype)  # log2 of 1 / (tau sum)
+        p = torch.add(offset, x, alpha=self.scale, out=scratch[: len(x)]).exp2_()
+        pulls.sub_(mean).mul_(p)
 
 
-def _through_entropies(
-    logits: Tensor,
-    scratch: Tensor,
-    entropy: Tensor,
-    log_sum: Tensor,
-    grad_entropy: Tensor,
-    weights: Tensor,
-    temperature: float,
-) -> None:
-    """Turn logits [K, n], relative to the largest, into their gradient through P (see `backward`)."""
-    scale, offset, weights = LOG2_E / temperature, -LOG2_E * log_sum, (weights / temperature).to(logits.dtype)[:, None]
-    total, weighted = _zeros(log_sum), _zeros(log_sum)
-    for chunk in _chunks(logits, scratch):
-        x = logits[chunk]
-        p = torch.mul(x, scale, out=scratch[: len(x)]).exp2_()
-        total += p.sum(dim=0)
-        weighted += p.mul_(weights[chunk]).sum(dim=0)
-    mean = weighted / total  # exactly the weight of the best code where P is one-hot: the difference must vanish
-    slope = (-LN_2 / temperature * grad_entropy).to(logits.dtype)
-    constant = -(grad_entropy * entropy / temperature + mean).to(logits.dtype)
-    for chunk in _chunks(logits, scratch):
-        x = logits[chunk]
-        log2_p = torch.add(offset, x, alpha=scale, out=scratch[: len(x)])
-        torch.mul(log2_p, slope, out=x).add_(constant).add_(weights[chunk]).mul_(log2_p.exp2_())
+class _EntropiesGradient:
+    """Gradient of a strip's logits through P, the softmax at the entropies' temperature (see `backward`)."""
+
+    def __init__(self, entropy: Tensor, log_sum: Tensor, grad_entropy: Tensor, weights: Tensor, temperature: float):
+        dtype = log_sum.dtype
+        self.scale, self.offset = LOG2_E / temperature, -LOG2_E * log_sum
+        self.weights = (weights / temperature).to(dtype)[:, None]
+        self.slope = (-LN_2 / temperature * grad_entropy).to(dtype)
+        self.constant = grad_entropy * entropy / temperature
+        self.total, self.weighted = _zeros(log_sum), _zeros(log_sum)
+
+    def add_up(self, x: Tensor, chunk: slice, scratch: Tensor) -> None:
+        """Add up a chunk of codes; logits x [codes, n] are relative to the largest."""
+        p = torch.mul(x, self.scale, out=scratch[: len(x)]).exp2_()
+        self.total += p.sum(dim=0)
+        self.weighted += p.mul_(self.weights[chunk]).sum(dim=0)
+
+    def finish(self, x: Tensor, chunk: slice, scratch: Tensor) -> None:
+        """Turn the logits x into the gradient, once all chunks are added up."""
+        mean = self.weighted / self.total  # exactly the weight of the best code where P is one-hot: it must vanish
+        constant = -(self.constant + mean).to(x.dtype)
+        log2_p = torch.add(self.offset, x, alpha=self.scale, out=scratch[: len(x)])
+        torch.mul(log2_p, self.slope, out=x).add_(constant).add_(self.weights[chunk]).mul_(log2_p.exp2_())
 
 
 def best_codes(tokens: Tensor, codebook: Tensor, bias: Tensor | None, *, dot_precision: str) -> Tensor:
     """The code [N] with the largest product plus bias [K] for each token; the lowest of equal ones."""
     tokens, codebook = _operands(dot_precision, tokens, codebook)
     found = []
-    for strip, logits, _ in _strips(tokens, codebook):
-        torch.mm(codebook, tokens[strip].t(), out=logits)
+    for strip, logits, scratch in _strips(tokens, codebook):
+        _logits(codebook, tokens[strip], logits, scratch)
         if bias is not None:
             logits += bias[:, None]
         found.append(first_best(logits)[1])
@@ -183,6 +199,12 @@ def first_best(logits: Tensor) -> tuple[Tensor, Tensor]:
     # Beyond the last row it is looked at again, which comes too late to be first.
     values = logits[rows.clamp_(max=num_codes - 1), torch.arange(columns, device=logits.device)[:, None]]
     return top, rows.gather(1, values.argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def _logits(codebook: Tensor, tokens: Tensor, out: Tensor, scratch: Tensor) -> None:
+    """codebook [K, D] . tokens [n, D] -> out [K, n], by chunks of codes: on a CPU they stay in its cache."""
+    for chunk in _chunks(out, scratch):
+        torch.mm(codebook[chunk], tokens.t(), out=out[chunk])
 
 
 def _strips(tokens: Tensor, codebook: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

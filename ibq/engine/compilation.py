@@ -1,0 +1,46 @@
+"""torch.compile of a module's units, the same parts whose weights an engine that shards gathers at a time.
+
+Not of the whole module: the gradients of a unit are there, and can be sent to other ranks, when its own backward pass
+is done, and units that are alike are compiled once.
+"""
+
+import contextlib
+import os
+import shutil
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from ibq.config import UserError
+from ibq.ops.backend import triton_is_installed
+
+# That PyTorch may make of one function before it gives up: shapes of the levels, with gradients and without.
+VARIANTS = 64
+
+
+def module_units(module: nn.Module) -> list[nn.Module]:
+    """What the module offers as `gathered_together()`; nothing if it offers none."""
+    return module.gathered_together() if hasattr(module, "gathered_together") else []
+
+
+def compile_units(module: nn.Module, setting: bool | None, device: torch.device) -> bool:
+    """Compile the module's units at their first use, for the shapes that they meet; whether that will be.
+
+    `setting` None: on a GPU with Triton. UserError where there is no compiler.
+    """
+    if setting is None:
+        setting = device.type == "cuda" and triton_is_installed()
+    if setting and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("engine.compile: no C++ compiler was found; install g++, or set engine.compile=false")
+    units = module_units(module) if setting else []
+    if units:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    for unit in units:
+        unit.compile(dynamic=False)
+    return bool(units)
+
+
+def uncompiled(applies: bool) -> AbstractContextManager:
+    """Within this context compiled modules run as they are written, if it `applies`."""
+    return torch.compiler.set_stance("force_eager") if applies else contextlib.nullcontext()
