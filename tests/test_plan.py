@@ -247,11 +247,13 @@ def test_what_transformers_save(precision, dropout):
     assert found != pytest.approx(planned - silu, rel=1e-3)  # a table without one of its rows
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(("recomputed", "selective"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
-def test_what_tokenizers_save(precision, recomputed):
+def test_what_tokenizers_save(precision, recomputed, selective):
     kind, autocast = PRECISIONS[precision], precision == "autocast"
-    config = TokenizerConfig(**TOKENIZER, gradient_checkpointing=recomputed, dropout=0.1)
+    config = TokenizerConfig(
+        **TOKENIZER, gradient_checkpointing=recomputed, checkpoint_selective=selective, dropout=0.1
+    )
     model, images = Tokenizer(config), torch.rand(BATCH, 3, 32, 32)
     parts = tokenizer_parts(config, kind)
     planned = BATCH * sum(part.kept(recomputed) for part in parts)

@@ -43,10 +43,12 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, relative: float, w
     assert difference <= relative * largest + 1e-12, f"{what}: {difference:.2e} of {largest:.2e}"
 
 
+@pytest.mark.parametrize("selective", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_changes_no_gradient(dropout: float):
+def test_gradient_checkpointing_changes_no_gradient(dropout: float, selective: bool):
     plain = gradients(build(dropout=dropout), draw_images())
-    recomputed = gradients(build(dropout=dropout, gradient_checkpointing=True), draw_images())
+    recomputation = {"gradient_checkpointing": True, "checkpoint_selective": selective}
+    recomputed = gradients(build(dropout=dropout, **recomputation), draw_images())
     assert plain.keys() == recomputed.keys()
     for name, gradient in plain.items():
         assert gradient is not None, name
@@ -67,6 +69,22 @@ def test_gradient_checkpointing_recomputes_every_resblock():
     with torch.no_grad():
         tokenizer(draw_images())
     assert set(calls.values()) == {1}
+
+
+@pytest.mark.parametrize(("selective", "times"), [(False, 2), (True, 1)])
+def test_selective_checkpointing_recomputes_no_convolution(selective: bool, times: int, monkeypatch):
+    tokenizer = build(gradient_checkpointing=True, checkpoint_selective=selective)
+    weight = tokenizer.decoder.mid.block_1.conv1.weight
+    calls, convolve = [], torch.nn.functional.conv2d
+
+    def counted(x, *others):
+        result = convolve(x, *others)
+        calls.extend([1] if others[0] is weight else [])
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", counted)
+    gradients(tokenizer, draw_images())
+    assert len(calls) == times
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # started by `run_apart`
 import torch
 
 GIB = 2**30
+SECONDS_OF_PRODUCTS = 0.02
 
 
 def run_apart(function: Callable[..., dict], **arguments) -> dict:
@@ -77,20 +78,20 @@ def product_rate(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]], dev
 
     Each into memory that exists already, several times, at its best: the limit that a program can hope for.
     """
-    rates = []
-    for rows, inner, columns in shapes:
-        a = torch.randn(rows, inner, device=device).to(dtype)
-        b = torch.randn(columns, inner, device=device).to(dtype).t()
-        out = torch.empty(rows, columns, dtype=dtype, device=device)
-        flop = 2 * rows * inner * columns
-        calls = max(1, round(5e9 / flop))  # long enough for the clock
+    return max(rate for shape in shapes for rate in _product_rates(*shape, dtype, device))
 
-        def multiply(a=a, b=b, out=out, calls=calls):
-            for _ in range(calls):
-                torch.mm(a, b, out=out)
 
-        rates += [calls * flop / median_seconds(multiply, 1, device) for _ in range(5)]
-    return max(rates)
+def _product_rates(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> list[float]:
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    b = torch.randn(columns, inner, device=device).to(dtype).t()
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+
+    def seconds(calls: int) -> float:
+        return median_seconds(lambda: [torch.mm(a, b, out=out) for _ in range(calls)], 1, device)
+
+    # Long enough for the clock, and on a GPU for the wait at the end not to count.
+    calls = max(1, round(SECONDS_OF_PRODUCTS / seconds(1)))
+    return [calls * 2 * rows * inner * columns / seconds(calls) for _ in range(5)]
 
 
 def synchronize(device: str) -> None:

@@ -17,6 +17,7 @@ from ibq.config import load_section
 from ibq.data.transforms import to_unit_range
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.configs import LocalEngineConfig
 from ibq.engine.local import LocalEngine
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.perceptual import build_lpips
@@ -64,8 +65,8 @@ def measure_form(*, form: str, config: str, batch: int, steps: int, device: str)
     set_up_torch(training=True)
     model = load_section(TokenizerConfig, config, "model")
     settings = load_section(TokenizerLossConfig, config, "loss")
-    kind = {"ours": OurStep, "plain": PlainStep}[form]
-    trainer = kind(model, settings, torch.device(device))
+    networks = model, settings, torch.device(device)
+    trainer = PlainStep(*networks) if form == "plain" else OurStep(*networks, bench_step.engine_config(config))
     generator = torch.Generator().manual_seed(0)
     shape = (batch, model.in_channels, model.resolution // 8, model.resolution // 8)
     coarse = torch.rand(shape, generator=generator)
@@ -90,13 +91,15 @@ def _bytes(*modules: nn.Module) -> int:
 class OurStep:
     """What `ibq/train_tokenizer.py` does."""
 
-    def __init__(self, model: TokenizerConfig, settings: TokenizerLossConfig, device: torch.device):
+    def __init__(
+        self, model: TokenizerConfig, settings: TokenizerLossConfig, device: torch.device, engine: LocalEngineConfig
+    ):
         memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         common = {"optimizer": OPTIMIZER, "device": device, "precision": "bf16", "memory_format": memory_format}
         generator, discriminator = _blueprints(model, settings)
         gan = replace(settings, gan=replace(settings.gan, start_step=0))
         self.task = TokenizerTask(
-            LocalEngine(generator, EngineSettings(**common, ema_decay=EMA_DECAY)),
+            LocalEngine(generator, EngineSettings(**common, ema_decay=EMA_DECAY), engine),
             LocalEngine(discriminator, EngineSettings(**common)),
             gan,
             perceptual=build_lpips("vgg", "random", remedy="").to(device),

@@ -22,11 +22,16 @@ def norm(channels: int, config: "TokenizerConfig") -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut, recomputed in the backward pass with gradient checkpointing."""
+    """Two 3x3 convolutions with a shortcut.
+
+    With gradient checkpointing the backward pass makes again what is between the block's input and output, or, where
+    it is selective, all but the convolutions.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, config: "TokenizerConfig", bias: bool = True):
         super().__init__()
         self.recompute = config.gradient_checkpointing
+        self.selective = config.checkpoint_selective
         self.norm1 = norm(in_channels, config)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
         self.norm2 = norm(out_channels, config)
@@ -38,14 +43,25 @@ class ResBlock(nn.Module):
             self.nin_shortcut = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
+        if not self.recompute or not torch.is_grad_enabled():
+            return self._block(x)
+        if not self.selective:
             return checkpoint(self._block, x, use_reentrant=False)
-        return self._block(x)
+        # Each half keeps what enters it. It is made again up to the convolution, whose result nobody needs.
+        h = checkpoint(self._first, x, use_reentrant=False)
+        return checkpoint(self._second, h, use_reentrant=False) + self._shortcut(x)
 
     def _block(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        return self._second(self._first(x)) + self._shortcut(x)
+
+    def _first(self, x: Tensor) -> Tensor:
+        return self.conv1(F.silu(self.norm1(x)))
+
+    def _second(self, h: Tensor) -> Tensor:
+        return self.conv2(self.dropout(F.silu(self.norm2(h))))
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        return x if self.nin_shortcut is None else self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):

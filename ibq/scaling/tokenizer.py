@@ -31,7 +31,10 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Layers whose weights are gathered together, and what a ResBlock needs on top while it is recomputed."""
+    """Layers whose weights are gathered together, and what a ResBlock needs on top while it is recomputed.
+
+    Where recomputation is selective, each half of a ResBlock is recomputed by itself.
+    """
 
     name: str
     layers: tuple[Layer, ...]
@@ -93,14 +96,17 @@ class _Walk:
         self.conv(inputs, outputs, 3, side, saved=saved, inner=inner)
 
     def res_block(self, inputs: int, outputs: int, side: int) -> None:
-        first = len(self.layers)
+        first, selective = len(self.layers), self.config.checkpoint_selective
         self.norm_silu_conv(inputs, outputs, side, inner=True)
+        second = len(self.layers)
         self.norm_silu_conv(outputs, outputs, side, inner=True, dropout=self.config.dropout)
         if inputs != outputs:
             # Its input is that of the norm, unless the norm has a float32 copy.
-            self.conv(inputs, outputs, 1, side, saved=2 * inputs * side * side if self.cuda_bf16 else 0, inner=True)
-        self.inputs += self.size * inputs * side * side
-        self.largest = max(self.largest, sum(layer.saved for layer in self.layers[first:]))
+            saved = 2 * inputs * side * side if self.cuda_bf16 else 0
+            self.conv(inputs, outputs, 1, side, saved=saved, inner=not selective)
+        self.inputs += self.size * (inputs + (outputs if selective else 0)) * side * side
+        together = [self.layers[first:second], self.layers[second:]] if selective else [self.layers[first:]]
+        self.largest = max(self.largest, *(sum(layer.saved for layer in part if layer.inner) for part in together))
 
     def attention(self, channels: int, side: int, *, fused: bool) -> None:
         positions = side * side
@@ -326,11 +332,15 @@ def perceptual_flops(resolution: int) -> Flops:
 
 
 def tokenizer_flops(config: TokenizerConfig) -> Flops:
-    """FLOPs of one image through the tokenizer; `recomputed` are the ResBlocks with gradient checkpointing."""
+    """FLOPs of one image through the tokenizer; `recomputed` are the ResBlocks with gradient checkpointing.
+
+    Selective recomputation has no convolution in it.
+    """
+    whole_blocks = config.gradient_checkpointing and not config.checkpoint_selective
     parts = tokenizer_parts(config, Numerics(stream=4, compute=4, root=4))
     quantizer = quantizer_flops(config.quantizer, config.tokens_per_side**2)
     return Flops(
         forward=sum(part.forward for part in parts),
         backward=sum(part.backward for part in parts) + quantizer.backward,
-        recomputed=sum(part.inside for part in parts) if config.gradient_checkpointing else 0,
+        recomputed=sum(part.inside for part in parts) if whole_blocks else 0,
     )
