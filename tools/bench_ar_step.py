@@ -96,7 +96,7 @@ def _seconds(function: Callable[[], object], device: str) -> float:
 
 def measure_form(*, form: str, config: str, batch: int, steps: int, device: str) -> dict:
     """A form's figures."""
-    set_up_torch(training=True)
+    bench_step.set_up(form)
     model = load_section(TransformerConfig, config, "model")
     blueprint = Blueprint(name="transformer", build=lambda: Transformer(model), seed=0)
     trainer = (

@@ -12,6 +12,7 @@ import torch
 from ibq.config import UserError, load_section
 from ibq.engine.configs import EngineConfig, LocalEngineConfig
 from ibq.training.metrics import Stopwatch
+from ibq.training.run import set_up_torch
 from tools.bench_process import GIB, extra_peak_gib, run_apart, synchronize
 
 FORMS = ("ours", "plain")
@@ -32,6 +33,15 @@ def settings_of(arguments: argparse.Namespace) -> dict:
     if min(arguments.batch, arguments.steps) < 1:
         raise UserError("--batch and --steps must be at least 1")
     return {name: getattr(arguments, name) for name in ("config", "batch", "steps", "device")}
+
+
+def set_up(form: str) -> None:
+    """The process as this project's commands have it, or as a plain script would, with denormals flushed in both."""
+    if form == "ours":
+        set_up_torch(training=True)
+    else:
+        torch.set_flush_denormal(True)
+        torch.backends.cudnn.benchmark = True
 
 
 def engine_config(config: str) -> LocalEngineConfig:

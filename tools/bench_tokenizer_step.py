@@ -25,7 +25,6 @@ from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.ops import textbook
 from ibq.progress import progress_bar
 from ibq.training.metrics import Stopwatch
-from ibq.training.run import set_up_torch
 from ibq.training.tokenizer_task import TokenizerLossConfig, TokenizerTask
 from tools import bench_step
 
@@ -62,7 +61,7 @@ def table(figures: dict) -> str:
 
 def measure_form(*, form: str, config: str, batch: int, steps: int, device: str) -> dict:
     """A form's figures."""
-    set_up_torch(training=True)
+    bench_step.set_up(form)
     model = load_section(TokenizerConfig, config, "model")
     settings = load_section(TokenizerLossConfig, config, "loss")
     networks = model, settings, torch.device(device)

@@ -158,6 +158,10 @@ class Tokenizer(nn.Module):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] of quantized latents [B, D, h, w]."""
+        if latents.is_cpu:
+            # The quantizer has one token after the other, which convolutions take for channels-last images, and the
+            # gradient of a group normalization of those takes a CPU ten times as long.
+            latents = latents.contiguous()
         return self.decoder(self.post_quant_conv(latents))
 
     @torch.no_grad()
