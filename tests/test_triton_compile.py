@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ibq.ops import triton_common as common
+from ibq.ops import triton_group_norm_silu as group_norm_silu
 from ibq.ops import triton_index_backprop as index_backprop
 from ibq.ops import triton_linear_cross_entropy as cross_entropy
 from ibq.ops.triton_common import GRADIENT_TILES, ONE_PRODUCT_TILES, TWO_PRODUCT_TILES, Tile
@@ -137,6 +138,12 @@ def compiled(
     compile_options = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     constants = kernel.flags | options | sizes | {"PRECISION": common.kernel_precision(precision)}
     types, attributes = signature(kernel, precision, constants, whole_sizes)
+    return machine_code(kernel.function, types, constants, attributes, capability, compile_options)
+
+
+def machine_code(
+    function, types: dict, constants: dict, attributes: dict, capability: int, compile_options: dict
+) -> Usage:
     log = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -147,7 +154,7 @@ def compiled(
         knobs.cache.dir = cache  # an empty cache: ptxas has to run, and to say what it found
         knobs.nvidia.dump_ptxas_log = True
         result = triton.compile(
-            ASTSource(kernel.function, types, constants, attributes),
+            ASTSource(function, types, constants, attributes),
             target=GPUTarget("cuda", capability, 32),
             options=compile_options,
         )
@@ -209,6 +216,27 @@ def test_sizes_of_one(kernel):
     names = {parameter.name for parameter in kernel.function.params}
     ones = dict.fromkeys(names & {"num_tokens", "num_codes", "rows", "length"}, 1)
     assert not problems(compiled(kernel, "tf32", 80, **ones), 80)
+
+
+@pytest.mark.parametrize("channels", [96, 128, 512, 4096])
+@pytest.mark.parametrize("of_gradient", [False, True])
+@pytest.mark.parametrize("name", ["channel_sums_kernel", "values_kernel"])
+def test_group_norm_and_silu(name, of_gradient, channels):
+    function, tile = getattr(group_norm_silu, name), group_norm_silu._tile(channels)
+    options = {"num_warps": tile.pop("num_warps"), "num_stages": 3}
+    constants = tile | {"OF_GRADIENT": of_gradient}
+    types, attributes = {}, {}
+    for place, parameter in enumerate(function.params):
+        kind = "constexpr" if parameter.name in constants else "i32"
+        if parameter.name.endswith("_ptr"):
+            kind = "*bf16" if parameter.name in ("x_ptr", "grad_ptr", "out_ptr") else "*fp32"
+        types[parameter.name] = kind
+        if kind.startswith("*") or parameter.name == "channels":
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    for capability in SHARED_LIMIT_KIB:
+        usage = machine_code(function, types, constants, attributes, capability, options)
+        assert not problems(usage, capability)
+        assert usage.registers <= 128, "two programs of 256 threads on a processor"
 
 
 def test_the_check_can_fail():

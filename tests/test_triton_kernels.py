@@ -19,7 +19,13 @@ from ibq.ops import textbook
 from ibq.ops.index_backprop import index_backprop
 
 pytest.importorskip("triton", reason="triton is installed with the CUDA builds of torch only")
-from ibq.ops import triton_common, triton_index_backprop, triton_linear_cross_entropy
+from ibq.ops import (
+    triton_common,
+    triton_group_norm_silu,
+    triton_index_backprop,
+    triton_linear_cross_entropy,
+)
+from ibq.ops.group_norm_silu import group_norm_silu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = pytest.param(
@@ -398,3 +404,78 @@ def test_memory(device):
     by_kernels(case, 1.0, 1.0, "ieee")
     results = 4 * (case.tokens.nbytes + case.codebook.nbytes)
     assert torch.cuda.max_memory_allocated() - before < 1.25 * triton_common.WORKSPACE_BYTES + results
+
+
+# --- Group normalization and SiLU ----------------------------------------------------------------
+
+IMAGES = [(2, 32, 7, 5, 8), (1, 24, 3, 4, 3), (3, 128, 16, 9, 32), (2, 8, 1, 1, 2), (1, 300, 5, 6, 10)]
+
+
+def normalized(shape: tuple, dtype: torch.dtype, device: str) -> dict:
+    """What the kernels give and what float64 gives, for images that are far from normalized."""
+    batch, channels, height, width, groups = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(batch, channels, height, width, generator=generator) * 2 + 3
+    grad = torch.randn(x.shape, generator=generator)
+    weight, bias = torch.randn(2, channels, generator=generator)
+    x, grad = (part.to(device, dtype).contiguous(memory_format=torch.channels_last) for part in (x, grad))
+    weight, bias = weight.to(device), bias.to(device)
+    out, found = triton_group_norm_silu.forward(x, weight, bias, groups, 1e-6)
+    gradients = triton_group_norm_silu.backward(grad, x, weight, groups, found)
+    exact = [part.double().requires_grad_() for part in (x, weight, bias)]
+    expected = F.silu(F.group_norm(exact[0], groups, *exact[1:], eps=1e-6))
+    expected.backward(grad.double())
+    return {
+        "out": (out, expected.detach()),
+        **{name: (own, part.grad) for name, own, part in zip(("x", "weight", "bias"), gradients, exact, strict=True)},
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", IMAGES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_group_norm_and_silu(device: str, shape: tuple, dtype: torch.dtype):
+    for name, (found, expected) in normalized(shape, dtype, device).items():
+        rounding = 2**-7 if INTERPRETED else 2**-8  # the interpreter cuts digits off
+        tolerance = 2e-5 if dtype == torch.float32 or name in ("weight", "bias") else rounding
+        error = float((found.double() - expected).norm() / expected.norm().clamp(min=1e-3))
+        assert error < tolerance, (name, error)
+        if found.dim() == 4:
+            assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("part", ["slope", "offset"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_group_norms_comparison_sees_a_missing_part(device: str, part: str, monkeypatch):
+    plain = triton_group_norm_silu._values
+
+    def without(x, found, grad=None, slope=None, offset=None):
+        parts = {"slope": slope, "offset": offset}
+        if grad is not None:
+            parts[part] = torch.zeros_like(parts[part])
+        return plain(x, found, grad, **parts)
+
+    monkeypatch.setattr(triton_group_norm_silu, "_values", without)
+    found, expected = normalized(IMAGES[2], torch.float32, device)["x"]
+    assert float((found - expected).norm() / expected.norm()) > 1e-4
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_group_norm_and_silu_in_a_network():
+    """Through the public function: under autocast, and the same twice."""
+    norm = torch.nn.GroupNorm(32, 128, eps=1e-6).cuda()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(4, 128, 33, 40, device="cuda").bfloat16().contiguous(memory_format=torch.channels_last)
+    results = []
+    for own in (x, x, x.contiguous()):
+        own = own.detach().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = group_norm_silu(own, norm)
+        out.float().square().mean().backward()
+        results.append((out.detach().float(), own.grad.float(), norm.weight.grad.clone(), norm.bias.grad.clone()))
+        norm.zero_grad()
+    fused, again, native = results
+    for one, other, plain in zip(fused, again, native, strict=True):
+        assert torch.equal(one, other)
+        assert float((one - plain).norm() / plain.norm()) < 1e-2

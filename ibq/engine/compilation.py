@@ -27,10 +27,11 @@ def module_units(module: nn.Module) -> list[nn.Module]:
 def compile_units(module: nn.Module, setting: bool | None, device: torch.device) -> bool:
     """Compile the module's units at their first use, for the shapes that they meet; whether that will be.
 
-    `setting` None: on a GPU with Triton. UserError where there is no compiler.
+    `setting` None: on a GPU with Triton, if all units are alike, so that it takes seconds and not minutes. UserError
+    where there is no compiler.
     """
     if setting is None:
-        setting = device.type == "cuda" and triton_is_installed()
+        setting = device.type == "cuda" and triton_is_installed() and _alike(module_units(module))
     if setting and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("engine.compile: no C++ compiler was found; install g++, or set engine.compile=false")
     units = module_units(module) if setting else []
@@ -44,3 +45,7 @@ def compile_units(module: nn.Module, setting: bool | None, device: torch.device)
 def uncompiled(applies: bool) -> AbstractContextManager:
     """Within this context compiled modules run as they are written, if it `applies`."""
     return torch.compiler.set_stance("force_eager") if applies else contextlib.nullcontext()
+
+
+def _alike(units: list[nn.Module]) -> bool:
+    return len({tuple((name, p.shape) for name, p in unit.named_parameters()) for unit in units}) == 1

@@ -15,7 +15,7 @@ class LocalEngineConfig:
     """Whole weights on every rank; DDP averages the gradients when a launcher starts several."""
 
     kind: Literal["local"] = "local"
-    compile: bool | None = None  # torch.compile of every block; by default on a GPU with Triton
+    compile: bool | None = None  # torch.compile of every block; by default the transformer's on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)

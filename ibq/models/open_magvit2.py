@@ -9,9 +9,9 @@ are those of the published checkpoints.
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ibq.models.vqgan import Level, ResBlock, norm
+from ibq.ops.group_norm_silu import group_norm_silu
 
 if TYPE_CHECKING:
     from ibq.models.tokenizer import TokenizerConfig
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
         h = self.conv_in(images)
         for stage in self.stages():
             h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(group_norm_silu(h, self.norm_out))
 
 
 class Decoder(nn.Module):
@@ -127,4 +127,4 @@ class Decoder(nn.Module):
         h = self.conv_in(z)
         for stage in self.in_order():
             h = stage(h, z) if isinstance(stage, AdaptiveGroupNorm) else stage(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(group_norm_silu(h, self.norm_out))

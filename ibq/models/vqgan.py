@@ -7,13 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ibq.ops.group_norm_silu import group_norm_silu
+
 if TYPE_CHECKING:
     from ibq.models.tokenizer import TokenizerConfig
-
-
-LARGE_MAP = (
-    64 * 64
-)  # cells; of more, attention must not make a table of all pairs: fused kernels want rows in one piece
 
 
 def norm(channels: int, config: "TokenizerConfig") -> nn.GroupNorm:
@@ -55,10 +52,10 @@ class ResBlock(nn.Module):
         return self._second(self._first(x)) + self._shortcut(x)
 
     def _first(self, x: Tensor) -> Tensor:
-        return self.conv1(F.silu(self.norm1(x)))
+        return self.conv1(group_norm_silu(x, self.norm1))
 
     def _second(self, h: Tensor) -> Tensor:
-        return self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.conv2(self.dropout(group_norm_silu(h, self.norm2)))
 
     def _shortcut(self, x: Tensor) -> Tensor:
         return x if self.nin_shortcut is None else self.nin_shortcut(x)
@@ -77,10 +74,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # [B, C, H, W] -> [B, 1, HW, C]
-        q, k, v = (proj(h).flatten(2).transpose(1, 2).unsqueeze(1) for proj in (self.q, self.k, self.v))
-        if q.shape[2] > LARGE_MAP:
-            q, k, v = (part.contiguous() for part in (q, k, v))
+        # [B, C, H, W] -> [B, 1, HW, C]. Fused kernels want rows in one piece, else PyTorch makes a table of all
+        # pairs; channels-last maps have them so.
+        q, k, v = (proj(h).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for proj in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
@@ -186,7 +182,7 @@ class Encoder(nn.Module):
         h = self.conv_in(images)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(group_norm_silu(self.mid(h), self.norm_out))
 
 
 class Decoder(nn.Module):
@@ -221,4 +217,4 @@ class Decoder(nn.Module):
         h = self.conv_in(z)
         for stage in self.in_order():
             h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(group_norm_silu(h, self.norm_out))

@@ -1,8 +1,8 @@
 """Index Backpropagation Quantization (arXiv 2412.02692) without the tables of tokens x codes.
 
 The same values and gradients as `textbook.index_backprop`, computed in tiles and recomputed in the backward pass:
-memory grows with tokens + codes, not with their product. On CUDA by Triton kernels (`triton_index_backprop.py`),
-elsewhere, and where Triton is missing, in plain PyTorch (`index_backprop_tiles.py`).
+memory grows with tokens + codes, not with their product. On CUDA, where tensor cores multiply, by Triton kernels
+(`triton_index_backprop.py`), else, and where Triton is missing, in plain PyTorch (`index_backprop_tiles.py`).
 
 What needs all codes of all tokens is one operator with a hand-written gradient, opaque to `torch.compile`; the rest
 (the squared distances, the entropy of the batch and its mean over ranks) is plain PyTorch around it.
@@ -131,6 +131,9 @@ def _quantize(tokens, codebook, temperature, selection_temperature, precision, b
     """The operator on operands of one precision."""
     double = torch.float64 in (tokens.dtype, codebook.dtype)
     dtype = torch.float64 if double else torch.float32
+    if backend == "auto" and precision == "float32" and float32_products() == "ieee":
+        # Without tensor cores the kernels are a third as fast as strips of cuBLAS's products (measured on an H200).
+        backend = "torch"
     backend = "triton" if use_triton(tokens, dtype, backend) else "torch"
     settings = (float(temperature), float(selection_temperature), precision, backend)
     return _operator(tokens.to(dtype), codebook.to(dtype), *settings)[:5]

@@ -74,7 +74,7 @@ class _Walk:
 
     def __init__(self, config: TokenizerConfig, numerics: Numerics):
         self.config, self.size = config, numerics.compute
-        self.cuda_bf16 = numerics.compute == 2 and numerics.device == "cuda"  # CUDA's autocast normalizes in float32
+        self.cuda_bf16 = numerics.compute == 2 and numerics.device == "cuda"  # attention's norm gives float32 there
         self.mask = numerics.mask(numerics.compute)
         self.on_cpu = numerics.device == "cpu"
         self.layers: list[Layer] = []
@@ -88,10 +88,10 @@ class _Walk:
     def norm_silu_conv(
         self, inputs: int, outputs: int, side: int, *, inner: bool = False, dropout: float = 0.0
     ) -> None:
-        """GroupNorm, SiLU and a 3 x 3 convolution: each saves its input."""
+        """GroupNorm, SiLU and a 3 x 3 convolution: each saves its input; the first two are one on CUDA."""
         pixels = inputs * side * side
-        each = (4 + 4 + 2) if self.cuda_bf16 else 3 * self.size
-        saved = each * pixels + 2 * 4 * self.config.norm_groups + (self.mask * pixels if dropout else 0)
+        maps, statistics = (2, 4 * inputs) if self.cuda_bf16 else (3, 2 * self.config.norm_groups)
+        saved = maps * self.size * pixels + 4 * statistics + (self.mask * pixels if dropout else 0)
         self.layers.append(Layer(parameters=2 * inputs))
         self.conv(inputs, outputs, 3, side, saved=saved, inner=inner)
 
@@ -101,34 +101,31 @@ class _Walk:
         second = len(self.layers)
         self.norm_silu_conv(outputs, outputs, side, inner=True, dropout=self.config.dropout)
         if inputs != outputs:
-            # Its input is that of the norm, unless the norm has a float32 copy.
-            saved = 2 * inputs * side * side if self.cuda_bf16 else 0
-            self.conv(inputs, outputs, 1, side, saved=saved, inner=not selective)
+            self.conv(inputs, outputs, 1, side, inner=not selective)  # its input is that of the norm
         self.inputs += self.size * (inputs + (outputs if selective else 0)) * side * side
         together = [self.layers[first:second], self.layers[second:]] if selective else [self.layers[first:]]
         self.largest = max(self.largest, *(sum(layer.saved for layer in part if layer.inner) for part in together))
 
-    def attention(self, channels: int, side: int, *, fused: bool) -> None:
+    def attention(self, channels: int, side: int) -> None:
         positions = side * side
         pixels, size = channels * positions, self.size
         # q, k and v each round the float32 output of the norm.
         normed = 4 + 3 * 2 if self.cuda_bf16 else 2 * size
-        # The unfused form saves its scores, and computes in float32.
-        inside = 4 * positions if fused else 4 * positions * positions + 3 * (4 - size) * pixels
+        inside = 4 * positions  # of the fused form: a number for each row of scores
         saved = (normed + 4 * size) * pixels + inside + 2 * 4 * self.config.norm_groups
         self.layers.append(Layer(parameters=2 * channels, flops=4 * positions * positions * channels, saved=saved))
         for _ in range(4):
             self.conv(channels, channels, 1, side)
 
-    def level(self, inputs: int, outputs: int, blocks: int, side: int, *, attention: bool, fused: bool) -> None:
+    def level(self, inputs: int, outputs: int, blocks: int, side: int, *, attention: bool) -> None:
         for number in range(blocks):
             self.res_block(inputs if number == 0 else outputs, outputs, side)
             if attention:
-                self.attention(outputs, side, fused=fused)
+                self.attention(outputs, side)
 
-    def middle(self, channels: int, side: int, *, fused: bool) -> None:
+    def middle(self, channels: int, side: int) -> None:
         self.res_block(channels, channels, side)
-        self.attention(channels, side, fused=fused)
+        self.attention(channels, side)
         self.res_block(channels, channels, side)
 
     def part(self, name: str) -> Part:
@@ -143,8 +140,7 @@ class _Walk:
 def tokenizer_parts(config: TokenizerConfig, numerics: Numerics) -> list[Part]:
     """The tokenizer in the order of its forward pass; names are `encoder...`, `quantizer...` and `decoder...`.
 
-    With channels-last memory (CUDA) all attention is fused; on the CPU that of the encoder is not. UserError for a
-    network that these formulas are not about.
+    UserError for a network that these formulas are not about.
     """
     if config.network != "vqgan":
         raise UserError(f"network: {config.network} cannot be planned; its layers are not VQGAN's: measure a run")
@@ -152,20 +148,20 @@ def tokenizer_parts(config: TokenizerConfig, numerics: Numerics) -> list[Part]:
 
 
 def _encoder(config: TokenizerConfig, numerics: Numerics) -> Iterator[Part]:
-    walk, fused = _Walk(config, numerics), numerics.device == "cuda"
+    walk = _Walk(config, numerics)
     widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
     side, previous, size = config.resolution, config.channels, numerics.compute
     image = config.in_channels * side * side
     walk.conv(config.in_channels, config.channels, 3, side, saved=size * image, backward=1)
     yield walk.part("encoder.conv_in")
     for level, width in enumerate(widths):
-        walk.level(previous, width, config.res_blocks, side, attention=config.has_attention(level), fused=fused)
+        walk.level(previous, width, config.res_blocks, side, attention=config.has_attention(level))
         if level < len(widths) - 1:
             walk.conv(width, width, 3, side // 2, saved=size * width * (side + 1) ** 2)
             side //= 2
         previous = width
         yield walk.part(f"encoder.down.{level}")
-    walk.middle(previous, side, fused=fused)
+    walk.middle(previous, side)
     yield walk.part("encoder.mid")
     walk.norm_silu_conv(previous, config.latent_channels, side)
     dim = config.quantizer.dim
@@ -177,16 +173,17 @@ def _decoder(config: TokenizerConfig, numerics: Numerics) -> Iterator[Part]:
     walk = _Walk(config, numerics)
     widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
     side, size = config.tokens_per_side, numerics.compute
-    cast = 2 if numerics.casts else 0
-    walk.conv(config.quantizer.dim, config.latent_channels, 1, side, saved=cast * config.quantizer.dim * side * side)
+    # The quantizer's latents are saved already, but in another precision, and on a CPU in another order.
+    copied = size if numerics.casts or numerics.device == "cpu" else 0
+    walk.conv(config.quantizer.dim, config.latent_channels, 1, side, saved=copied * config.quantizer.dim * side * side)
     walk.conv(config.latent_channels, widths[-1], 3, side, saved=size * config.latent_channels * side * side)
     yield walk.part("decoder.conv_in, post_quant_conv")
-    walk.middle(widths[-1], side, fused=True)
+    walk.middle(widths[-1], side)
     yield walk.part("decoder.mid")
     previous = widths[-1]
     for level in reversed(range(len(widths))):
         width, attention = widths[level], config.has_attention(level)
-        walk.level(previous, width, config.res_blocks + 1, side, attention=attention, fused=True)
+        walk.level(previous, width, config.res_blocks + 1, side, attention=attention)
         if level > 0:
             side *= 2
             walk.conv(width, width, 3, side, saved=size * width * side * side)
