@@ -1,8 +1,8 @@
 """Group normalization and SiLU of channels-last images in Triton: one pass for sums, one for values, each way.
 
 PyTorch's own kernels take images channel by channel, and so copy what tensor cores' convolutions give and want, four
-times for each normalization. Sums over pixels are made per channel, slice by slice, always in the same order; what
-is left to do with them, per channel and group, is plain PyTorch on a few thousand numbers.
+times for each normalization. Sums over pixels are made per channel, slice by slice, always in the same order; a small
+kernel makes of them what the second pass needs: in plain PyTorch that would be a dozen launches.
 """
 
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from ibq.ops.triton_common import on_device, split_evenly
 
 TILE_ELEMENTS = 4096  # pixels x channels of a program's tile
 WARPS = 8
+STEP = 16  # slices that are added up at a time
 
 
 class Normalization(NamedTuple):
@@ -74,6 +75,75 @@ def channel_sums_kernel(
 
 
 @triton.jit
+def statistics_kernel(
+    sums_ptr, weight_ptr, bias_ptr, out_ptr, channels, splits, images, count, eps,
+    STEP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`Normalization` [4, B, C] from sums of x and x^2 [B, splits, 2, C]. Grid: groups, images."""
+    group = tl.program_id(0)
+    image = tl.program_id(1)
+    width = channels // tl.num_programs(0)
+    inside = tl.arange(0, WIDTH) < width
+    channel = group * width + tl.arange(0, WIDTH)
+    first, second = group_sums(sums_ptr, image, channel, inside, channels, splits, STEP, WIDTH)
+    mean = tl.sum(first, axis=0) / count
+    variance = tl.sum(second, axis=0) / count - mean * mean
+    rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+    scale = rstd * tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    shift = tl.load(bias_ptr + channel, mask=inside, other=0.0) - mean * scale
+    out_ptr += image * channels + channel
+    step = images * channels
+    tl.store(out_ptr, tl.zeros([WIDTH], dtype=tl.float32) + mean, mask=inside)
+    tl.store(out_ptr + step, tl.zeros([WIDTH], dtype=tl.float32) + rstd, mask=inside)
+    tl.store(out_ptr + 2 * step, scale, mask=inside)
+    tl.store(out_ptr + 3 * step, shift, mask=inside)
+
+
+@triton.jit
+def gradient_statistics_kernel(
+    sums_ptr, weight_ptr, mean_ptr, rstd_ptr, out_ptr, channels, splits, images, count,
+    STEP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """From sums of du and du x [B, splits, 2, C], see `backward`: slope, offset, and of each image the gradients of
+    weight and bias [4, B, C]. Grid: groups, images."""
+    group = tl.program_id(0)
+    image = tl.program_id(1)
+    width = channels // tl.num_programs(0)
+    inside = tl.arange(0, WIDTH) < width
+    channel = group * width + tl.arange(0, WIDTH)
+    plain, with_x = group_sums(sums_ptr, image, channel, inside, channels, splits, STEP, WIDTH)
+    place = image * channels + channel
+    mean = tl.load(mean_ptr + place, mask=inside, other=0.0)
+    rstd = tl.load(rstd_ptr + place, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    with_z = rstd * (with_x - mean * plain)
+    slope = -rstd * rstd * (tl.sum(weight * with_z, axis=0) / count)
+    offset = -rstd * (tl.sum(weight * plain, axis=0) / count) - slope * mean
+    out_ptr += place
+    step = images * channels
+    tl.store(out_ptr, slope, mask=inside)
+    tl.store(out_ptr + step, offset, mask=inside)
+    tl.store(out_ptr + 2 * step, with_z, mask=inside)
+    tl.store(out_ptr + 3 * step, plain, mask=inside)
+
+
+@triton.jit
+def group_sums(
+    sums_ptr, image, channel, inside, channels, splits, STEP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Both sums of a group's channels over the slices, [WIDTH] each."""
+    first = tl.zeros([WIDTH], dtype=tl.float32)
+    second = tl.zeros([WIDTH], dtype=tl.float32)
+    for start in range(0, splits, STEP):
+        split = start + tl.arange(0, STEP)
+        mask = (split < splits)[:, None] & inside[None, :]
+        place = (image * splits + split)[:, None] * 2 * channels + channel[None, :]
+        first += tl.sum(tl.load(sums_ptr + place, mask=mask, other=0.0), axis=0)
+        second += tl.sum(tl.load(sums_ptr + place + channels, mask=mask, other=0.0), axis=0)
+    return first, second
+
+
+@triton.jit
 def values_kernel(
     x_ptr, grad_ptr, scale_ptr, shift_ptr, slope_ptr, offset_ptr, out_ptr, pixels, channels,
     OF_GRADIENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -105,14 +175,11 @@ def values_kernel(
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Normalization]:
     """silu(group_norm(x)) for channels-last x [B, C, H, W] and float32 weight and bias [C], in the precision of x."""
-    batch, channels, height, width = x.shape
     sums = _channel_sums(x)
-    count = height * width * channels // groups
-    mean, square = (sums.view(batch, 2, groups, -1).sum(dim=-1) / count).unbind(dim=1)
-    rstd = torch.rsqrt((square - mean.square()).clamp_(min=0.0) + eps)
-    mean, rstd = (value.repeat_interleave(channels // groups, dim=1) for value in (mean, rstd))
-    scale = rstd * weight
-    found = Normalization(mean, rstd, scale, bias - mean * scale)
+    out, launch = _per_group(x, sums, groups)
+    with on_device(x):
+        statistics_kernel[(groups, len(x))](sums, weight, bias, out, *launch.sizes, eps, **launch.constants)
+    found = Normalization(*out)
     return _values(x, found), found
 
 
@@ -121,19 +188,33 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias.
 
-    With du the gradient of the normalized image, w the weight and means over the n elements of a group,
+    With du the gradient of the normalized image, w the weight and means over the elements of a group,
 
-        dx = rstd (w du - mean(w du) - z mean(w du z)),  z = (x - mean) rstd.
+        dx = rstd (w du - mean(w du) - z mean(w du z)) = scale du + slope x + offset,  z = (x - mean) rstd.
     """
-    batch, channels, height, width = x.shape
     grad = grad.contiguous(memory_format=torch.channels_last)
-    plain, with_x = _channel_sums(x, grad, found).unbind(dim=1)  # of du and du x, [B, C] each
-    with_z = found.rstd * (with_x - found.mean * plain)
-    means = torch.stack([plain, with_z]) * weight / (height * width * channels // groups)
-    means = means.view(2, batch, groups, -1).sum(dim=-1).repeat_interleave(channels // groups, dim=2)
-    slope = -found.rstd.square() * means[1]
-    offset = -found.rstd * means[0] - slope * found.mean
-    return _values(x, found, grad, slope, offset), with_z.sum(dim=0), plain.sum(dim=0)
+    sums = _channel_sums(x, grad, found)
+    out, launch = _per_group(x, sums, groups)
+    with on_device(x):
+        gradient_statistics_kernel[(groups, len(x))](
+            sums, weight, found.mean, found.rstd, out, *launch.sizes, **launch.constants
+        )
+    grad_weight, grad_bias = out[2:].sum(dim=1)
+    return _values(x, found, grad, *out[:2]), grad_weight, grad_bias
+
+
+class _Launch(NamedTuple):
+    sizes: tuple[int, ...]
+    constants: dict[str, int]
+
+
+def _per_group(x: Tensor, sums: Tensor, groups: int) -> tuple[Tensor, _Launch]:
+    """Where a kernel of one program per group and image writes its four results [4, B, C], and its sizes."""
+    batch, channels, height, width = x.shape
+    splits, own = sums.shape[1], channels // groups
+    constants = {"STEP": STEP, "WIDTH": triton.next_power_of_2(own)}
+    sizes = (channels, splits, batch, height * width * own)
+    return torch.empty(4, batch, channels, device=x.device), _Launch(sizes, constants)
 
 
 def _tile(channels: int) -> dict[str, int]:
@@ -142,7 +223,7 @@ def _tile(channels: int) -> dict[str, int]:
 
 
 def _channel_sums(x: Tensor, grad: Tensor | None = None, found: Normalization | None = None) -> Tensor:
-    """[B, 2, C]: see the kernel."""
+    """[B, splits, 2, C]: see the kernel."""
     batch, channels, height, width = x.shape
     tile, pixels = _tile(channels), height * width
     splits, length = split_evenly(pixels, tile["ROWS"], batch, x.device)
@@ -153,7 +234,7 @@ def _channel_sums(x: Tensor, grad: Tensor | None = None, found: Normalization | 
             x, x if grad is None else grad, scale, shift, sums, pixels, channels, splits, length,
             OF_GRADIENT=grad is not None, **tile,
         )  # fmt: skip
-    return sums.sum(dim=1)
+    return sums
 
 
 def _values(
