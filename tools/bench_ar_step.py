@@ -32,7 +32,7 @@ BANDWIDTH_FLOATS = 2**26  # that are copied to measure the memory's bandwidth
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this bench."""
-    bench_step.add_options(parser, config="yaml/b.yaml", batch=4, steps=4)
+    bench_step.add_options(parser, config="yaml/b.yaml", batch=4, steps=4, compiled="true")
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -94,7 +94,7 @@ def _seconds(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def measure_form(*, form: str, config: str, batch: int, steps: int, device: str) -> dict:
+def measure_form(*, form: str, config: str, batch: int, steps: int, compile: str, device: str) -> dict:
     """A form's figures."""
     bench_step.set_up(form)
     model = load_section(TransformerConfig, config, "model")
@@ -102,7 +102,7 @@ def measure_form(*, form: str, config: str, batch: int, steps: int, device: str)
     trainer = (
         PlainStep(blueprint, torch.device(device))
         if form == "plain"
-        else OurStep(blueprint, torch.device(device), bench_step.engine_config(config))
+        else OurStep(blueprint, torch.device(device), bench_step.engine_config(config, compile))
     )
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(model.vocab_size, (batch, model.tokens), generator=generator).to(device)

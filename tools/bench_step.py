@@ -18,13 +18,18 @@ from tools.bench_process import GIB, extra_peak_gib, run_apart, synchronize
 FORMS = ("ours", "plain")
 
 
-def add_options(parser: argparse.ArgumentParser, *, config: str, batch: int, steps: int) -> None:
+COMPILE = {"auto": None, "true": True, "false": False}
+
+
+def add_options(parser: argparse.ArgumentParser, *, config: str, batch: int, steps: int, compiled: str) -> None:
     """The options of such a bench, with its defaults."""
     add = parser.add_argument
     add("--config", default=config, help="config of a run (default: %(default)s)")
     add("--batch", type=int, default=batch, help="images (default: %(default)s)")
     help_steps = "timed steps of each form, of which the best counts (default: %(default)s)"
     add("--steps", type=int, default=steps, help=help_steps)
+    help_compile = "engine.compile of ours; auto: as the config or its default says (default: %(default)s)"
+    add("--compile", choices=COMPILE, default=compiled, help=help_compile)
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -32,7 +37,7 @@ def settings_of(arguments: argparse.Namespace) -> dict:
     """The options, as `measure_form` takes them; UserError for impossible ones."""
     if min(arguments.batch, arguments.steps) < 1:
         raise UserError("--batch and --steps must be at least 1")
-    return {name: getattr(arguments, name) for name in ("config", "batch", "steps", "device")}
+    return {name: getattr(arguments, name) for name in ("config", "batch", "steps", "compile", "device")}
 
 
 def set_up(form: str) -> None:
@@ -44,8 +49,10 @@ def set_up(form: str) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def engine_config(config: str) -> LocalEngineConfig:
-    """How one process runs the config: compiled or not, as its engine says."""
+def engine_config(config: str, compile: str) -> LocalEngineConfig:
+    """How one process runs the config: compiled or not, as the option or its engine says."""
+    if compile != "auto":
+        return LocalEngineConfig(compile=COMPILE[compile])
     chosen = load_section(EngineConfig, config, "engine", default=LocalEngineConfig())
     return LocalEngineConfig(compile=getattr(chosen, "compile", None))
 

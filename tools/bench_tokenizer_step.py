@@ -35,7 +35,7 @@ EMA_DECAY = 0.999
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this bench."""
-    bench_step.add_options(parser, config="yaml/tokenizer_262144.yaml", batch=1, steps=2)
+    bench_step.add_options(parser, config="yaml/tokenizer_262144.yaml", batch=1, steps=2, compiled="auto")
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -59,13 +59,13 @@ def table(figures: dict) -> str:
 # --- In a fresh process ---
 
 
-def measure_form(*, form: str, config: str, batch: int, steps: int, device: str) -> dict:
+def measure_form(*, form: str, config: str, batch: int, steps: int, compile: str, device: str) -> dict:
     """A form's figures."""
     bench_step.set_up(form)
     model = load_section(TokenizerConfig, config, "model")
     settings = load_section(TokenizerLossConfig, config, "loss")
     networks = model, settings, torch.device(device)
-    trainer = PlainStep(*networks) if form == "plain" else OurStep(*networks, bench_step.engine_config(config))
+    trainer = PlainStep(*networks) if form == "plain" else OurStep(*networks, bench_step.engine_config(config, compile))
     generator = torch.Generator().manual_seed(0)
     shape = (batch, model.in_channels, model.resolution // 8, model.resolution // 8)
     coarse = torch.rand(shape, generator=generator)
