@@ -80,6 +80,12 @@ def test_training_steps(name, config, rate, tmp_path):
     assert figures["ratio"]["speedup"] == pytest.approx(plain["seconds"] / ours["seconds"])
     assert ours[rate] / plain[rate] == pytest.approx(figures["ratio"]["speedup"])
     assert ours["parts"].keys() == plain["parts"].keys()
+    assert all(figures["rates"][name] > 0 for name in ("bf16", "fp32", "bytes_per_second"))
+    share = {"ar-step": "mfu", "tokenizer-step": "of_limit"}[name]
+    assert 0 < plain[share] < 1 and ours[share] / plain[share] == pytest.approx(figures["ratio"]["speedup"])
+    if name == "ar-step":
+        loss, forward = (ours["parts"][part] for part in ("loss, of the forward pass", "forward"))
+        assert 0 < loss < forward and ours["parts"]["data"] < ours["seconds"]
     # The same networks on the same data: both forms begin with nearly the same loss.
     assert ours["losses"][0] == pytest.approx(plain["losses"][0], rel=2e-2)
     assert "times the plain form's speed" in done.stdout

@@ -5,8 +5,6 @@ keys and the statistics of norms by fp32 copies, a table of logits, and AdamW on
 """
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +22,10 @@ from ibq.training.ar_task import ARTask
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
 from tools import bench_step
-from tools.bench_process import product_rate, run_apart, synchronize
+from tools.bench_process import run_apart
 
+LOSS = "loss, of the forward pass"  # head and cross-entropy
 OPTIMIZER = OptimizerConfig(kind="adamw", learning_rate=1e-4, betas=(0.9, 0.96), weight_decay=0.05, clip_norm=1.0)
-BANDWIDTH_FLOATS = 2**26  # that are copied to measure the memory's bandwidth
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,18 +53,14 @@ def measure(arguments: argparse.Namespace) -> dict:
 def table(figures: dict) -> str:
     """The figures for people."""
     rows = {"tokens/s": "tokens_per_second", "seconds a step": "seconds", "peak GiB": "peak_gib", "MFU": "mfu"}
-    rates = figures["rates"]
-    return bench_step.table(figures, rows) + (
-        f"\nmatrix products: {rates['bf16'] / 1e9:,.0f} GFLOP/s in bf16, {rates['fp32'] / 1e9:,.0f} in fp32; memory is "
-        f"copied at {rates['bytes_per_second'] / 1e9:.1f} GB/s; {figures['flops_per_step'] / 1e12:.2f} TFLOP a step"
-    )
+    return f"{bench_step.table(figures, rows)}; {figures['flops_per_step'] / 1e12:.2f} TFLOP a step"
 
 
 # --- In a fresh process ---
 
 
 def measure_rates(*, config: str, batch: int, device: str) -> dict[str, float]:
-    """The machine's own limits: products at the shapes of the model's layers, and copies in memory."""
+    """The machine's own limits, for products at the shapes of the model's layers."""
     set_up_torch(training=True)
     model = load_section(TransformerConfig, config, "model")
     tokens, width = batch * model.tokens, model.model_width
@@ -76,22 +70,7 @@ def measure_rates(*, config: str, batch: int, device: str) -> dict[str, float]:
         (tokens, width, 4 * width),
         (tokens, 3 * width, width),
     ]
-    source = torch.ones(BANDWIDTH_FLOATS, device=device)
-    target = torch.empty_like(source)
-    seconds = min(_seconds(lambda: target.copy_(source), device) for _ in range(8))
-    return {
-        "bf16": product_rate(torch.bfloat16, shapes, device),
-        "fp32": product_rate(torch.float32, shapes, device),
-        "bytes_per_second": 2 * 4 * BANDWIDTH_FLOATS / seconds,
-    }
-
-
-def _seconds(function: Callable[[], object], device: str) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - started
+    return bench_step.machine_rates(shapes, shapes, device)
 
 
 def measure_form(*, form: str, config: str, batch: int, steps: int, compile: str, device: str) -> dict:
@@ -105,11 +84,17 @@ def measure_form(*, form: str, config: str, batch: int, steps: int, compile: str
         else OurStep(blueprint, torch.device(device), bench_step.engine_config(config, compile))
     )
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(model.vocab_size, (batch, model.tokens), generator=generator).to(device)
-    classes = torch.randint(model.num_classes, (batch,), generator=generator).to(device)
+    codes = torch.randint(model.vocab_size, (batch, model.tokens), generator=generator)
+    classes = torch.randint(model.num_classes, (batch,), generator=generator)
+
+    def step() -> float:
+        with trainer.stopwatch.part("data"):
+            own = codes.to(device), classes.to(device)
+        return float(trainer.step(*own))
+
     weights = 4 * sum(parameter.numel() for parameter in trainer.module.parameters())
     figures = bench_step.time_steps(
-        lambda: float(trainer.step(codes, classes)),
+        step,
         trainer.stopwatch,
         3 * weights,  # and both moments
         steps,
@@ -128,6 +113,7 @@ class OurStep:
         hyper = GroupHyper(learning_rate=OPTIMIZER.learning_rate, weight_decay=OPTIMIZER.weight_decay)
         self.task = ARTask(engine, hyper=lambda step: {"decay": hyper, "no_decay": hyper})
         self.module, self.stopwatch = engine.module.train(), Stopwatch(device)
+        bench_step.time_module(self.module.head, self.stopwatch, LOSS)
 
     def step(self, codes: Tensor, classes: Tensor) -> Tensor:
         """Train on a batch; its loss."""
@@ -153,8 +139,10 @@ class PlainStep:
         """Train on a batch; its loss."""
         part = self.stopwatch.part
         with part("forward"), torch.autocast(self.device.type, torch.bfloat16):
-            logits = self._logits(codes, classes)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+            hidden = self._hidden(codes, classes)
+            with part(LOSS):
+                logits = F.linear(hidden, self.module.head.weight)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
         with part("backward"):
             loss.backward()
         with part("optimizer"):
@@ -163,7 +151,7 @@ class PlainStep:
             self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _logits(self, codes: Tensor, classes: Tensor) -> Tensor:
+    def _hidden(self, codes: Tensor, classes: Tensor) -> Tensor:
         model, config = self.module, self.module.config
         dropped = torch.rand(len(classes), device=classes.device) < config.class_dropout
         embedding = model.class_emb(torch.where(dropped, model.null_class, classes))
@@ -173,7 +161,7 @@ class PlainStep:
         for block in model.blocks:
             x = self._block(block, x, embedding, rope)
         scale, shift = model.head_nm.ada_lin(embedding).unflatten(-1, (2, -1))[:, :, None].unbind(1)
-        return F.linear(_norm(x, model.head_nm.rmsnorm.weight) * (1 + scale) + shift, model.head.weight)
+        return _norm(x, model.head_nm.rmsnorm.weight) * (1 + scale) + shift
 
     def _block(self, block: nn.Module, x: Tensor, embedding: Tensor, rope: Tensor) -> Tensor:
         config, attention, feed = self.module.config, block.attention, block.feed_forward

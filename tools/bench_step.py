@@ -1,23 +1,27 @@
 """What the benches of training steps share: both forms in fresh processes, the best step with its parts, the table."""
 
 import argparse
+import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ibq.config import UserError, load_section
 from ibq.engine.configs import EngineConfig, LocalEngineConfig
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
-from tools.bench_process import GIB, extra_peak_gib, run_apart, synchronize
+from tools.bench_process import GIB, extra_peak_gib, median_seconds, product_rate, run_apart, synchronize
 
 FORMS = ("ours", "plain")
 
 
+BANDWIDTH_FLOATS = 2**26  # that are copied to measure the memory's bandwidth
+Shape = tuple[int, int, int]  # rows, inner dimension and columns of a matrix product
 COMPILE = {"auto": None, "true": True, "false": False}
 
 
@@ -73,6 +77,13 @@ def measure_forms(measure_form: Callable[..., dict], settings: dict, advance: Ca
     }
 
 
+def time_module(module: nn.Module, stopwatch: Stopwatch, name: str) -> None:
+    """Measure a module's forward pass as a part of its own, within the part around it."""
+    running = contextlib.ExitStack()
+    module.register_forward_pre_hook(lambda *_: running.enter_context(stopwatch.part(name)))
+    module.register_forward_hook(lambda *_: running.close())
+
+
 def time_steps(step: Callable[[], float], stopwatch: Stopwatch, held_bytes: int, steps: int, device: str) -> dict:
     """The best of so many steps and its parts, and the memory at its most; two steps before are not counted.
 
@@ -100,14 +111,30 @@ def time_steps(step: Callable[[], float], stopwatch: Stopwatch, held_bytes: int,
     }
 
 
+def machine_rates(bf16: Sequence[Shape], fp32: Sequence[Shape], device: str) -> dict[str, float]:
+    """The machine's own limits: FLOP/s of matrix products of these shapes, bytes/s of copies in memory (both ways)."""
+    source = torch.ones(BANDWIDTH_FLOATS, device=device)
+    target = torch.empty_like(source)
+    return {
+        "bf16": product_rate(torch.bfloat16, bf16, device),
+        "fp32": product_rate(torch.float32, fp32, device),
+        "bytes_per_second": 2 * 4 * BANDWIDTH_FLOATS / median_seconds(lambda: target.copy_(source), 9, device),
+    }
+
+
 def table(figures: Mapping, rows: Mapping[str, str]) -> str:
-    """Both forms side by side: `rows` (text -> name of a figure), then the parts of the step."""
+    """Both forms side by side: `rows` (text -> name of a figure), the parts of the step, and the machine's rates."""
     ours, plain, ratio = figures["ours"], figures["plain"], figures["ratio"]
     name = f"{Path(figures['config']).stem}, {figures['batch']} images"
-    lines = [f"{name:32s} {'ours':>10s} {'plain':>10s} {'ratio':>7s}"]
+    lines = [f"{name:40s} {'ours':>10s} {'plain':>10s} {'ratio':>7s}"]
     values = {text: (ours[key], plain[key]) for text, key in rows.items()}
     values |= {f"  seconds in {part}": (ours["parts"][part], plain["parts"][part]) for part in ours["parts"]}
     for text, (one, other) in values.items():
-        lines.append(f"{text:32s} {one:10.3f} {other:10.3f} {one / max(other, 1e-9):7.2f}")
+        lines.append(f"{text:40s} {one:10.3f} {other:10.3f} {one / max(other, 1e-9):7.2f}")
     lines.append(f"{ratio['speedup']:.2f} times the plain form's speed at {ratio['memory']:.2f} of its memory")
+    rates = figures["rates"]
+    lines.append(
+        f"matrix products: {rates['bf16'] / 1e9:,.0f} GFLOP/s in bf16, {rates['fp32'] / 1e9:,.0f} in fp32; memory is "
+        f"copied at {rates['bytes_per_second'] / 1e9:.1f} GB/s"
+    )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A training step of the tokenizer's GAN: images/s, memory, time by part.
+"""A training step of the tokenizer's GAN: images/s, share of what the machine's products allow, memory, time by part.
 
 All of it: encoder, quantizer, decoder, LPIPS over VGG-16 (random weights), the discriminator's step, both optimizers
 and the average. Against a plain form with equal weights: tables for the quantizer, optimizers and average one operation
@@ -24,13 +24,18 @@ from ibq.models.perceptual import build_lpips
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.ops import textbook
 from ibq.progress import progress_bar
+from ibq.quantizers import IBQConfig
+from ibq.scaling.tokenizer import discriminator_flops, perceptual_flops, quantizer_flops, tokenizer_flops
 from ibq.training.metrics import Stopwatch
+from ibq.training.run import set_up_torch
 from ibq.training.tokenizer_task import TokenizerLossConfig, TokenizerTask
 from tools import bench_step
+from tools.bench_process import run_apart
 
 RATE = 1e-4
 OPTIMIZER = OptimizerConfig(kind="adam", learning_rate=RATE, betas=(0.5, 0.9))
 EMA_DECAY = 0.999
+IBQ_PRODUCTS, IBQ_TEXTBOOK_PRODUCTS = 5, 8  # of tokens x codes x dim
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,24 +44,59 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """Each form in a fresh process."""
+    """Each form in a fresh process, then the machine's own rates."""
     settings = bench_step.settings_of(arguments)
-    load_section(TokenizerConfig, arguments.config, "model")  # errors before the wait
-    with progress_bar("tokenizer-step", len(bench_step.FORMS), "run") as progress:
+    model = load_section(TokenizerConfig, arguments.config, "model")  # errors before the wait
+    loss = load_section(TokenizerLossConfig, arguments.config, "loss")
+    with progress_bar("tokenizer-step", len(bench_step.FORMS) + 1, "run") as progress:
         figures = bench_step.measure_forms(measure_form, settings, progress.update)
+        rates = run_apart(measure_rates, config=arguments.config, batch=arguments.batch, device=arguments.device)
+        progress.update()
+    flops = needed_flops(model, loss)
+    floor = arguments.batch * sum(flops[precision] / rates[precision] for precision in flops)
     for form in bench_step.FORMS:
         figures[form]["images_per_second"] = arguments.batch / figures[form]["seconds"]
-    return figures
+        figures[form]["of_limit"] = floor / figures[form]["seconds"]
+    return figures | {"rates": rates, "flops_per_image": flops, "floor_seconds": floor}
+
+
+def needed_flops(model: TokenizerConfig, loss: TokenizerLossConfig) -> dict[str, float]:
+    """FLOPs of a step that an image cannot do without, by precision: the quantizer's are float32, nothing recomputed.
+
+    Of index backpropagation's, the five products of tokens x codes x dim that its gradients need.
+    """
+    quantizer, networks = model.quantizer, tokenizer_flops(model)
+    own = quantizer_flops(quantizer, model.tokens_per_side**2).textbook
+    others = discriminator_flops(loss.gan.discriminator, model.resolution).textbook
+    others += perceptual_flops(model.resolution).textbook
+    lean = IBQ_PRODUCTS / IBQ_TEXTBOOK_PRODUCTS if isinstance(quantizer, IBQConfig) else 1
+    return {"bf16": networks.textbook - own + others, "fp32": own * lean}
 
 
 def table(figures: dict) -> str:
     """The figures for people."""
-    return bench_step.table(
-        figures, {"images/s": "images_per_second", "seconds a step": "seconds", "peak GiB": "peak_gib"}
-    )
+    rows = {
+        "images/s": "images_per_second",
+        "seconds a step": "seconds",
+        "peak GiB": "peak_gib",
+        "of the products' limit": "of_limit",
+    }
+    return f"{bench_step.table(figures, rows)}; at these rates the products alone take {figures['floor_seconds']:.3f} s"
 
 
 # --- In a fresh process ---
+
+
+def measure_rates(*, config: str, batch: int, device: str) -> dict[str, float]:
+    """The machine's own limits, for products at the shapes of the widest convolutions and of the quantizer."""
+    set_up_torch(training=True)
+    model = load_section(TokenizerConfig, config, "model")
+    convolutions = []
+    for level, multiplier in enumerate(model.channel_multipliers):
+        channels, side = model.channels * multiplier, model.resolution // 2**level
+        convolutions.append((batch * side * side, 9 * channels, channels))
+    codes, dim = model.quantizer.num_codes, model.quantizer.dim
+    return bench_step.machine_rates(convolutions, [(codes, dim, batch * model.tokens_per_side**2)], device)
 
 
 def measure_form(*, form: str, config: str, batch: int, steps: int, compile: str, device: str) -> dict:
