@@ -131,6 +131,7 @@ def test_tokenizer_memory(tmp_path):
     kept, recomputed, ratio = figures["kept"], figures["recomputed"], figures["ratio"]
     assert ratio["memory"] == pytest.approx(recomputed["activation_gib"] / kept["activation_gib"])
     assert 0 < ratio["memory"] < 1 and ratio["time"] > 0 and "recomputed" in done.stdout
+    assert ratio["memory"] < figures["ratio_selective"]["memory"] < 1
 
 
 @pytest.mark.slow

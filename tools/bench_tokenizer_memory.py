@@ -13,7 +13,7 @@ from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.progress import progress_bar
 from tools.bench_process import extra_peak_gib, median_seconds, run_apart
 
-FORMS = ("kept", "recomputed")
+FORMS = ("kept", "recomputed", "selective")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +35,10 @@ def measure(arguments: argparse.Namespace) -> dict:
         for form in FORMS:
             figures[form] = run_apart(measure_form, form=form, **settings)
             progress.update()
-    kept, recomputed = (figures[form] for form in FORMS)
+    kept, recomputed, selective = (figures[form] for form in FORMS)
     return figures | {
-        "ratio": {
-            "memory": recomputed["activation_gib"] / kept["activation_gib"],
-            "time": recomputed["seconds"] / kept["seconds"],
-        },
+        "ratio": _ratio(recomputed, kept),
+        "ratio_selective": _ratio(selective, kept),
         **settings,
         "threads": kept["threads"],
         "torch": torch.__version__,
@@ -48,13 +46,21 @@ def measure(arguments: argparse.Namespace) -> dict:
     }
 
 
+def _ratio(form: dict, kept: dict) -> dict[str, float]:
+    return {
+        "memory": form["activation_gib"] / kept["activation_gib"],
+        "time": form["seconds"] / kept["seconds"],
+    }
+
+
 def table(figures: dict) -> str:
     """The figures for people."""
-    kept, recomputed, ratio = figures["kept"], figures["recomputed"], figures["ratio"]
     name = f"{Path(figures['config']).stem}, batch {figures['batch']}, {figures['precision']}"
-    lines = [f"{name:40s} {'kept':>10s} {'recomputed':>11s} {'ratio':>7s}"]
+    lines = [f"{name:40s} {'kept':>10s} {'recomputed':>11s} {'ratio':>7s} {'selective':>11s} {'ratio':>7s}"]
     for text, key, part in (("activations GiB", "activation_gib", "memory"), ("seconds", "seconds", "time")):
-        lines.append(f"{text:40s} {kept[key]:10.3f} {recomputed[key]:11.3f} {ratio[part]:7.2f}")
+        kept, recomputed, selective = (figures[form][key] for form in FORMS)
+        ratios = figures["ratio"][part], figures["ratio_selective"][part]
+        lines.append(f"{text:40s} {kept:10.3f} {recomputed:11.3f} {ratios[0]:7.2f} {selective:11.3f} {ratios[1]:7.2f}")
     return "\n".join(lines)
 
 
@@ -65,9 +71,8 @@ def measure_form(*, form: str, config: str, batch: int, precision: str, device: 
     """Seconds of a forward and backward pass, and what it needs beyond weights and gradients."""
     torch.set_flush_denormal(True)  # as training does
     torch.manual_seed(0)
-    tokenizer = Tokenizer(
-        replace(load_section(TokenizerConfig, config, "model"), gradient_checkpointing=form == "recomputed")
-    ).to(device)
+    recomputation = {"gradient_checkpointing": form != "kept", "checkpoint_selective": form == "selective"}
+    tokenizer = Tokenizer(replace(load_section(TokenizerConfig, config, "model"), **recomputation)).to(device)
     side = tokenizer.config.resolution
     images = torch.rand(batch, tokenizer.config.in_channels, side, side, device=device) * 2 - 1
 
