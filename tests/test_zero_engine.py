@@ -361,6 +361,7 @@ def test_importing_the_engines_does_not_need_deepspeed():
         ({"stage": 2, "offload_parameters": "cpu"}, "offload_parameters: needs stage 3"),
         ({"stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"}, "offload_optimizer: nvme needs stage 3"),
         ({"stage": 0, "offload_optimizer": "cpu"}, "offload_optimizer: stage 0"),
+        ({"stage": 1, "allgather_bucket_size": 333}, "allgather_bucket_size: DeepSpeed wants an even number"),
         ({"offload_optimizer": "disk"}, "offload_optimizer: disk"),
         ({"offload_optimizer": "nvme"}, "nvme_path: missing"),
         ({"sub_group_size": 0}, "sub_group_size: 0"),

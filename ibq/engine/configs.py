@@ -97,6 +97,8 @@ class ZeroEngineConfig:
         for name in ("sub_group_size", "reduce_bucket_size", "allgather_bucket_size", "parameter_buffers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not positive; leave it out for the default")
+        if self.allgather_bucket_size % 2:
+            raise ValueError(f"allgather_bucket_size: DeepSpeed wants an even number, not {self.allgather_bucket_size}")
 
     @property
     def uses_nvme(self) -> bool:
