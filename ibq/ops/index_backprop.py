@@ -131,7 +131,9 @@ def _quantize(tokens, codebook, temperature, selection_temperature, precision, b
     """The operator on operands of one precision."""
     double = torch.float64 in (tokens.dtype, codebook.dtype)
     dtype = torch.float64 if double else torch.float32
-    if backend == "auto" and precision == "float32" and float32_products() == "ieee":
+    # (A compiler cannot look at PyTorch's setting, and takes the kernels.)
+    settled = backend != "auto" or precision != "float32" or torch.compiler.is_compiling() or not tokens.is_cuda
+    if not settled and float32_products() == "ieee":
         # Without tensor cores the kernels are a third as fast as strips of cuBLAS's products (measured on an H200).
         backend = "torch"
     backend = "triton" if use_triton(tokens, dtype, backend) else "torch"
