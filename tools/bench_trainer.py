@@ -6,25 +6,17 @@ from torch import Tensor
 from ibq import dist
 from ibq.config import parse_config
 from ibq.engine.base import EngineSettings, GroupHyper, OptimizerConfig
-from ibq.engine.build import (
-    Blueprint,
-    EngineConfig,
-    FsdpEngineConfig,
-    LocalEngineConfig,
-    ZeroEngineConfig,
-    build_engine,
-)
+from ibq.engine.build import Blueprint, EngineConfig, build_engine
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.ar_task import ARTask
 from ibq.training.metrics import Stopwatch
 
-KINDS = {"local": LocalEngineConfig, "fsdp": FsdpEngineConfig, "zero": ZeroEngineConfig}
 OPTIMIZER = OptimizerConfig(kind="adamw", learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.05, clip_norm=1.0)
 
 
 def engine_config(section: dict) -> EngineConfig:
     """The section `engine` of a run's config."""
-    return parse_config(KINDS[section["kind"]], section)
+    return parse_config(EngineConfig, section)
 
 
 class Trainer:

@@ -30,7 +30,7 @@ class TokenizerConfig:
     norm_groups: int = 32
     dropout: float = 0.0
     gradient_checkpointing: bool = False  # recompute every ResBlock in the backward pass
-    checkpoint_selective: bool = False  # but for its convolutions: keeps twice as much, and costs a third of the time
+    checkpoint_selective: bool = False  # but for its convolutions, whose results are kept
     quantizer: QuantizerConfig = field(default_factory=IBQConfig)
 
     def __post_init__(self):

@@ -80,12 +80,7 @@ def statistics_kernel(
     STEP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`Normalization` [4, B, C] from sums of x and x^2 [B, splits, 2, C]. Grid: groups, images."""
-    group = tl.program_id(0)
-    image = tl.program_id(1)
-    width = channels // tl.num_programs(0)
-    inside = tl.arange(0, WIDTH) < width
-    channel = group * width + tl.arange(0, WIDTH)
-    first, second = group_sums(sums_ptr, image, channel, inside, channels, splits, STEP, WIDTH)
+    image, channel, inside, first, second = group_sums(sums_ptr, channels, splits, STEP, WIDTH)
     mean = tl.sum(first, axis=0) / count
     variance = tl.sum(second, axis=0) / count - mean * mean
     rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
@@ -106,12 +101,7 @@ def gradient_statistics_kernel(
 ):  # fmt: skip
     """From sums of du and du x [B, splits, 2, C], see `backward`: slope, offset, and of each image the gradients of
     weight and bias [4, B, C]. Grid: groups, images."""
-    group = tl.program_id(0)
-    image = tl.program_id(1)
-    width = channels // tl.num_programs(0)
-    inside = tl.arange(0, WIDTH) < width
-    channel = group * width + tl.arange(0, WIDTH)
-    plain, with_x = group_sums(sums_ptr, image, channel, inside, channels, splits, STEP, WIDTH)
+    image, channel, inside, plain, with_x = group_sums(sums_ptr, channels, splits, STEP, WIDTH)
     place = image * channels + channel
     mean = tl.load(mean_ptr + place, mask=inside, other=0.0)
     rstd = tl.load(rstd_ptr + place, mask=inside, other=0.0)
@@ -128,10 +118,13 @@ def gradient_statistics_kernel(
 
 
 @triton.jit
-def group_sums(
-    sums_ptr, image, channel, inside, channels, splits, STEP: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Both sums of a group's channels over the slices, [WIDTH] each."""
+def group_sums(sums_ptr, channels, splits, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    """This program's image, its group's channels, which of them exist, and both sums over the slices, [WIDTH] each."""
+    group = tl.program_id(0)
+    image = tl.program_id(1)
+    width = channels // tl.num_programs(0)
+    inside = tl.arange(0, WIDTH) < width
+    channel = group * width + tl.arange(0, WIDTH)
     first = tl.zeros([WIDTH], dtype=tl.float32)
     second = tl.zeros([WIDTH], dtype=tl.float32)
     for start in range(0, splits, STEP):
@@ -140,7 +133,7 @@ def group_sums(
         place = (image * splits + split)[:, None] * 2 * channels + channel[None, :]
         first += tl.sum(tl.load(sums_ptr + place, mask=mask, other=0.0), axis=0)
         second += tl.sum(tl.load(sums_ptr + place + channels, mask=mask, other=0.0), axis=0)
-    return first, second
+    return image, channel, inside, first, second
 
 
 @triton.jit
