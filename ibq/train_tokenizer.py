@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 # A script's own folder comes first on sys.path; there `ibq/` would hide other packages, and `ibq` itself be missing.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import math
 from collections.abc import Sequence

@@ -15,19 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error
 from ibq.files import append_line
-from launchers.allocation import (
+from launchers.lib import ROOT
+from launchers.lib.allocation import (
     Allocation,
     Step,
     current_allocation,
     deepspeed_command,
     torchrun_command,
 )
-from launchers.executor import ROOT, in_code
-from launchers.run_config import check_run, is_training_script, load_run
+from launchers.lib.executor import in_code
+from launchers.lib.run_config import check_run, is_training_script, load_run
 
 ATTEMPTS_FILE = "attempts.jsonl"
 STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
@@ -89,7 +91,7 @@ class Job:
         hosts = [node for node in allocation.nodes[:nodes] for _ in range(allocation.ranks_per_node)]
         options = ("--folder", str(folder), "--hosts", ",".join(hosts))
         options += ("--device", run.device) if run is not None else ()
-        command = (sys.executable, str(ROOT / "launchers" / "preflight.py"), *options)
+        command = (sys.executable, str(ROOT / "launchers/lib/preflight.py"), *options)
         step = Step(command=command, nodes=nodes, ranks_per_node=allocation.ranks_per_node)
         return _wait(allocation.start(step))
 

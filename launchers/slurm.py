@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error
-from launchers.job import ROOT, Job, SubmittedJob, job_of, parse_job, usable_nodes
-from launchers.run_config import is_training_script, load_run
-from launchers.snapshot import take_snapshot
+from launchers.job import Job, SubmittedJob, job_of, parse_job, usable_nodes
+from launchers.lib import ROOT
+from launchers.lib.run_config import is_training_script, load_run
+from launchers.lib.snapshot import take_snapshot
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Train several variants of a model and compare them: a table, curves and pictures on one page.
 
-python launchers/sweep.py --config yaml/ablation_quantizers.yaml
+python launchers/sweep.py --config yaml/ablations/quantizers.yaml
 """
 
 import argparse
@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error
 
@@ -17,7 +18,7 @@ The sweep file names what all runs share and what makes each different:
 
   name: learning_rate
   script: ibq/train_tokenizer.py
-  base: yaml/ablation_tokenizer.yaml      # the config of every run
+  base: yaml/ablations/tokenizer.yaml      # the config of every run
   overrides: [training.max_steps=600]     # common settings over it
   runs:                                   # either each run with its own settings ...
     low: [optimizer.learning_rate=1e-4]
@@ -27,7 +28,7 @@ The sweep file names what all runs share and what makes each different:
   output: runs/learning_rate
 
 In place of `runs` or `grid`, `scaling` names depths and token budgets of transformers of width 64 x depth, with the
-rules for batch and learning rate: see yaml/sweep_ar_scaling.yaml, and tools/fit_scaling.py for what is done with it.
+rules for batch and learning rate: see yaml/scaling/sweep.yaml, and tools/fit_scaling.py for what is done with it.
 
 Every run is one of the project's own commands, which is printed, in OUTPUT/RUN; what it says goes to
 OUTPUT/RUN/sweep.log. Interrupted (Ctrl-C, SIGTERM) or killed, the same command goes on where it was. Runs that
@@ -41,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the sweep file; see yaml/ablation_*.yaml")
+    add("--config", required=True, metavar="FILE", help="the sweep file; see yaml/ablations/")
     add(
         "--max-parallel",
         type=int,
@@ -69,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep as the command line says; the exit code."""
     arguments = parse(argv)
-    from launchers.sweep_run import run_sweep  # reads PyTorch, for which --help should not wait
+    from launchers.lib.sweep.run import run_sweep  # reads PyTorch, for which --help should not wait
 
     return run_sweep(arguments)
 

@@ -9,7 +9,7 @@ if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${IBQ_CODE:-}" ]; then
   source slurm/setup.sh
   ibq_kept="slurm/logs/code-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"
   if [ ! -s "$ibq_kept" ]; then
-    python launchers/snapshot.py --job "$SLURM_JOB_ID" >"$ibq_kept.$SLURM_JOB_ID" || exit 2
+    python launchers/lib/snapshot.py --job "$SLURM_JOB_ID" >"$ibq_kept.$SLURM_JOB_ID" || exit 2
     mv "$ibq_kept.$SLURM_JOB_ID" "$ibq_kept"
   fi
   IBQ_CODE="$(cat "$ibq_kept")"
@@ -19,7 +19,7 @@ source "${IBQ_CODE:-.}/slurm/setup.sh"
 
 ibq_run() {
   if [ -z "${SLURM_JOB_ID:-}" ]; then
-    exec python launchers/submit.py "$0" "${ibq_arguments[@]}" -- "$@"
+    exec python launchers/lib/submit.py "$0" "${ibq_arguments[@]}" -- "$@"
   fi
   exec python -u "$IBQ_CODE/launchers/job.py" -- "$@"
 }

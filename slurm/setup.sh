@@ -15,7 +15,7 @@ if [ -n "${IBQ_MODULES:-}" ]; then
 fi
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
   [ -f "${IBQ_VENV:-.venv}/bin/activate" ] ||
-    ibq_fail "$IBQ_SITE: IBQ_VENV: there is no Python environment in '${IBQ_VENV:-.venv}'; 'source tools/environment.sh' makes one in .venv"
+    ibq_fail "$IBQ_SITE: IBQ_VENV: there is no Python environment in '${IBQ_VENV:-.venv}'; 'source tools/lib/environment.sh' makes one in .venv"
   source "${IBQ_VENV:-.venv}/bin/activate"
 fi
 set $ibq_unset

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import exit_on_user_error
 from ibq.files import write_text
 
-# Each has the module tools/bench_NAME.py, which is read only when it is asked for: most read PyTorch.
+# Each has the module tools/lib/bench/NAME.py, which is read only when it is asked for: most read PyTorch.
 BENCHES = {
     "loader": "the data loader against processes that do nothing but decode, and against common pipelines",
     "quantizer": "index backpropagation without tables against the textbook form",
@@ -34,7 +35,7 @@ BENCHES = {
 
 def bench_module(name: str) -> ModuleType:
     """The module of a bench."""
-    return importlib.import_module(f"tools.bench_{name.replace('-', '_')}")
+    return importlib.import_module(f"tools.lib.bench.{name.replace('-', '_')}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error
 from ibq.engine.shard_files import ShardReader, index_file, write_model
 from ibq.progress import say
 from ibq.training.checkpoint import DamagedError, checkpoints_in, verify_checkpoint
-from tools import convert_hub, convert_published
+from tools.lib.convert import hub, published
 
 MODELS = ("transformer", "tokenizer")
 
@@ -35,9 +36,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     export.add_argument("checkpoint", type=Path, help="a step-... folder, or a run folder: its last checkpoint")
     export.add_argument("output", type=Path, help="the .safetensors file to write; with --format the .ckpt or .pt file")
     export.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default) or raw weights")
-    convert_published.add_export_options(export)
-    convert_published.add_import_options(commands.add_parser("import", help="a published checkpoint as one file"))
-    convert_hub.add_options(commands.add_parser("hub", help="a folder with weights, config and model card"))
+    published.add_export_options(export)
+    published.add_import_options(commands.add_parser("import", help="a published checkpoint as one file"))
+    hub.add_options(commands.add_parser("hub", help="a folder with weights, config and model card"))
     return parser.parse_args(argv)
 
 
@@ -46,15 +47,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     match arguments.command:
         case "import":
-            convert_published.import_published(arguments)
+            published.import_published(arguments)
         case "hub":
-            convert_hub.write_folder(arguments, find)
+            hub.write_folder(arguments, find)
         case _ if arguments.format:
-            convert_published.export_published(arguments.checkpoint, arguments, find)
+            published.export_published(arguments.checkpoint, arguments, find)
         case _:
             if arguments.tokenizer or arguments.rest:
                 raise UserError("--tokenizer and --rest are for --format; leave them out")
-            convert_published.require_suffix(arguments.output, {".safetensors"})
+            published.require_suffix(arguments.output, {".safetensors"})
             export(find(arguments.checkpoint), arguments.output, arguments.weights)
 
 
@@ -82,7 +83,7 @@ def export(checkpoint: Path, output: Path, weights: str) -> None:
     if part not in reader.parts:
         raise UserError(f"{checkpoint}: its run kept no averaged weights; give --weights raw")
     metadata = {"model": json.dumps(reader.model), "weights": weights, "checkpoint": checkpoint.name}
-    convert_published.whole(output, lambda path: write_model(path, reader, part, metadata))
+    published.whole(output, lambda path: write_model(path, reader, part, metadata))
     say(f"{output}: {len(reader.shapes)} tensors, {output.stat().st_size / 2**30:.2f} GiB, {weights} weights")
 
 

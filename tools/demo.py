@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error
+from tools.lib import ROOT
 
 # PyTorch and Gradio are imported where they are needed: --help and mistakes in the options should not wait for them.
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = "tests/data/emoji64/val-*.tar"
 FIRST_PORT, PORTS = 7860, 100
 EPILOG = """\
@@ -60,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     add("--port", type=int, help=f"port to listen on (default: the first free one from {FIRST_PORT}; 0: any)")
     add("--rows", type=int, default=16, help="images drawn together (default: 16); others may round differently")
-    # As in tools/options.py, which imports PyTorch.
+    # As in tools/lib/options.py, which imports PyTorch.
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
     add("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help="of the networks; codes stay exact")
     return parser.parse_args(argv)
@@ -73,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.update(QUIET, GRADIO_TEMP_DIR=folder)
         require_gradio()
         from ibq.training.run import set_up_torch
-        from tools import demo_page
-        from tools.demo_models import open_models
+        from tools.lib.demo import page as demo_page
+        from tools.lib.demo.models import open_models
 
         set_up_torch(training=False)
         models = open_models(arguments)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import weights_hash
 from ibq.training.run import set_up_torch
-from tools.options import add_device_options, add_image_options, autocast_of, device_of, open_images_of
+from tools.lib.options import add_device_options, add_image_options, autocast_of, device_of, open_images_of
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = 1

@@ -10,15 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq import dist
 from ibq.config import exit_on_user_error
 from ibq.training.run import set_up_torch
-from tools import evaluate_generation, evaluate_reconstruction, evaluate_record
-from tools.options import device_of
+from tools.lib.evaluate import generation, reconstruction
+from tools.lib.evaluate import record as records
+from tools.lib.options import device_of
 
-COMMANDS = {"reconstruction": evaluate_reconstruction, "generation": evaluate_generation}
+COMMANDS = {"reconstruction": reconstruction, "generation": generation}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -29,12 +31,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(
-            name, help=module.HELP, description=module.__doc__, allow_abbrev=False, epilog=evaluate_record.EPILOG
+            name, help=module.HELP, description=module.__doc__, allow_abbrev=False, epilog=records.EPILOG
         )
         module.add_options(command)
         command.add_argument("--json", type=Path, help="write the figures and what they depend on here")
-    command = commands.add_parser("verify", help=evaluate_record.HELP, description=evaluate_record.HELP)
-    evaluate_record.add_options(command)
+    command = commands.add_parser("verify", help=records.HELP, description=records.HELP)
+    records.add_options(command)
     return parser.parse_args(argv)
 
 
@@ -44,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     for option in ("json", "npz"):
         if path := getattr(arguments, option, None):
-            evaluate_record.require_writable(f"--{option}", path)
+            records.require_writable(f"--{option}", path)
     set_up_torch(training=False)
     if arguments.command == "verify":
-        return evaluate_record.verify(arguments, measure_again)
+        return records.verify(arguments, measure_again)
     record = measure(arguments, argv)
     if arguments.json and dist.is_main():
-        evaluate_record.write(arguments.json, record)
+        records.write(arguments.json, record)
     dist.shutdown()
     return 0
 
@@ -60,7 +62,7 @@ def measure(arguments: argparse.Namespace, argv: Sequence[str]) -> dict:
     device_of(arguments)  # names the option if the device is not there
     device = dist.setup(arguments.device)
     found = COMMANDS[arguments.command].run(arguments, device)
-    return evaluate_record.start(arguments.command, argv, device) | found
+    return records.start(arguments.command, argv, device) | found
 
 
 def measure_again(argv: Sequence[str]) -> dict:

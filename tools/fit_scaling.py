@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
@@ -22,10 +23,10 @@ from ibq.files import write_text
 from ibq.progress import progress_bar
 from ibq.scaling.law_fit import Runs, Settings, analyse, fits_to_do
 from ibq.scaling.law_support import findings
-from tools.fit_scaling_report import as_json, as_text
+from tools.lib.scaling.report import as_json, as_text
 
 EPILOG = """\
-RUNS is the folder of a sweep (yaml/sweep_ar_scaling.yaml, run by launchers/sweep.py, which writes results.json), or a
+RUNS is the folder of a sweep (yaml/scaling/sweep.yaml, run by launchers/sweep.py, which writes results.json), or a
 CSV or JSON file with one row a run and these columns:
 
   run          a name
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(as_text(analysis, found, columns)))
     try:
         write_text(output / "fit.json", as_json(analysis, found, columns, source=str(file)))
-        from tools.fit_scaling_plots import write_plots  # reads matplotlib
+        from tools.lib.scaling.plots import write_plots  # reads matplotlib
 
         pictures = write_plots(analysis, output, columns)
     except OSError as error:

@@ -27,7 +27,8 @@ from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from PIL import Image
 
@@ -37,7 +38,7 @@ from ibq.data.shards import CLASSES_FILE
 from ibq.data.transforms import decode_rgb
 from ibq.files import whole_file, write_text
 from ibq.progress import progress_bar, say
-from tools.shard_labels import Job, Options, Plan, Sample, alone, check_plan, read_sources
+from tools.lib.shards.labels import Job, Options, Plan, Sample, alone, check_plan, read_sources
 
 MAX_LEFT_OUT = 0.05  # of all images
 EXAMPLES = """

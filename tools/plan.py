@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error, load_config
 from ibq.config_yaml import read_layers
@@ -26,7 +27,7 @@ from ibq.scaling.networks import TokenizerLosses
 from ibq.scaling.plan import Machine, Stage, TokenizerStage, TransformerStage, layouts, plan, recommend
 from ibq.training.loop import TrainingConfig
 from ibq.training.tokenizer_task import TokenizerLossConfig
-from tools.plan_table import as_json, as_text
+from tools.lib.scaling.plan_table import as_json, as_text
 
 IMAGENET = 1_281_167
 EPILOG = """\

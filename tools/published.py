@@ -15,12 +15,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error
 from ibq.interop.catalogue import CATALOGUE, Entry
 from ibq.progress import say
+from tools.lib import ROOT
 
 SAMPLES = 50_000  # of the published FID: 50 of each class
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from PIL import Image, ImageOps
@@ -26,7 +27,7 @@ from ibq.models.tiling import reconstruct
 from ibq.models.tokenizer import Tokenizer
 from ibq.progress import progress_bar, say
 from ibq.training.run import set_up_torch
-from tools.options import add_device_options, autocast_of, device_of
+from tools.lib.options import add_device_options, autocast_of, device_of
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")

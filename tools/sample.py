@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
@@ -28,10 +29,10 @@ from ibq.sampling import LARGEST_SEED, SamplerConfig, sample_codes
 from ibq.training.checkpoint import weights_hash
 from ibq.training.provenance import git_state
 from ibq.training.run import set_up_torch
-from tools import sample_files
-from tools.options import add_device_options, device_of
+from tools.lib import ROOT
+from tools.lib.options import add_device_options, device_of
+from tools.lib.sample import files as sample_files
 
-ROOT = Path(__file__).resolve().parent.parent
 MOST_PNG = 1_000  # images that are written as files of their own unless --files says so
 EPILOG = """\
 Image i of a class is drawn with seed SEED + i. On a given device and precision it depends on the checkpoints, class,

@@ -4,5 +4,5 @@ set -euo pipefail
 [ -z "${IBQ_GOLDEN:-}" ] || { IBQ_GOLDEN="$(realpath "$IBQ_GOLDEN")" && export IBQ_GOLDEN; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 EXTRAS=test
-source tools/environment.sh
+source tools/lib/environment.sh
 exec python -m pytest "$@"

@@ -111,7 +111,7 @@ class Attention(nn.Module):
         q = q.squeeze(2).unflatten(1, (self.kv_heads, -1)).to(keys.dtype)  # [R, kv_heads, group, head_dim]
         if q.is_cpu:
             # The fused CPU kernel with several threads rounds a row differently at different places in the
-            # batch; plain products do not (tests/test_sampling.py), and no image may depend on its company.
+            # batch; plain products do not (tests/unit/test_sampling.py), and no image may depend on its company.
             scores = (q * self.head_dim**-0.5) @ keys.transpose(-1, -2)
             scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
             out = scores.softmax(-1).to(values.dtype) @ values

@@ -47,8 +47,8 @@ class Tile:
 
 # Products in full float32 ("ieee") are made of scalar FMAs, whose operands all sit in registers, and three-pass tf32
 # holds two halves of each operand: short inner steps there. The inner step of a precision is the same for one product
-# and for two, so that logits are added up in the same order everywhere. tests/test_triton_compile.py holds every entry
-# to the registers and the shared memory of compute capabilities 8.0 and 9.0.
+# and for two, so that logits are added up in the same order everywhere. tests/gpu/test_triton_compile.py holds every
+# entry to the registers and the shared memory of compute capabilities 8.0 and 9.0.
 ONE_PRODUCT_TILES: dict[DotPrecision, Tile] = {
     "ieee": Tile(rows=64, columns=64, inner=16, warps=8, stages=2),
     "tf32x3": Tile(rows=128, columns=64, inner=16, warps=8, stages=3),

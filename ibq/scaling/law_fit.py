@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ibq.evaluation.figures import short_number
+from ibq.reports.figures import short_number
 from ibq.scaling.power_law import Fit, Frontier, PowerLaw, bootstrap, constant_names, fit, interval, prediction_interval
 
 SAME_BUDGET = 0.02  # budgets of runs that differ by less, relatively, count as one

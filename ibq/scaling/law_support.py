@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ibq.evaluation.figures import short_number
+from ibq.reports.figures import short_number
 from ibq.scaling.law_fit import MIN_BUDGETS, MIN_RUNS, MIN_SIZES, MIN_SIZES_ALONE, Analysis, LawFit, Runs, allows_joint
 
 WIDE_EXPONENT, LEAST_EXPONENT = 3.0, 0.03  # an interval's ends differ by more than this factor; a lower end below this

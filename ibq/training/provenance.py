@@ -42,7 +42,7 @@ def git_state(root: Path) -> dict[str, str | bool | None]:
 
 def start_record(root: Path) -> dict:
     """What is known of this start."""
-    # Here, for launchers/snapshot.py and submissions want only `git_state`, and not to wait for PyTorch.
+    # Here, for launchers/lib/snapshot.py and submissions want only `git_state`, and not to wait for PyTorch.
     import torch
 
     from ibq import dist

@@ -2,9 +2,9 @@
 
     python tests/workers/preflight_worker.py CASES.json
 
-CASES: {name: {"ranks": N, "folders": [of each rank], "options": [of launchers/preflight.py], and faults}}. Faults, each
-by a rank: "absent" (it does not start), "clock" ({rank: seconds}), "killed" (by SIGKILL in its all-reduce), "stopped"
-(SIGSTOP there), "mute" (killed after its hello). All cases run at the same time; the answer on stdout is
+CASES: {name: {"ranks": N, "folders": [of each rank], "options": [of launchers/lib/preflight.py], and faults}}. Faults,
+each by a rank: "absent" (it does not start), "clock" ({rank: seconds}), "killed" (by SIGKILL in its all-reduce),
+"stopped" (SIGSTOP there), "mute" (killed after its hello). All cases run at the same time; the answer on stdout is
 {name: {rank: [exit code or minus signal, what it said, seconds]}}.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
-from launchers import preflight as launcher
+from launchers.lib import preflight as launcher
 
 LIMIT_S = 90.0
 

@@ -8,8 +8,8 @@ RESULT.safetensors: KIND/NAME -> losses (mean over the ranks), codes and latents
 import sys
 
 import torch
-from quantizer_support import KINDS, build, draw_latents, objective
 from safetensors.torch import save_file
+from support.quantizer import KINDS, build, draw_latents, objective
 from torch.nn.parallel import DistributedDataParallel
 
 from ibq import dist

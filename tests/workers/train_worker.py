@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
-from training_support import train_here
+from support.training import train_here
 
 from ibq import dist
 from ibq.engine.torch_engine import TorchEngine

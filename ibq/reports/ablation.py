@@ -1,0 +1,357 @@
+"""Variants of a model side by side: a self-contained page, and the same as Markdown with pictures."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ibq.evaluation.reconstruction import MIN_TOKENS_PER_CODE
+from ibq.files import whole_file, write_text
+from ibq.reports.charts import NUM_COLORS, line_chart
+from ibq.reports.figures import BETTER, FIELDS, as_number, number
+from ibq.reports.page import image, page
+from ibq.reports.style import STYLE
+
+# Figure: (label, how to print it, which direction is better, what it is), in the order of the table.
+COLUMNS = {
+    "num_codes": ("Codes", *FIELDS["codebook.num_codes"][1:]),
+    "dim": ("Dim", *FIELDS["codebook.dim"][1:]),
+    "psnr": ("PSNR", "dB", "higher", "Closeness of validation images' reconstructions to the originals."),
+    "ssim": FIELDS["reconstruction.ssim"],
+    "lpips": FIELDS["reconstruction.lpips"],
+    "usage": ("Usage", *FIELDS["codebook.usage"][1:]),
+    "perplexity": ("Perplexity", *FIELDS["codebook.perplexity"][1:]),
+    "effective_rank": ("Rank", *FIELDS["codebook.effective_rank"][1:]),
+    "tokens_per_code": ("Tokens/code", *FIELDS["codebook.tokens_per_code"][1:]),
+    "depth": ("Depth", "int", "", "Blocks of the transformer."),
+    "width": ("Width", "int", "", "Channels of the transformer."),
+    "tokens": ("Tokens", "short", "", "Codes seen in training, repeated ones counted again: D of a scaling law."),
+    "flops": ("FLOPs", "short", "", "Of the training: forward and backward pass, without recomputation."),
+    "batch_size": ("Batch", "int", "", "Images in a step."),
+    "learning_rate": ("Rate", "short", "", "Peak learning rate."),
+    "nll": ("NLL", "nats/token", "lower", "Of the validation images at the end, with averaged weights."),
+    "best_nll": ("Best NLL", "nats/token", "lower", "The lowest at any validation."),
+    "train_loss": ("Train loss", "nats/token", "", "Mean of the last steps, with dropout and the weights as they are."),
+    "steps": ("Steps", "int", "", "Training steps."),
+    "seconds_per_step": ("Per step", "s", "lower", "Median wall-clock time of a training step."),
+    "seconds": ("Training", "s", "lower", "Wall-clock time of the training command, with start and validations."),
+    "peak_memory_gib": ("Memory", "GiB", "lower", "Peak memory: on a GPU allocated, else the whole process."),
+    "parameters": ("Weights", "int", "", "Trained numbers, codebook and embeddings included."),
+    "non_embedding_parameters": ("Without embeddings", "int", "", "Of them, those that are no embeddings and no head."),
+    "held_out": ("Held out", "int", "", "1: left out of the fit of a scaling law, which then predicts it."),
+}
+UNITS_IN_HEAD = ("dB", "GiB", "nats/token")
+DECIMALS = {"nats/token": 4}  # of units in the head; else 2
+CHART_WIDTH = 470  # two charts side by side
+PERCENT, UNITS = {"Codebook usage"}, {"PSNR": "dB"}
+# Their first steps differ so much from the last that the runs would not differ on the same scale.
+LATE, LATE_START = {"PSNR", "SSIM"}, 1 / 3
+
+# More runs than colours: the second six lines are dashed, the third six dotted.
+_DASHES = {1: "7 4", 2: "2 4"}
+LINE_STYLE = "".join(
+    f".s{NUM_COLORS * turn + color} {{ --c: var(--s{color}); }} "
+    f".line.s{NUM_COLORS * turn + color} {{ stroke-dasharray: {dash}; }} "
+    f".key.s{NUM_COLORS * turn + color} {{ background: repeating-linear-gradient(90deg, var(--c) 0 "
+    f"{dash.split()[0]}px, transparent 0 {sum(map(int, dash.split()))}px); }}\n"
+    for turn, dash in _DASHES.items()
+    for color in range(NUM_COLORS)
+)
+TABLE_STYLE = """
+table.figures th, table.figures td { padding-right: 13px; font-size: 13px; white-space: nowrap; color: var(--ink); }
+table.figures thead th { color: var(--soft); white-space: normal; vertical-align: bottom; }
+table.figures th + th { text-align: right; }
+td.best { font-weight: 700; } .scroll + p { margin-top: 14px; }
+"""
+SVG_STYLE = """.card { fill: var(--card); }
+svg .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
+svg .name { font-size: 13px; font-weight: 400; fill: var(--soft); }"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationData:
+    """What is shown of a comparison; images are uint8 [n, 3, H, W], the same ones for every run."""
+
+    title: str
+    about: str
+    rows: Mapping[str, Mapping[str, float]]  # run -> figure -> value; figures as in COLUMNS
+    settings: Mapping[str, Sequence[str]]  # run -> what makes it different
+    common: Sequence[str]  # settings of all
+    missing: Sequence[str]  # runs without results
+    curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]  # quantity -> run -> [(step, value)]
+    originals: Tensor
+    reconstructions: Mapping[str, Tensor]  # run -> images
+    command: str
+
+    @property
+    def columns(self) -> list[str]:
+        """The figures that any run has, in the order of the table."""
+        return [name for name in COLUMNS if any(name in row for row in self.rows.values())]
+
+    @property
+    def colors(self) -> dict[str, int]:
+        """The number of each run's line style, the same in all charts."""
+        count = NUM_COLORS * (len(_DASHES) + 1)
+        return {name: index % count for index, name in enumerate(self.rows)}
+
+
+def write_ablation(folder: Path, pictures: str, data: AblationData) -> None:
+    """Write report.html, results.md and the folder `pictures` with what results.md shows."""
+    write_text(folder / "report.html", render(data))
+    if svg := curves_svg(data):
+        write_text(folder / pictures / "curves.svg", svg)
+    if data.reconstructions:
+        with whole_file(folder / pictures / "reconstructions.png") as file:
+            reconstruction_sheet(data).save(file, "PNG", optimize=True)
+    write_text(folder / "results.md", markdown(data, pictures))
+
+
+# --- The table ---
+
+
+def cell(row: Mapping[str, float], column: str) -> str:
+    """A figure as it is printed, without the unit where the whole column has it."""
+    value, unit = as_number(row.get(column)), COLUMNS[column][1]
+    if math.isnan(value):
+        return "–"
+    if column == "seconds_per_step" and value < 10:
+        return f"{1000 * value:,.0f} ms"
+    if column in ("parameters", "non_embedding_parameters"):
+        return f"{value / 1e6:.2f}M"
+    return f"{value:.{DECIMALS.get(unit, 2)}f}" if unit in UNITS_IN_HEAD else number(value, unit)
+
+
+def head(column: str) -> str:
+    """A column's label with the unit that its cells are without, and which direction is better."""
+    label, unit, better, _ = COLUMNS[column]
+    arrow = f" {BETTER[better].split()[0]}" if better else ""
+    return label + (f", {unit}" if unit in UNITS_IN_HEAD else "") + arrow
+
+
+def best_runs(data: AblationData, column: str) -> set[str]:
+    """The runs whose printed figure is the best of a column; none where all are equal or no direction is better."""
+    values = {name: as_number(row.get(column)) for name, row in data.rows.items()}
+    values = {name: value for name, value in values.items() if math.isfinite(value)}
+    better = COLUMNS[column][2]
+    if not better or not values:
+        return set()
+    best = max(values.values()) if better == "higher" else min(values.values())
+    printed = {name: cell(data.rows[name], column) for name in values}
+    winner = next(printed[name] for name, value in values.items() if value == best)
+    winners = {name for name, text in printed.items() if text == winner}
+    return winners if len(winners) < len(values) else set()
+
+
+def notes(data: AblationData) -> list[str]:
+    """What one has to know to read the figures."""
+    found = []
+    few = [name for name, row in data.rows.items() if row.get("tokens_per_code", math.inf) < MIN_TOKENS_PER_CODE]
+    if few:
+        found.append(
+            f"Under {MIN_TOKENS_PER_CODE} tokens per code say as much about the set's size as about the codebook: "
+            f"the usage of {', '.join(few)} is too low by that."
+        )
+    if data.missing:
+        found.append(f"Without results: {', '.join(data.missing)}.")
+    return found
+
+
+# --- The page ---
+
+
+def render(data: AblationData) -> str:
+    """The page's HTML."""
+    sections = {
+        "Figures": _table(data),
+        "Training": _charts(data),
+        "Reconstructions": _reconstructions(data),
+        "Settings": _settings(data),
+        "What the figures are": _explanations(data),
+    }
+    body = "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text)
+    return page(data.title, data.about, body, f"{STYLE}{LINE_STYLE}{TABLE_STYLE}")
+
+
+def _table(data: AblationData) -> str:
+    best = {column: best_runs(data, column) for column in data.columns}
+    lines = ""
+    for name, row in data.rows.items():
+        cells = "".join(
+            f'<td class="number{" best" if name in best[column] else ""}">{escape(cell(row, column))}</td>'
+            for column in data.columns
+        )
+        lines += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+    heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in ("Run", *map(head, data.columns)))
+    table = f'<table class="figures"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>'
+    said = "".join(f'<p class="soft">{escape(text)}</p>' for text in notes(data))
+    return f'<div class="scroll">{table}</div>{said}'
+
+
+def _unit(data: AblationData, quantity: str) -> str:
+    """What is said beside a chart's title."""
+    start = _first_step(data, quantity)
+    return ", ".join(filter(None, (UNITS.get(quantity), f"from step {start:,}" if start else "")))
+
+
+def _first_step(data: AblationData, quantity: str) -> int:
+    last = max((step for points in data.curves[quantity].values() for step, _ in points), default=0)
+    return round(last * LATE_START) if quantity in LATE else 0
+
+
+def _chart(data: AblationData, quantity: str) -> str:
+    start, colors = _first_step(data, quantity), data.colors
+    series = {
+        name: (colors[name], [point for point in points if point[0] >= start])
+        for name, points in data.curves[quantity].items()
+    }
+    percent = quantity in PERCENT
+    return line_chart(series, title=quantity, unit=_unit(data, quantity), percent=percent, width=CHART_WIDTH)
+
+
+def _charts(data: AblationData) -> str:
+    charts = "".join(_chart(data, quantity) for quantity in data.curves)
+    text = "On the validation images, with averaged weights. Figures beside the names are the last values"
+    text += (
+        "; usage and perplexity are lower than in the table where that counts the codes of more images."
+        if any("perplexity" in row for row in data.rows.values())
+        else "."
+    )
+    return f'<p class="soft">{text}</p><div class="charts columns2">{charts}</div>' if charts else ""
+
+
+def _reconstructions(data: AblationData) -> str:
+    if not data.reconstructions:
+        return ""
+    rows = {"Original": data.originals, **data.reconstructions}
+    cells = ""
+    for name, images in rows.items():
+        pictures = "".join(image(pixels, f"{name}: validation image {n}") for n, pixels in enumerate(images, 1))
+        cells += f"<dt>{escape(name)}</dt><dd>{pictures}</dd>"
+    return f'<p>The same validation images, as each run reconstructs them.</p><dl class="rows">{cells}</dl>'
+
+
+def _settings(data: AblationData) -> str:
+    lines = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(" ".join(settings)) or "as the base"}</td></tr>'
+        for name, settings in data.settings.items()
+    )
+    common = escape(" ".join(data.common))
+    return (
+        f"<p>All runs: {common}. What makes each different:</p>"
+        f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
+        f"<p>Made by</p><pre><code>{escape(data.command)}</code></pre>"
+    )
+
+
+def _explanations(data: AblationData) -> str:
+    lines = "".join(
+        f'<tr><th scope="row">{escape(head(column))}</th><td>{escape(COLUMNS[column][3])}</td></tr>'
+        for column in data.columns
+    )
+    return f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
+
+
+# --- Markdown and pictures ---
+
+
+def markdown(data: AblationData, pictures: str) -> str:
+    """The table, curves and reconstructions for a page of documentation."""
+    best = {column: best_runs(data, column) for column in data.columns}
+    lines = [f"# {data.title}", "", *([data.about, ""] if data.about else []), "```bash", data.command, "```", ""]
+    lines.append("| " + " | ".join(("run", *map(head, data.columns))) + " |")
+    lines.append("|---|" + "---:|" * len(data.columns))
+    for name, row in data.rows.items():
+        texts = {column: cell(row, column) for column in data.columns}
+        cells = [f"**{text}**" if name in best[column] else text for column, text in texts.items()]
+        lines.append("| " + " | ".join((f"`{name}`", *cells)) + " |")
+    for text in notes(data):
+        lines += ["", text]
+    if any(data.curves.values()):
+        lines += ["", f"![Validation figures over the steps of training]({pictures}/curves.svg)"]
+    if data.reconstructions:
+        lines += ["", f"![The same images, reconstructed by each run]({pictures}/reconstructions.png)"]
+    lines += [
+        "",
+        f"All runs: `{' '.join(data.common)}`. What makes each different:",
+        "",
+        "| run | settings |",
+        "|---|---|",
+    ]
+    settings = {name: f"`{' '.join(texts)}`" if texts else "as the base" for name, texts in data.settings.items()}
+    lines += [f"| `{name}` | {text} |" for name, text in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+def curves_svg(data: AblationData) -> str:
+    """All charts in one drawing with one legend, which brings its own colours; "" without any curve."""
+    charts = {quantity: _chart(data, quantity) for quantity in data.curves}
+    charts = {quantity: re.search(r"<svg.*</svg>", text, re.S)[0] for quantity, text in charts.items() if text}
+    if not charts:
+        return ""
+    gap, title, height, width = 30, 24, 210, CHART_WIDTH
+    parts = []
+    for index, (quantity, drawing) in enumerate(charts.items()):
+        left, top = index % 2 * (width + gap), index // 2 * (height + title + gap)
+        unit = f'<tspan class="name" dx="6">{escape(_unit(data, quantity))}</tspan>'
+        parts.append(f'<text class="title" x="{left}" y="{top + 15}">{escape(quantity)}{unit}</text>')
+        placed = f'<svg x="{left}" y="{top + title}" width="{width}" height="{height}"'
+        parts.append(drawing.replace("<svg", placed, 1))
+    below = -(-len(charts) // 2) * (height + title + gap)
+    total = 2 * width + gap if len(charts) > 1 else width
+    legend, bottom = _svg_legend(data, below + 8, total)
+    box = f'viewBox="-8 -4 {total + 16} {bottom}" width="{total + 16}" height="{bottom}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box} font-family="system-ui, Segoe UI, Helvetica, sans-serif">'
+        f"<style>{_svg_style()}</style>"
+        f'<rect class="card" x="-8" y="-4" width="100%" height="100%"/>{"".join(parts)}{legend}</svg>\n'
+    )
+
+
+def _svg_style() -> str:
+    """What the drawing needs of the page's style: the colours, light and dark, and the rules for SVG."""
+    colors = re.search(r":root \{.*?\n(?=\*)", STYLE, re.S)[0]
+    drawn = (r"svg text", r"svg \.on", r"\.middle", r"\.grid", r"\.line", r"\.dot", r"\.band", r"\.s\d")
+    rules = [line for line in STYLE.splitlines() if re.match("|".join(drawn), line)]
+    return "\n".join((colors, *rules, LINE_STYLE, SVG_STYLE))
+
+
+def _svg_legend(data: AblationData, top: float, width: int) -> tuple[str, float]:
+    """A line and a name for every run, in columns; and where it ends."""
+    longest = max(map(len, data.colors))
+    columns = max(int(width // (48 + 8 * longest)), 1)
+    parts = []
+    for index, (name, color) in enumerate(data.colors.items()):
+        left, y = index % columns * (width / columns), top + index // columns * 20
+        parts.append(f'<path class="line s{color}" d="M{left:.0f} {y}h26"/>')
+        parts.append(f'<text class="name" x="{left + 34:.0f}" y="{y + 4}">{escape(name)}</text>')
+    return "".join(parts), top + -(-len(data.colors) // columns) * 20 + 8
+
+
+def reconstruction_sheet(data: AblationData) -> Image.Image:
+    """One row a run under the originals, each with its name and, where known, its PSNR."""
+    rows = {"original": data.originals, **data.reconstructions}
+    names = {name: name for name in rows}
+    for name, row in data.rows.items():
+        if "psnr" in row:
+            names[name] = f"{name}\n{row['psnr']:.2f} dB"
+    side = data.originals.shape[-1]
+    scale, gap = max(round(64 / side), 1), 6
+    step = side * scale + gap
+    font = ImageFont.load_default(size=13)
+    margin = int(max(font.getlength(line) for text in names.values() for line in text.splitlines())) + 3 * gap
+    sheet = Image.new("RGB", (margin + step * len(data.originals), step * len(rows) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (name, images) in enumerate(rows.items()):
+        top = gap + index * step
+        draw.multiline_text((gap, top + side * scale / 2), names[name], fill="#1b2230", font=font, anchor="lm")
+        for column, pixels in enumerate(images):
+            tile = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+            tile = tile.resize((side * scale, side * scale), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + column * step, top))
+    return sheet

@@ -1,0 +1,98 @@
+"""The typed config of a training script's command line, for launchers that check a run before they start it."""
+
+import contextlib
+import importlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+from ibq.config import UserError
+from ibq.data.order import BatchPlan
+from ibq.engine.configs import check_tensor_parallel
+from launchers.lib import ROOT
+from launchers.lib.executor import in_code
+
+# The training scripts, by their path in the project, and the config class that each reads.
+CONFIG_CLASSES: Mapping[str, str] = MappingProxyType(
+    {"ibq/train_tokenizer.py": "TokenizerRunConfig", "ibq/train_ar.py": "ARRunConfig"}
+)
+
+
+def is_training_script(script: str) -> bool:
+    """Whether a path names one of the project's training scripts, whose configs can be read."""
+    return _in_project(script) in CONFIG_CLASSES
+
+
+def config_class(script: str) -> type:
+    """The config class of a training script, given by its path in the project, whatever the current folder is.
+
+    UserError for a path that names no training script.
+    """
+    name = _in_project(script)
+    if name not in CONFIG_CLASSES:
+        raise UserError(f"{script}: is no training script; take {' or '.join(CONFIG_CLASSES)}")
+    module = importlib.import_module(".".join(PurePosixPath(name).with_suffix("").parts))
+    return getattr(module, CONFIG_CLASSES[name])
+
+
+def load_run(script: str, argv: Sequence[str]) -> Any:
+    """The config that a training script reads from its arguments `--config FILE [key=value ...]`.
+
+    The file's path is relative to the current folder, as for the script itself. Raises ConfigError or UserError.
+    """
+    from ibq.training.run import parse_arguments  # reads PyTorch, for which a launcher's --help should not wait
+
+    kind, said = config_class(script), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            _, *own = in_code((script, *argv))
+            arguments = parse_arguments(kind, f"What {script} reads.", f"python {script} --config FILE", own)
+    except SystemExit as end:
+        if not end.code:  # --help has been answered
+            raise
+        problem = said.getvalue().strip().rpartition("error: ")[2]
+        raise UserError(f"{script}: {problem}; write --config FILE key=value ...") from end
+    return arguments.config
+
+
+def check_run(config: Any, ranks: int = 1) -> None:
+    """What a run on so many ranks would find wrong at its start, as far as that needs no data.
+
+    Raises UserError that begins with the setting.
+    """
+    from ibq.models.transformer import TransformerConfig  # as above
+
+    shared = getattr(config.engine, "tensor_parallel", 1)  # ranks that see the same data
+    if shared > 1 and isinstance(config.model, TransformerConfig):
+        check_tensor_parallel(
+            shared,
+            heads=config.model.num_heads,
+            kv_heads=config.model.num_kv_heads,
+            tokens=config.model.tokens if config.engine.sequence_parallel else None,
+        )
+        if ranks > 1:
+            config.engine.mesh_sizes(ranks)
+    training = config.training
+    try:
+        BatchPlan(
+            batch_size=training.batch_size,
+            micro_batch=training.micro_batch,
+            streams=config.data.streams,
+            world_size=max(ranks // shared, 1),
+        )
+    except ValueError as error:
+        section = "data" if str(error).startswith("streams:") else "training"
+        raise UserError(f"{section}.{error}") from error
+    start = getattr(config, "codebook_start", None)
+    if start is not None and training.max_steps is not None and start.warmup_steps >= training.max_steps:
+        raise UserError(
+            f"codebook_start.warmup_steps: {start.warmup_steps} must be below the run's {training.max_steps} steps"
+        )
+
+
+def _in_project(script: str) -> str:
+    """A script's path relative to the project's folder, where it lies in that."""
+    path = (ROOT / Path(script)).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else script

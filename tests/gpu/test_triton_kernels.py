@@ -1,0 +1,481 @@
+"""The Triton kernels against float64: in Triton's interpreter on the CPU, and on a GPU where there is one.
+
+The interpreter is a mode of the whole process, chosen before triton is imported. So a plain run of this file starts
+one more pytest on it, in that mode; tests below `DEVICES` run there on the CPU, and here on a GPU.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ibq.ops import textbook
+from ibq.ops.index_backprop import index_backprop
+
+pytest.importorskip("triton", reason="triton is installed with the CUDA builds of torch only")
+from ibq.ops import (
+    triton_common,
+    triton_group_norm_silu,
+    triton_index_backprop,
+    triton_linear_cross_entropy,
+)
+from ibq.ops.group_norm_silu import group_norm_silu
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
+DEVICES = ["cpu"] if INTERPRETED else [CUDA]
+# The interpreter computes with numpy, which warns of the NaN and of the unused numbers that a GPU passes over.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+EPSILON = torch.finfo(torch.float32).eps
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
+def test_kernels_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(Path(__file__).resolve())],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_in_the_interpreter(monkeypatch):
+    """Triton 3.8's interpreter keeps bfloat16 as 16-bit integers and multiplies those as they are: widen them first."""
+    if INTERPRETED:
+        import numpy
+        import triton.language as tl
+        from triton.runtime import interpreter
+
+        def widened(operand):
+            if operand.dtype.scalar != tl.bfloat16:
+                return operand
+            bits = operand.data.astype(numpy.uint32) << 16
+            return interpreter.TensorHandle(bits.view(numpy.float32), tl.float32)
+
+        plain = interpreter.InterpreterBuilder.create_dot
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder,
+            "create_dot",
+            lambda self, a, b, *rest: plain(self, widened(a), widened(b), *rest),
+        )
+
+
+def random_case(tokens: int, codes: int, width: int, *, scale: float, device: str) -> SimpleNamespace:
+    """Inputs and upstream gradients, in float32; logits have a standard deviation of about `scale`."""
+    generator = torch.Generator().manual_seed(tokens + codes + width)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    return SimpleNamespace(
+        tokens=normal(tokens, width) * (scale / width**0.5),
+        codebook=normal(codes, width),
+        grad_latents=normal(tokens, width),
+        grad_sample_entropy=normal(tokens),
+        grad_usage=normal(codes),
+    )
+
+
+def written_out(case: SimpleNamespace, dtype: torch.dtype, temperature: float, selection_temperature: float) -> dict:
+    """Statistics and gradients from the formulas of `textbook.index_backprop`, with autograd, in `dtype`."""
+    tokens = case.tokens.to(dtype).requires_grad_()
+    codebook = case.codebook.to(dtype).requires_grad_()
+    logits = torch.einsum("nd,kd->nk", tokens, codebook)
+    below = logits.detach() - logits.detach().amax(dim=1, keepdim=True)
+    selection = (logits / selection_temperature).softmax(dim=1)
+    soft, log_soft = (logits / temperature).softmax(dim=1), (logits / temperature).log_softmax(dim=1)
+    sample_entropy, usage = -(soft * log_soft).sum(dim=1), soft.mean(dim=0)
+    latents = selection @ codebook.detach()  # the soft path of the one-hot alone
+    entropies = (sample_entropy * case.grad_sample_entropy.to(dtype)).sum() + (usage * case.grad_usage.to(dtype)).sum()
+    of_entropies = torch.autograd.grad(entropies, (tokens, codebook), retain_graph=True)
+    everything = entropies + (latents * case.grad_latents.to(dtype)).sum()
+    *gradients, grad_logits = torch.autograd.grad(everything, (tokens, codebook, logits))
+    return {
+        "top": logits.amax(dim=1).detach(),
+        "log_sum_selection": (below / selection_temperature).logsumexp(dim=1),
+        "log_sum_entropy": (below / temperature).logsumexp(dim=1),
+        "sample_entropy": sample_entropy.detach(),
+        "usage": usage.detach(),
+        "grad_tokens": gradients[0],
+        "grad_codebook": gradients[1],
+        "entropies_grad_tokens": of_entropies[0],
+        "entropies_grad_codebook": of_entropies[1],
+        "grad_logits": grad_logits,
+        "largest_logit": logits.detach().abs().max(),
+    }
+
+
+def by_kernels(case: SimpleNamespace, temperature: float, selection_temperature: float, dot_precision: str) -> dict:
+    """The same from the Triton kernels, and the codes."""
+    options = {
+        "temperature": temperature,
+        "selection_temperature": selection_temperature,
+        "dot_precision": dot_precision,
+    }
+    statistics = triton_index_backprop.forward(case.tokens, case.codebook, **options)
+    results = statistics._asdict()
+    for prefix, grad_latents in (("", case.grad_latents), ("entropies_", None)):
+        results[f"{prefix}grad_tokens"], results[f"{prefix}grad_codebook"] = triton_index_backprop.backward(
+            case.tokens, case.codebook, statistics, grad_latents, case.grad_sample_entropy, case.grad_usage, **options
+        )
+    return results
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_through_the_public_function(device: str):
+    """The operator on these kernels: every gradient of every output, also where some have none."""
+    case = random_case(37, 90, 12, scale=4.0, device=device)
+    found, expected = [], []
+    for form, dtype, options, results in (
+        (index_backprop, torch.float32, {"backend": "triton"}, found),
+        (textbook.index_backprop, torch.float64, {}, expected),
+    ):
+        tokens, codebook = (x.to(dtype).requires_grad_() for x in (case.tokens, case.codebook))
+        out = form(tokens, codebook, beta=0.25, temperature=0.1, selection_temperature=0.5, **options)
+        latents = (out.latents * case.grad_latents.to(dtype)).sum()
+        for scalar in (
+            latents,
+            out.sample_entropy,
+            out.batch_entropy,
+            out.quantization_loss,
+            latents + out.batch_entropy,
+        ):
+            results += torch.autograd.grad(scalar, (tokens, codebook), retain_graph=True)
+        results += [scalar.detach(), out.codes]
+    for value, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(value.double(), exact.double(), rtol=1e-4, atol=1e-5)
+
+
+def check_errors(results: dict, plain: dict, exact: dict, floor: float = 8 * EPSILON) -> None:
+    """Each result's largest error is at most 1.5 times that of plain float32 plus `floor` times its largest value.
+
+    The default floor is a few roundings: plain float32 may be exact by chance where there are few numbers.
+    """
+    for name in results.keys() & exact.keys():
+        expected = exact[name]
+        error = (results[name].double() - expected).abs().max()
+        allowed = 1.5 * (plain[name].double() - expected).abs().max() + floor * expected.abs().max()
+        assert error <= allowed, f"{name}: error {error:.3e} above {allowed:.3e}"  # also catches NaN
+
+
+def logit_floor(exact: dict, temperature: float) -> float:
+    """A logit's own rounding to float32 moves exp(l / temperature) by this fraction, whoever adds it up.
+
+    Where one code of one token makes up the largest value, plain float32 may have rounded that logit well by luck.
+    """
+    return EPSILON * float(exact["largest_logit"]) / temperature
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [0.01, 1.0])
+@pytest.mark.parametrize(
+    "tokens, codes, width", [(1, 17, 4), (37, 1000, 16), (130, 300, 48), (130, 17, 256), (37, 100, 30)]
+)
+def test_index_backprop(tokens, codes, width, temperature, device):
+    case = random_case(tokens, codes, width, scale=3.0, device=device)
+    exact = written_out(case, torch.float64, temperature, 1.0)
+    results = by_kernels(case, temperature, 1.0, "ieee")
+    assert torch.equal(results["codes"], (case.tokens.double() @ case.codebook.double().t()).argmax(dim=1))
+    # A GPU's library may add up in any order, so that there the comparison is partly luck.
+    floor = 8 * EPSILON + (logit_floor(exact, temperature) if device == "cuda" else 0.0)
+    check_errors(results, written_out(case, torch.float32, temperature, 1.0), exact, floor)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature, selection_temperature", [(0.01, 1.0), (1.0, 0.1)])
+def test_index_backprop_of_large_logits(temperature, selection_temperature, device):
+    """exp(l / temperature) would overflow float32 by thousands of orders of magnitude."""
+    case = random_case(20, 200, 32, scale=30.0, device=device)
+    exact = written_out(case, torch.float64, temperature, selection_temperature)
+    plain = written_out(case, torch.float32, temperature, selection_temperature)
+    floor = logit_floor(exact, min(temperature, selection_temperature))
+    check_errors(by_kernels(case, temperature, selection_temperature, "ieee"), plain, exact, floor)
+
+
+def use_small_workspaces(monkeypatch) -> None:
+    """Chunks of 256 x 256, full of NaN at first: what the kernels leave unwritten must not matter."""
+    monkeypatch.setattr(triton_common, "WORKSPACE_ROWS", 256)
+    monkeypatch.setattr(triton_common, "WORKSPACE_BYTES", 1)
+    plain = triton_common.workspace
+    for module in (triton_index_backprop, triton_linear_cross_entropy):
+        monkeypatch.setattr(module, "workspace", lambda *arguments: plain(*arguments).fill_(float("nan")))
+    assert triton_common.workspace(300, 600, torch.float32, torch.device("cpu")).shape == (256, 256)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunks_of_the_workspace(device, monkeypatch):
+    """Gradients do not depend on how tokens and codes are cut into chunks, beyond rounding."""
+    case = random_case(260, 300, 8, scale=3.0, device=device)
+    whole = by_kernels(case, 1.0, 1.0, "ieee")
+    use_small_workspaces(monkeypatch)
+    chunked = by_kernels(case, 1.0, 1.0, "ieee")
+    for name in ("grad_tokens", "grad_codebook", "entropies_grad_tokens", "entropies_grad_codebook"):
+        torch.testing.assert_close(chunked[name], whole[name], rtol=0, atol=8 * EPSILON * whole[name].abs().max())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_lowest_code_wins_a_tie(device):
+    """Within a tile, across tiles, and across splits of the codes."""
+    tokens = torch.ones(3, 8, device=device)
+    codebook = torch.zeros(1000, 8, device=device)
+    options = {"temperature": 1.0, "selection_temperature": 1.0, "dot_precision": "ieee"}
+    uniform = triton_index_backprop.forward(tokens, codebook, **options)
+    assert uniform.codes.tolist() == [0, 0, 0]
+    torch.testing.assert_close(uniform.sample_entropy, torch.full_like(uniform.top, 1000.0).log())
+    torch.testing.assert_close(uniform.usage, torch.full_like(uniform.usage, 1e-3))
+    for ties in ([5, 9, 999], [70, 999], [500, 640, 999]):
+        codebook.zero_()[ties] = 1.0
+        assert triton_index_backprop.forward(tokens, codebook, **options).codes.tolist() == [ties[0]] * 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_gives_valid_codes(device):
+    """A diverged run must end with an error about its loss, not with an index out of bounds inside a kernel."""
+    case = random_case(5, 300, 8, scale=1.0, device=device)
+    case.tokens[2] = float("nan")
+    options = {"temperature": 1.0, "selection_temperature": 1.0, "dot_precision": "ieee"}
+    statistics = triton_index_backprop.forward(case.tokens, case.codebook, **options)
+    assert statistics.codes.min() >= 0 and statistics.codes.max() < 300
+    assert statistics.sample_entropy.isnan().tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_as_the_textbook(device):
+    """Hard and soft path together, and both entropies, as `textbook.index_backprop` has them."""
+    case = random_case(37, 100, 16, scale=3.0, device=device)
+    inputs = case.tokens.double().requires_grad_(), case.codebook.double().requires_grad_()
+    exact = textbook.index_backprop(*inputs, beta=0.25, temperature=0.5)
+    loss = (exact.latents * case.grad_latents).sum() + exact.sample_entropy - exact.batch_entropy
+    expected = torch.autograd.grad(loss, inputs)
+
+    options = {"temperature": 0.5, "selection_temperature": 1.0, "dot_precision": "ieee"}
+    statistics = triton_index_backprop.forward(case.tokens, case.codebook, **options)
+    usage = statistics.usage
+    grad_usage = (usage + 1e-5).log() + usage / (usage + 1e-5)
+    grad_tokens, grad_codebook = triton_index_backprop.backward(
+        case.tokens, case.codebook, statistics, case.grad_latents,
+        torch.full((), 1 / 37, device=device).expand(37), grad_usage, **options,
+    )  # fmt: skip
+    grad_codebook.index_add_(0, statistics.codes, case.grad_latents)
+    assert torch.equal(statistics.codes, exact.codes)
+    torch.testing.assert_close(statistics.sample_entropy.mean().double(), exact.sample_entropy)
+    torch.testing.assert_close(grad_tokens.double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_codebook.double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def rounded(case: SimpleNamespace, names: tuple[str, ...]) -> SimpleNamespace:
+    """The case with some tensors rounded to bfloat16, kept as float32."""
+    return SimpleNamespace(**vars(case) | {name: getattr(case, name).bfloat16().float() for name in names})
+
+
+def check_bfloat16_gradient(gradient: Tensor, expected: Tensor, left: Tensor, right: Tensor) -> None:
+    """Of `left . right` in bfloat16 with exact `right`: `left` and perhaps the result are each rounded by up to 2^-8.
+
+    The interpreter cuts off `left` instead of rounding it, which costs up to 2^-7.
+    """
+    bound = 1.01 * (2**-8 + (2**-7 if INTERPRETED else 2**-8)) * (left.abs() @ right.double().abs())
+    assert ((gradient.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_index_backprop_in_bfloat16(device):
+    """Operands are rounded, sums are not: on rounded operands the statistics are as exact as in float32."""
+    case = rounded(random_case(37, 300, 48, scale=3.0, device=device), ("tokens", "codebook", "grad_latents"))
+    exact = written_out(case, torch.float64, 1.0, 1.0)
+    results = by_kernels(case, 1.0, 1.0, "bfloat16")
+    gradients = {name: results.pop(name) for name in list(results) if "grad" in name}
+    check_errors(results, written_out(case, torch.float32, 1.0, 1.0), exact)
+    grad_logits = exact["grad_logits"]
+    check_bfloat16_gradient(gradients["grad_tokens"], exact["grad_tokens"], grad_logits, case.codebook)
+    check_bfloat16_gradient(gradients["grad_codebook"], exact["grad_codebook"], grad_logits.t(), case.tokens)
+
+
+def head_case(tokens: int, codes: int, width: int, dtype: torch.dtype, scale: float, device: str) -> SimpleNamespace:
+    """Inputs of the head, and an upstream gradient; logits have a standard deviation of about `scale`."""
+    generator = torch.Generator().manual_seed(tokens + codes + width)
+    return SimpleNamespace(
+        hidden=(torch.randn(tokens, width, generator=generator) * scale / width**0.5).to(device, dtype),
+        weight=torch.randn(codes, width, generator=generator).to(device, dtype),
+        targets=torch.randint(codes, (tokens,), generator=generator).to(device),
+        grad_nll=torch.randn(tokens, generator=generator).to(device),
+    )
+
+
+def head_written_out(case: SimpleNamespace, dtype: torch.dtype) -> dict:
+    hidden, weight = case.hidden.to(dtype).requires_grad_(), case.weight.to(dtype).requires_grad_()
+    logits = hidden @ weight.t()
+    nll = F.cross_entropy(logits, case.targets, reduction="none")
+    gradients = torch.autograd.grad((nll * case.grad_nll.to(dtype)).sum(), (hidden, weight, logits))
+    return {
+        "nll": nll.detach(),
+        "log_sum": logits.logsumexp(dim=1).detach(),
+        "grad_hidden": gradients[0],
+        "grad_weight": gradients[1],
+        "grad_logits": gradients[2],
+        "largest_logit": logits.detach().abs().max(),
+    }
+
+
+def head_by_kernels(case: SimpleNamespace, dot_precision: str) -> dict:
+    nll, log_sum = triton_linear_cross_entropy.forward(
+        case.hidden, case.weight, case.targets, dot_precision=dot_precision
+    )
+    grad_hidden, grad_weight = triton_linear_cross_entropy.backward(
+        case.hidden, case.weight, case.targets, log_sum, case.grad_nll, dot_precision=dot_precision
+    )
+    assert grad_hidden.dtype == case.hidden.dtype and grad_weight.dtype == torch.float32
+    return {"nll": nll, "log_sum": log_sum, "grad_hidden": grad_hidden, "grad_weight": grad_weight}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "tokens, codes, width, scale", [(1, 17, 4, 1.0), (37, 1000, 40, 3.0), (130, 300, 192, 1.0), (20, 200, 32, 100.0)]
+)
+def test_linear_cross_entropy(tokens, codes, width, scale, device):
+    case = head_case(tokens, codes, width, torch.float32, scale, device)
+    exact, plain = head_written_out(case, torch.float64), head_written_out(case, torch.float32)
+    check_errors(head_by_kernels(case, "ieee"), plain, exact, 8 * EPSILON + logit_floor(exact, 1.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_linear_cross_entropy_in_bfloat16(device):
+    case = head_case(37, 300, 48, torch.bfloat16, 3.0, device)
+    exact, plain = head_written_out(case, torch.float64), head_written_out(case, torch.float32)
+    results = head_by_kernels(case, "ieee")
+    check_errors({name: results[name] for name in ("nll", "log_sum")}, plain, exact)
+    grad_logits = exact["grad_logits"]
+    check_bfloat16_gradient(results["grad_hidden"], exact["grad_hidden"], grad_logits, case.weight)
+    check_bfloat16_gradient(results["grad_weight"], exact["grad_weight"], grad_logits.t(), case.hidden)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunks_of_the_head(device, monkeypatch):
+    case = head_case(260, 300, 8, torch.float32, 3.0, device)
+    whole = head_by_kernels(case, "ieee")
+    use_small_workspaces(monkeypatch)
+    for name, chunked in head_by_kernels(case, "ieee").items():
+        torch.testing.assert_close(chunked, whole[name], rtol=0, atol=8 * EPSILON * whole[name].abs().max())
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("dot_precision, tolerance", [("tf32x3", 1e-5), ("tf32", 2e-2), ("bfloat16", 1e-1)])
+def test_tensor_cores(dot_precision, tolerance, device):
+    """The interpreter multiplies in float32 whatever the precision, so these need a GPU. Sizes that fill one."""
+    case = random_case(5000, 4096, 256, scale=3.0, device=device)
+    exact = written_out(case, torch.float64, 1.0, 1.0)
+    results = by_kernels(case, 1.0, 1.0, dot_precision)
+    for name in results.keys() & exact.keys():
+        error = (results[name].double() - exact[name]).norm() / exact[name].norm()
+        assert error <= tolerance, f"{name}: {error:.2e}"
+    head = head_case(5000, 4096, 320, torch.bfloat16 if dot_precision == "bfloat16" else torch.float32, 3.0, device)
+    exact = head_written_out(head, torch.float64)
+    for name, result in head_by_kernels(head, dot_precision).items():
+        error = (result.double() - exact[name]).norm() / exact[name].norm()
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("dot_precision", ["ieee", "tf32x3", "tf32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [64, 5000])  # with and without splits of the codes
+def test_same_bits_again(tokens, dot_precision, device):
+    case = random_case(tokens, 3000, 100, scale=3.0, device=device)
+    first, second = (by_kernels(case, 0.01, 1.0, dot_precision) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_memory(device):
+    """Beside inputs and results there is one workspace; the table of logits alone would take 1 GiB."""
+    case = random_case(4096, 65536, 64, scale=3.0, device=device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    by_kernels(case, 1.0, 1.0, "ieee")
+    results = 4 * (case.tokens.nbytes + case.codebook.nbytes)
+    assert torch.cuda.max_memory_allocated() - before < 1.25 * triton_common.WORKSPACE_BYTES + results
+
+
+# --- Group normalization and SiLU ----------------------------------------------------------------
+
+IMAGES = [(2, 32, 7, 5, 8), (1, 24, 3, 4, 3), (3, 128, 16, 9, 32), (2, 8, 1, 1, 2), (1, 300, 5, 6, 10)]
+
+
+def normalized(shape: tuple, dtype: torch.dtype, device: str) -> dict:
+    """What the kernels give and what float64 gives, for images that are far from normalized."""
+    batch, channels, height, width, groups = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(batch, channels, height, width, generator=generator) * 2 + 3
+    grad = torch.randn(x.shape, generator=generator)
+    weight, bias = torch.randn(2, channels, generator=generator)
+    x, grad = (part.to(device, dtype).contiguous(memory_format=torch.channels_last) for part in (x, grad))
+    weight, bias = weight.to(device), bias.to(device)
+    out, found = triton_group_norm_silu.forward(x, weight, bias, groups, 1e-6)
+    gradients = triton_group_norm_silu.backward(grad, x, weight, groups, found)
+    exact = [part.double().requires_grad_() for part in (x, weight, bias)]
+    expected = F.silu(F.group_norm(exact[0], groups, *exact[1:], eps=1e-6))
+    expected.backward(grad.double())
+    return {
+        "out": (out, expected.detach()),
+        **{name: (own, part.grad) for name, own, part in zip(("x", "weight", "bias"), gradients, exact, strict=True)},
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", IMAGES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_group_norm_and_silu(device: str, shape: tuple, dtype: torch.dtype):
+    for name, (found, expected) in normalized(shape, dtype, device).items():
+        rounding = 2**-7 if INTERPRETED else 2**-8  # the interpreter cuts digits off
+        tolerance = 2e-5 if dtype == torch.float32 or name in ("weight", "bias") else rounding
+        error = float((found.double() - expected).norm() / expected.norm().clamp(min=1e-3))
+        assert error < tolerance, (name, error)
+        if found.dim() == 4:
+            assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("part", ["slope", "offset"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_group_norms_comparison_sees_a_missing_part(device: str, part: str, monkeypatch):
+    plain = triton_group_norm_silu._values
+
+    def without(x, found, grad=None, slope=None, offset=None):
+        parts = {"slope": slope, "offset": offset}
+        if grad is not None:
+            parts[part] = torch.zeros_like(parts[part])
+        return plain(x, found, grad, **parts)
+
+    monkeypatch.setattr(triton_group_norm_silu, "_values", without)
+    found, expected = normalized(IMAGES[2], torch.float32, device)["x"]
+    assert float((found - expected).norm() / expected.norm()) > 1e-4
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_group_norm_and_silu_in_a_network():
+    """Through the public function: under autocast, and the same twice."""
+    norm = torch.nn.GroupNorm(32, 128, eps=1e-6).cuda()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(4, 128, 33, 40, device="cuda").bfloat16().contiguous(memory_format=torch.channels_last)
+    results = []
+    for own in (x, x, x.contiguous()):
+        own = own.detach().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = group_norm_silu(own, norm)
+        out.float().square().mean().backward()
+        results.append((out.detach().float(), own.grad.float(), norm.weight.grad.clone(), norm.bias.grad.clone()))
+        norm.zero_grad()
+    fused, again, native = results
+    for one, other, plain in zip(fused, again, native, strict=True):
+        assert torch.equal(one, other)
+        assert float((one - plain).norm() / plain.norm()) < 1e-2

@@ -1,0 +1,162 @@
+"""The benches of numeric cores run, and write what the README says."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.lib.bench import quantizer as bench_quantizer
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the memory of a process is read from Linux's /proc"
+)
+
+
+def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/bench.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_quantizer(tmp_path):
+    file = tmp_path / "q.json"
+    size = ("--codes", "3000", "--dim", "16", "--images", "2", "--tokens", "400", "--repeats", "1")
+    done = bench("quantizer", *size, "--no-picture", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    ours, plain, ratio = figures["ours"], figures["textbook"], figures["ratio"]
+    assert ratio["speedup"] == pytest.approx(plain["seconds"] / ours["seconds"])
+    assert ratio["speedup_flushed"] == pytest.approx(plain["seconds_flushed"] / ours["seconds"])
+    assert ratio["memory"] == pytest.approx(plain["extra_peak_gib"] / ours["extra_peak_gib"])
+    tables = plain["extra_peak_gib"] * 2**30 / (4 * 3000 * 800)
+    assert 5 < tables < 20, "the textbook form holds some eight tables, and the process a little more"
+    assert 0 < ours["gemm_share"] < 1.2 and "textbook" in done.stdout
+
+
+def test_head_loss(tmp_path):
+    file = tmp_path / "h.json"
+    done = bench("head-loss", "--codes", "500", "--dim", "16", "--tokens", "300", "--repeats", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert figures["ratio"]["memory"] > 1 and figures["ours"]["gemm_share"] > 0 and figures["textbook"]["seconds"] > 0
+
+
+TINY_TRANSFORMER = """
+data: {train: x, validation: x}
+model: {vocab_size: 64, num_classes: 3, tokens_per_side: 4, depth: 2, width: 64, heads: 2}
+"""
+TINY_TOKENIZER = """
+data: {train: x, validation: x}
+model:
+  resolution: 32
+  channels: 32
+  channel_multipliers: [1, 1]
+  res_blocks: 1
+  attention_resolutions: []
+  latent_channels: 16
+  quantizer: {num_codes: 64, dim: 16}
+loss: {gan: {discriminator: {channels: 8, layers: 2}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "rate"),
+    [
+        ("ar-step", TINY_TRANSFORMER, "tokens_per_second"),
+        ("tokenizer-step", TINY_TOKENIZER, "images_per_second"),
+    ],
+)
+def test_training_steps(name, config, rate, tmp_path):
+    (tmp_path / "run.yaml").write_text(config)
+    size = ("--config", str(tmp_path / "run.yaml"), "--batch", "2", "--steps", "1")
+    done = bench(name, *size, "--json", str(tmp_path / "s.json"), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "s.json").read_text())
+    ours, plain = figures["ours"], figures["plain"]
+    assert figures["ratio"]["speedup"] == pytest.approx(plain["seconds"] / ours["seconds"])
+    assert ours[rate] / plain[rate] == pytest.approx(figures["ratio"]["speedup"])
+    assert ours["parts"].keys() == plain["parts"].keys()
+    assert all(figures["rates"][name] > 0 for name in ("bf16", "fp32", "bytes_per_second"))
+    share = {"ar-step": "mfu", "tokenizer-step": "of_limit"}[name]
+    assert 0 < plain[share] < 1 and ours[share] / plain[share] == pytest.approx(figures["ratio"]["speedup"])
+    if name == "ar-step":
+        loss, forward = (ours["parts"][part] for part in ("loss, of the forward pass", "forward"))
+        assert 0 < loss < forward and ours["parts"]["data"] < ours["seconds"]
+    # The same networks on the same data: both forms begin with nearly the same loss.
+    assert ours["losses"][0] == pytest.approx(plain["losses"][0], rel=2e-2)
+    assert "times the plain form's speed" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--codes=0", "--images=-1", "--device=cuda"])
+def test_bad_options_are_one_line(option, tmp_path):
+    import torch
+
+    if option == "--device=cuda" and torch.cuda.is_available():
+        option = "--repeats=0"
+    done = bench("quantizer", option)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and option.split("=")[0] in done.stderr
+
+
+def test_growth_and_its_picture(tmp_path):
+    growth = [
+        {"codes": codes, "images": images, "ours": form(codes * images), "textbook": form(4 * codes * images)}
+        for codes, images in [(1024, 4), (4096, 4), (16384, 1), (16384, 2), (16384, 4)]
+    ]
+    assert bench_quantizer.exponents(growth) == pytest.approx({"seconds_over_tokens_times_codes": 1.0})
+    figures = {"growth": growth, "settings": {"codes": 16384, "images": 4}}
+    path = bench_quantizer.draw(figures, tmp_path / "picture.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def form(size: int) -> dict[str, float]:
+    return {"seconds": size / 1000, "extra_peak_gib": size / 10_000}
+
+
+def test_tokenizer_memory(tmp_path):
+    config = tmp_path / "t.yaml"
+    config.write_text(
+        "model: {resolution: 64, channels: 32, channel_multipliers: [1, 1], res_blocks: 2, attention_resolutions: [], "
+        "latent_channels: 16, quantizer: {num_codes: 64, dim: 16}}\n"
+    )
+    file = tmp_path / "t.json"
+    size = ("--config", str(config), "--batch", "4", "--repeats", "1")
+    done = bench("tokenizer-memory", *size, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    kept, recomputed, ratio = figures["kept"], figures["recomputed"], figures["ratio"]
+    assert ratio["memory"] == pytest.approx(recomputed["activation_gib"] / kept["activation_gib"])
+    assert 0 < ratio["memory"] < 1 and ratio["time"] > 0 and "recomputed" in done.stdout
+    assert ratio["memory"] < figures["ratio_selective"]["memory"] < 1
+
+
+@pytest.mark.slow
+def test_xxl_step_in_small(tmp_path):
+    """The same two runs by the deepspeed launcher, of a model that is small in everything."""
+    file = tmp_path / "x.json"
+    small = [f"model.{size}" for size in ("depth=2", "heads=2", "width=32", "vocab_size=64", "num_classes=12")]
+    arguments = (
+        "--folder",
+        str(tmp_path / "run"),
+        "--steps",
+        "3",
+        "--more-steps",
+        "2",
+        "--batch",
+        "2",
+        "--set",
+        *small,
+    )
+    arguments = (*arguments, "optimizer.learning_rate=1e-2", "--json", str(file))
+    done = bench("xxl-step", *arguments, OMP_NUM_THREADS="1")  # small products wait for each other's threads
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert len(figures["losses"]) == 3 and len(figures["resumed_losses"]) == 2
+    assert figures["losses"][0] == pytest.approx(math.log(64), abs=1e-3)
+    assert figures["resumed_losses"][-1] < figures["losses"][0]
+    assert 0 < figures["peak_gib"] < 8 and figures["seconds_per_step"] > 0
+    assert figures["parameters"] > 2 * 64 * 32 and not (tmp_path / "run").exists()

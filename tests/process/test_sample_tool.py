@@ -1,0 +1,156 @@
+"""tools/sample.py: balanced sets over any number of processes, killed and continued, in ADM's form."""
+
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.training import CLASSES, CODES, ROOT, SIDE, run_script, write_best
+
+from ibq.config import parse_config
+from ibq.data.shards import ImageDataConfig, open_split
+from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.transformer import Transformer, TransformerConfig
+
+TOKENIZER = {
+    **{"resolution": 16, "channels": 32, "channel_multipliers": [1, 1, 1], "res_blocks": 1, "latent_channels": 16},
+    **{"attention_resolutions": [], "quantizer": {"kind": "ibq", "num_codes": CODES, "dim": 16}},
+}
+TRANSFORMER = {
+    "vocab_size": CODES,
+    "num_classes": CLASSES,
+    "tokens_per_side": SIDE,
+    "depth": 2,
+    "heads": 2,
+    "width": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    write_best(folder / "tokenizer" / "best", Tokenizer(parse_config(TokenizerConfig, TOKENIZER)))
+    transformer = Transformer(parse_config(TransformerConfig, TRANSFORMER))
+    torch.nn.init.normal_(transformer.head.weight, std=0.5)
+    write_best(folder / "transformer" / "best", transformer)
+    return folder
+
+
+def options(models: Path, output: Path, *more: str) -> list[str]:
+    argv = ["--tokenizer", str(models / "tokenizer"), "--transformer", str(models / "transformer"), "--device", "cpu"]
+    return ["tools/sample.py", *argv, "--output", str(output), *more]
+
+
+def torchrun(*command: str, ranks: int = 2) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *command]
+
+
+def drawn(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(folder / "samples.npz", allow_pickle=False) as found:
+        return found["arr_0"], found["arr_1"]
+
+
+@pytest.fixture(scope="module")
+def one_process(models, tmp_path_factory):
+    """600 images of one process: three pieces of 256, the last smaller."""
+    folder = tmp_path_factory.mktemp("one") / "samples"
+    result = run_script(*options(models, folder, "--total", "600", "--files", "shards"))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_a_balanced_set_in_adms_form(one_process, models):
+    images, labels = drawn(one_process)
+    assert images.shape == (600, 16, 16, 3) and images.dtype == np.uint8
+    assert np.bincount(labels).tolist() == [200] * CLASSES
+    assert len(np.unique(images.reshape(600, -1), axis=0)) > 590  # each has a seed of its own
+    info = json.loads((one_process / "samples.json").read_text())
+    assert info["count"] == 600 and info["classes"] == CLASSES and info["sampler"]["guidance_scale"] == 2.0
+    assert len(info["tokenizer"]) == len(info["transformer"]) == 64 and info["tokenizer"] != info["transformer"]
+    assert not (one_process / ".pieces").exists()
+
+
+def test_the_shards_are_read_by_the_other_tools(one_process):
+    images, labels = drawn(one_process)
+    index = open_split(str(one_process / "samples-*.tar"), "all", 10, ImageDataConfig(train="x"))
+    assert len(index) == 600
+    with tarfile.open(one_process / "samples-00000.tar") as tar:
+        names = tar.getnames()
+        first = np.asarray(Image.open(tar.extractfile(names[0])))
+        assert int(tar.extractfile(names[1]).read()) == labels[0]
+    assert np.array_equal(first, images[0])
+
+
+def test_two_processes_draw_the_same(one_process, models, tmp_path):
+    result = run_script(*torchrun(*options(models, tmp_path / "two", "--total", "600", "--files", "none")))
+    assert result.returncode == 0, result.stderr
+    for ours, theirs in zip(drawn(tmp_path / "two"), drawn(one_process), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert not list((tmp_path / "two").glob("*.tar"))
+
+
+def test_killed_and_continued(one_process, models, tmp_path):
+    folder = tmp_path / "killed"
+    command = options(models, folder, "--total", "600", "--files", "none")
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (folder / ".pieces" / "000000.npy").exists():  # not the half-written one beside it
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "samples.npz").exists()
+    first = (folder / ".pieces" / "000000.npy").stat().st_mtime_ns
+    other = run_script(*options(models, folder, "--total", "600", "--seed", "1"))
+    assert other.returncode == 2 and "another command" in other.stderr
+    assert (folder / ".pieces" / "000000.npy").stat().st_mtime_ns == first
+    result = run_script(*command)
+    assert result.returncode == 0, result.stderr
+    assert np.array_equal(drawn(folder)[0], drawn(one_process)[0])
+    again = run_script(*command)
+    assert again.returncode == 0 and "600 images" in again.stdout
+    assert run_script(*options(models, folder, "--total", "300")).returncode == 2
+    (folder / "samples.json").write_text("{")  # cut, as a full disk leaves it
+    broken = run_script(*command)
+    assert broken.returncode == 2 and "another command" in broken.stderr and broken.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_pictures_in_other_precisions(models, tmp_path, precision):
+    more = ["--classes", "0", "2", "--count", "2", "--precision", precision, "--guidance-schedule", "cosine"]
+    result = run_script(*options(models, tmp_path, *more))
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        f"class{label:04d}_seed{seed:06d}.png" for label in (0, 2) for seed in (0, 1)
+    ]
+    assert json.loads((tmp_path / "samples.json").read_text())["sampler"]["precision"] == precision
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--total", "100"], ["--total", "99 or 102"]),
+        (["--total", "0"], ["--total"]),
+        (["--count", "0"], ["--count"]),
+        (["--classes", "7"], ["--classes", "0 to 2"]),
+        (["--classes", "1", "1"], ["--classes", "twice"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--top-p", "2"], ["--top-p"]),
+        (["--rows", "0"], ["rows"]),
+        (["--guidance-power", "0"], ["--guidance-power", "MDTv2"]),
+        (["--guidance-interval", "0.7", "0.2"], ["--guidance-interval"]),
+    ],
+)
+def test_impossible_options(models, tmp_path, more, words):
+    result = run_script(*options(models, tmp_path / "out", *more))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,399 @@
+"""launchers/sweep.py: what runs, what is run again, what is shown."""
+
+import contextlib
+import csv
+import importlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+from support.training import ROOT, make_workplace
+
+import yaml
+from ibq.config import ConfigError, UserError, load_config
+from ibq.reports.ablation import COLUMNS, cell
+
+sweep = importlib.import_module("launchers.sweep")
+plan_module = importlib.import_module("launchers.lib.sweep.plan")
+state_module = importlib.import_module("launchers.lib.sweep.state")
+table_module = importlib.import_module("launchers.lib.sweep.table")
+
+# A run without any training: it says what runs say, and notes that it was started.
+QUICK_SCRIPT = """
+import json, pathlib, sys, time
+given = dict(text.split("=", 1) for text in sys.argv if "=" in text)
+folder = pathlib.Path(given["output"])
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder / "starts", "a") as file:
+    file.write("x")
+starts = len((folder / "starts").read_text())
+if "broken" in given:
+    print("error: seed: a mistake; mend it\\nnoise after it")
+    sys.exit(2)
+if starts <= int(given.get("crashes", 0)):
+    sys.exit("an accident")
+(folder / "metrics.jsonl").write_text('{"step": 3, "seconds/step": 0.5, "validation/psnr": 20.5}\\n')
+(folder / "status.json").write_text(json.dumps({"state": "finished", "step": 3, "total_steps": 3}))
+"""
+
+
+def write_sweep(file: Path, **values) -> Path:
+    """A sweep file; by default without evaluation, of a script that only pretends to train."""
+    script, base = file.with_suffix(".py"), file.with_suffix(".base.yaml")
+    script.write_text(QUICK_SCRIPT)
+    base.write_text("seed: 0\nquantizer: {kind: ibq, dim: 8}\n")
+    given = {"name": "test", "script": str(script), "base": str(base), "evaluation": None,
+             "output": str(file.with_suffix(""))} | values  # fmt: skip
+    file.write_text(yaml.dump({key: value for key, value in given.items() if value != "absent"}))
+    return file
+
+
+def start(file: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "launchers/sweep.py", "--config", str(file), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def starts(folder: Path) -> int:
+    return len((folder / "starts").read_text()) if (folder / "starts").exists() else 0
+
+
+# --- Trained tokenizers ---
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(sweep file, output folder, what was said) of two tokenizers; the training of the first fails at first."""
+    folder = make_workplace(tmp_path_factory.mktemp("sweep"))
+    script = folder / "flaky.py"
+    script.write_text(
+        "import pathlib, runpy, sys\n"
+        f"mark = pathlib.Path({str(folder / 'mark')!r})\n"
+        "if 'num_codes=16' in ' '.join(sys.argv) and not mark.exists():\n"
+        "    mark.touch()\n"
+        "    sys.exit(1)\n"
+        f"sys.argv[0] = {str(ROOT / 'ibq/train_tokenizer.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    file = write_sweep(
+        folder / "sizes.yaml",
+        script=str(script),
+        base=str(folder / "tokenizer.yaml"),
+        title="Sizes & <codes>",
+        overrides=["loss.gan.enabled=false"],
+        grid={"model.quantizer.num_codes": [16, 32]},
+        evaluation={"pictures": 3},
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert sweep.main(["--config", str(file), "--max-parallel", "2"]) == 0
+    return file, folder / "sizes", said.getvalue()
+
+
+@pytest.mark.slow
+def test_the_sweep_says_what_it_does(trained):
+    _, folder, said = trained
+    assert said.count("$ python tools/evaluate.py reconstruction") == 4
+    assert said.count("flaky.py --config") == 3, "two runs, one of them twice"
+    assert "num_codes=16: train ended with exit code 1" in said and "once more" in said
+    assert "2 of 2 runs done" in said and f"page {folder / 'report.html'}" in said
+    assert "\x1b" not in said, "no redrawing where there is no terminal"
+    assert "$ python tools/evaluate.py" in (folder / "num_codes=16/sweep.log").read_text()
+
+
+@pytest.mark.slow
+def test_tables_hold_the_figures(trained):
+    _, folder, said = trained
+    results = json.loads((folder / "results.json").read_text())
+    assert results["missing"] == [] and [row["run"] for row in results["runs"]] == ["num_codes=16", "num_codes=32"]
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    for row, found, codes in zip(rows, results["runs"], (16, 32), strict=True):
+        run = folder / row["run"]
+        measured = {name: json.loads((run / f"{name}.json").read_text()) for name in ("reconstruction", "usage")}
+        assert found["psnr"] == float(row["psnr"]) == measured["reconstruction"]["metrics"]["psnr"]
+        assert found["usage"] == measured["usage"]["metrics"]["usage"]
+        assert measured["usage"]["images"].endswith("train-*.tar")
+        assert measured["reconstruction"]["images"].endswith("val-*.tar")
+        assert int(row["num_codes"]) == codes and found["tokens_per_code"] == 40 * 16 / codes
+        assert found["steps"] == 4 and 0 < found["seconds_per_step"] < found["seconds"] and found["peak_memory_gib"] > 0
+        assert row["settings"] == f"model.quantizer.num_codes={codes}"
+    assert results["runs"][1]["parameters"] - results["runs"][0]["parameters"] == 16 * 16, "codes of 16 dimensions"
+    assert cell(results["runs"][0], "psnr") in said
+
+
+@pytest.mark.slow
+def test_the_page_is_whole_and_by_itself(trained):
+    _, folder, _ = trained
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(?!data:)[\w/.]", page.split("</style>")[1])
+    assert "https:" not in page and "Sizes &amp; &lt;codes&gt;" in page
+    assert page.count("<img") == 3 * 3, "originals and two runs"
+    assert page.count("<svg") == 4
+    for text in ("PSNR", "Perplexity", "num_codes=16", "loss.gan.enabled=false", "launchers/sweep.py"):
+        assert text in page
+
+
+@pytest.mark.slow
+def test_pictures_and_markdown_for_documents(trained):
+    _, folder, _ = trained
+    drawing = ElementTree.parse(folder / "pictures/curves.svg").getroot()
+    assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+    text = " ".join(drawing.itertext())
+    assert all(word in text for word in ("PSNR", "SSIM", "Codebook usage", "num_codes=32", "--s0"))
+    sheet = Image.open(folder / "pictures/reconstructions.png")
+    assert sheet.height == 3 * (64 + 6) + 6, "originals and two runs"
+    page = (folder / "results.md").read_text()
+    assert "![" in page and "pictures/curves.svg" in page and "pictures/reconstructions.png" in page
+    (line,) = [line for line in page.splitlines() if line.startswith("| `num_codes=32` |") and "dB" not in line][:1]
+    assert line.count("|") == page.splitlines()[page.splitlines().index(line) - 2].count("|")
+
+
+@pytest.mark.slow
+def test_what_is_done_is_not_run_again(trained, capsys):
+    file, folder, _ = trained
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*/best/*")}
+    assert sweep.main(["--config", str(file)]) == 0
+    assert "all 2 runs are done" in (said := capsys.readouterr().out) and "$ python" not in said
+    assert stamps == {path: path.stat().st_mtime_ns for path in folder.glob("*/best/*")}
+    with pytest.raises(
+        UserError, match=r"run num_codes=16 was trained .*optimizer\.eps: .*--only num_codes=16 --fresh "
+    ):
+        sweep.main(["--config", str(file), "overrides=[loss.gan.enabled=false, optimizer.eps=1e-4]"])
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_goes_on(tmp_path, capsys):
+    make_workplace(tmp_path)
+    script = tmp_path / "train.py"  # the second run only pretends to train
+    script.write_text(
+        "import runpy, sys\n"
+        f"quick, real = {str(tmp_path / 'sweep.py')!r}, {str(ROOT / 'ibq/train_tokenizer.py')!r}\n"
+        "sys.argv[0] = quick if sys.argv[-1].endswith('second') else real\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    file = write_sweep(
+        tmp_path / "sweep.yaml",
+        script=str(script),
+        base=str(tmp_path / "tokenizer.yaml"),
+        overrides=["training.max_steps=40", "training.log_every=2", "checkpoint.save_every=1000"],
+        runs={"first": [], "second": []},
+    )
+    process = start(file)
+    metrics, deadline = tmp_path / "sweep/first/metrics.jsonl", time.monotonic() + 150
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=150)
+    assert process.returncode == 143, said + errors
+    assert "stopping 1 runs" in said and "Traceback" not in said + errors
+    assert re.search(r"first +stopped", said) and re.search(r"second +queued", said)
+    status = json.loads((tmp_path / "sweep/first/status.json").read_text())
+    assert status["state"] == "stopped" and 0 < status["step"] < 40
+    assert not (tmp_path / "sweep/second/status.json").exists()
+
+    assert sweep.main(["--config", str(file)]) == 0
+    assert "2 of 2 runs done" in capsys.readouterr().out
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [row["step"] for row in rows if "seconds/step" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == 40, "gone on, not begun again"
+    assert sorted(path.name for path in metrics.parent.glob("checkpoints/*"))[0] == f"step-{status['step']:08d}"
+
+
+# --- Order, failures, changes: runs without training ---
+
+
+def test_retries_and_mistakes(tmp_path, capsys):
+    runs = {"fine": [], "shaky": ["crashes=2"], "hopeless": ["crashes=9"], "mistaken": ["broken=true"]}
+    file = write_sweep(tmp_path / "sweep.yaml", runs=runs)
+    assert sweep.main(["--config", str(file), "--retries", "2"]) == 1
+    out, err = capsys.readouterr()
+    folder = tmp_path / "sweep"
+    assert [starts(folder / name) for name in runs] == [1, 3, 3, 1], "exit code 2 is not worth a second trial"
+    assert err.startswith("2 of 4 runs failed: hopeless (train ended with exit code 1: an accident)")
+    assert "mistaken (train ended with exit code 2: error: seed: a mistake; mend it)" in err and err.count("\n") == 1
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["run"] for row in results["runs"]] == ["fine", "shaky"] and results["missing"] == list(runs)[2:]
+    assert "fine" in out and "Without results: hopeless, mistaken" in (folder / "report.html").read_text()
+    # A mistake is mended: what is done stays.
+    write_sweep(file, runs=runs | {"hopeless": [], "mistaken": []})
+    assert sweep.main(["--config", str(file)]) == 0
+    assert [starts(folder / name) for name in runs] == [1, 3, 4, 2]
+
+
+def test_changed_settings_are_noticed(tmp_path, capsys):
+    file = write_sweep(tmp_path / "sweep.yaml", runs={"a": ["quantizer.dim=4"], "b": ["quantizer.kind=vq"]})
+    folder = tmp_path / "sweep"
+    assert sweep.main(["--config", str(file), "--max-parallel", "2"]) == 0
+    base = file.with_suffix(".base.yaml")
+    base.write_text("seed: 0\n# said otherwise\nquantizer: {dim: 16, kind: ibq}\n")
+    assert sweep.main(["--config", str(file)]) == 0, "of this neither run takes anything"
+    base.write_text("seed: 1\nquantizer: {kind: ibq, dim: 8}\n")
+    with pytest.raises(
+        UserError, match=r"run a was trained with other settings \(seed: 0 -> 1\); --only a --fresh trains"
+    ):
+        sweep.main(["--config", str(file)])
+    with pytest.raises(UserError, match="run b was trained with other settings"):
+        sweep.main(["--config", str(file), "--only", "b"])
+    assert [starts(folder / name) for name in "ab"] == [1, 1]
+    (folder / "a/notes.txt").write_text("mine")
+    assert sweep.main(["--config", str(file), "--fresh"]) == 0
+    assert [starts(folder / name) for name in "ab"] == [2, 2]
+    assert (folder / "a/notes.txt").exists(), "files of others stay"
+    assert sweep.main(["--config", str(file), "--fresh", "--only", "b", "title=a new title"]) == 0
+    assert [starts(folder / name) for name in "ab"] == [2, 3]
+    capsys.readouterr()
+    assert sweep.main(["--config", str(file), "--collect"]) == 0
+    assert "$ python" not in capsys.readouterr().out
+
+
+def test_a_folder_of_another_run_is_left_alone(tmp_path):
+    file = write_sweep(tmp_path / "sweep.yaml", runs={"a": []})
+    (tmp_path / "sweep/a").mkdir(parents=True)
+    (tmp_path / "sweep/a/status.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run that is not of this sweep; set another `output`"):
+        sweep.main(["--config", str(file)])
+
+
+def test_a_run_that_does_not_finish_has_failed(tmp_path, capsys):
+    file = write_sweep(tmp_path / "sweep.yaml", runs={"a": []})
+    file.with_suffix(".py").write_text("print('that is all')")
+    assert sweep.main(["--config", str(file), "--retries", "0"]) == 1
+    out, err = capsys.readouterr()
+    assert "train ended with exit code 0: that is all" in err and "there are no results yet" in out
+
+
+# --- What a sweep file says ---
+
+
+def runs_of(tmp_path: Path, **values) -> list:
+    file = write_sweep(tmp_path / "sweep.yaml", **values)
+    return plan_module.plan(load_config(plan_module.SweepConfig, file), str(file))
+
+
+def test_a_grid_is_every_combination(tmp_path):
+    runs = runs_of(tmp_path, grid={"a.dim": [1, 2], "b.dim": ["x", [3, 4]], "b.on": [True]})
+    assert [run.name for run in runs] == [
+        "a.dim=1,b.dim=x,b.on=true",
+        "a.dim=1,b.dim=3-4,b.on=true",
+        "a.dim=2,b.dim=x,b.on=true",
+        "a.dim=2,b.dim=3-4,b.on=true",
+    ]
+    assert runs[1].overrides == ("a.dim=1", "b.dim=[3, 4]", "b.on=true")
+    assert runs[1].settings["b.dim"] == [3, 4] and runs[1].settings["b.on"] is True
+    short = runs_of(tmp_path, grid={"model.quantizer.num_codes": [1024], "optimizer.learning_rate": ["1e-4", "true"]})
+    assert short[0].name == "num_codes=1024,learning_rate=1e-4"
+    assert short[1].overrides[1] == 'optimizer.learning_rate="true"', "text that would be read as something else"
+
+
+def test_commands_hold_what_all_share_before_what_differs(tmp_path):
+    (run,) = runs_of(tmp_path, overrides=["seed=3", "x.y=1"], runs={"a": ["seed=4"]})
+    assert run.settings == {"seed": 4, "x.y": 1, "quantizer.kind": "ibq", "quantizer.dim": 8}
+    command = run.parts[0].command
+    assert command[3:] == ("seed=3", "x.y=1", "seed=4", f"output={tmp_path / 'sweep' / 'a'}")
+
+
+def test_evaluation_takes_the_images_of_the_config(tmp_path):
+    data = ["data.train=some/train-*.tar"]
+    (run,) = runs_of(tmp_path, overrides=data, runs={"a": []}, evaluation="absent")
+    commands = {part.name: " ".join(part.command) for part in run.parts}
+    assert list(commands) == ["train", "reconstruction", "usage"]
+    assert "--images some/train-*.tar --split validation --validation-every 10" in commands["reconstruction"]
+    assert "--split train" in commands["usage"]
+    (run,) = runs_of(tmp_path, overrides=data, runs={"a": []}, evaluation={"validation": "v.tar", "usage": "u.tar"})
+    assert "--images v.tar" in " ".join(run.parts[1].command) and "--images u.tar" in " ".join(run.parts[2].command)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"runs": "absent"}, "give either `runs`"),
+        ({"runs": {"a": []}, "grid": {"seed": [1]}}, "give either `runs`"),
+        ({"runs": {"../a": []}}, "cannot name a run's folder"),
+        ({"runs": {"pictures": []}}, "cannot name a run's folder"),
+        ({"grid": {"seed": []}}, "seed has no values"),
+        ({"runs": {"a": ["seed"]}}, "runs.a: seed: this is no setting; write key.path=value"),
+        ({"runs": {"a": ["output=x"]}}, "every run gets a folder of its own"),
+        ({"runs": {"a": ["x=[1"]}}, "not valid YAML"),
+        ({"runs": {"a": []}, "base": "nowhere.yaml"}, "base: nowhere.yaml: file not found"),
+        ({"runs": {"a": []}, "script": "nowhere.py"}, "script: nowhere.py does not exist"),
+        ({"runs": {"a": []}, "evaluation": {}}, "evaluation.validation: the base config names no single place"),
+        ({"runs": {"a": []}, "evaluation": {"pictures": 99}}, "evaluation.pictures: must lie in [1, 24]"),
+        ({"runs": {"a": []}, "overides": []}, "did you mean overrides"),
+    ],
+)
+def test_mistakes_in_the_file_are_one_line(tmp_path, values, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        runs_of(tmp_path, **values)
+    assert "\n" not in str(caught.value) and "sweep.yaml" in str(caught.value)
+
+
+def test_mistakes_on_the_command_line_end_with_2(tmp_path):
+    file = write_sweep(tmp_path / "sweep.yaml", runs={"a": []})
+    process = start(file, "--only", "b")
+    said, errors = process.communicate(timeout=150)
+    assert process.returncode == 2 and said == ""
+    assert errors == "error: --only: there is no run 'b'; the sweep has a\n"
+    for arguments in (["--max-parallel", "0"], ["--retries", "-1"], ["--collect", "--fresh"], ["--only", "c"]):
+        with pytest.raises(UserError, match=re.escape(arguments[0])):
+            sweep.main(["--config", str(file), *arguments])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "yaml/ablations").glob("*.yaml")), ids=lambda file: file.stem)
+def test_sweeps_that_come_with_the_project(file, tmp_path, monkeypatch):
+    from ibq.train_tokenizer import TokenizerRunConfig
+
+    monkeypatch.chdir(ROOT)
+    if file.stem == "tokenizer":
+        load_config(TokenizerRunConfig, file)
+        return
+    runs = plan_module.plan(load_config(plan_module.SweepConfig, file), str(file))
+    assert len(runs) > 1
+    for run in runs:
+        config = load_config(TokenizerRunConfig, run.parts[0].command[2], run.parts[0].command[3:])
+        assert config.output == str(run.folder) and not config.loss.gan.enabled
+
+
+# --- The table ---
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_table_is_redrawn_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_module.shutil, "get_terminal_size", lambda: os.terminal_size((100, 30)))
+    states = [state_module.open_run(run, fresh=False) for run in runs_of(tmp_path, runs={"a": [], "b": []})]
+    terminal = Terminal()
+    table = table_module.SweepTable(states, 1, terminal)
+    folder = states[0].run.folder
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"state": "running", "step": 0, "total_steps": 100}')
+    states[0].begin(states[0].run.parts[0], 0.0)
+    for now, step in ((10.0, 10), (20.0, 20)):
+        (folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n{{"step": 9')  # the last line is being written
+        table.update(now)
+    frames = terminal.getvalue().split("\x1b[4F\x1b[J")
+    assert len(frames) == 2 and "left" in frames[0]
+    assert re.search(r"a +running: train +20/100 +20.0 s +1 min 20 s\n", frames[1])
+    assert "0 of 2 runs done, about 3 min 00 s left" in frames[1], "80 s for this one, 100 s as this one for the other"
+    table.say("hello")
+    assert terminal.getvalue().endswith("\x1b[4F\x1b[Jhello\n")
+
+
+def test_figures_are_printed_with_their_units():
+    row = {"psnr": 21.768, "seconds_per_step": 0.3456, "seconds": 185.0, "parameters": 2_345_678, "usage": 0.5}
+    printed = {name: cell(row, name) for name in COLUMNS}
+    assert printed["psnr"] == "21.77" and printed["seconds_per_step"] == "346 ms" and printed["lpips"] == "–"
+    assert printed["seconds"] == "3 min 05 s" and printed["parameters"] == "2.35M" and printed["usage"] == "50.0%"

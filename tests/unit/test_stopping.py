@@ -1,0 +1,181 @@
+"""Signals: the step is finished, one checkpoint is written, status.json says why, and the same command goes on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.training import ROOT, SCRIPTS, checkpoint_tensors, make_workplace, scalars, train_here
+
+STEPS = {"tokenizer": 40, "transformer": 250}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_workplace(tmp_path_factory.mktemp("stopping"))
+
+
+def arguments(place, stage, output: Path, *overrides, ranks=1) -> list[str]:
+    argv = ["--config", str(place / f"{stage}.yaml"), f"output={output}", f"training.max_steps={STEPS[stage]}"]
+    argv += ["checkpoint.save_every=100000", "training.log_every=4", "training.validate_every=15"]
+    argv += ["data.in_memory=false"] if stage == "tokenizer" else []
+    return [*argv, f"training.micro_batch={8 // ranks}", *overrides]
+
+
+class Running:
+    """The processes of a run that saves only at its end or when it is told to."""
+
+    def __init__(self, place, stage, output: Path, *overrides, ranks=1, workers=0):
+        self.output = output
+        command = [sys.executable, SCRIPTS[stage], *arguments(place, stage, output, *overrides, ranks=ranks)]
+        command.append(f"data.workers={workers}")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if ranks > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        self.ranks = []
+        for rank in range(ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+            self.ranks.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment | own, stderr=subprocess.PIPE, text=True, start_new_session=True
+                )
+            )
+
+    def wait_for_step(self, count=2) -> None:
+        metrics, deadline = self.output / "metrics.jsonl", time.monotonic() + 60
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
+            assert all(rank.poll() is None for rank in self.ranks) and time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def end(self) -> tuple[list[int], str]:
+        """Exit codes, and what rank 0 said."""
+        said = [rank.communicate(timeout=60)[1] for rank in self.ranks]
+        return [rank.returncode for rank in self.ranks], said[0]
+
+    def status(self) -> dict:
+        return json.loads((self.output / "status.json").read_text())
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.output / "checkpoints").iterdir())
+
+
+def check_stopped(run: Running, name: str, stage: str) -> int:
+    """The step at which a run was stopped."""
+    codes, said = run.end()
+    assert codes == [128 + signal.Signals[name]] * len(run.ranks), said
+    status = run.status()
+    assert status["state"] == "stopped" and status["reason"] == name and 0 < status["step"] < STEPS[stage]
+    assert run.checkpoints() == [f"step-{status['step']:08d}"], "one checkpoint, of the step that was finished"
+    assert f"{name}: saving once" in said and "Traceback" not in said
+    return status["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stage", "settings", "ranks", "workers"),
+    [
+        ("SIGTERM", "tokenizer", [], 1, 1),
+        ("SIGINT", "transformer", ["model.residual_dropout=0.1"], 1, 0),
+        ("SIGUSR2", "tokenizer", [], 2, 0),
+        ("SIGUSR1", "transformer", ["checkpoint.signal=USR1"], 2, 1),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(place, tmp_path, name, stage, settings, ranks, workers):
+    if ranks == 1:
+        assert train_here(stage, arguments(place, stage, tmp_path / "whole", *settings)) == 0
+    else:
+        assert Running(place, stage, tmp_path / "whole", *settings, ranks=ranks).end()[0] == [0] * ranks
+    run = Running(place, stage, tmp_path / "run", *settings, ranks=ranks, workers=workers)
+    run.wait_for_step()
+    # To the whole group, with its worker processes, as a terminal and Slurm do; with two ranks to one of them only.
+    os.killpg(run.ranks[-1].pid, signal.Signals[name])
+    step = check_stopped(run, name, stage)
+    again = Running(place, stage, tmp_path / "run", *settings, ranks=ranks)
+    codes, said = again.end()
+    assert codes == [0] * ranks, said
+    assert again.status()["state"] == "finished"
+    last = STEPS[stage]
+    assert again.checkpoints() == [f"step-{s:08d}" for s in (step, last)]
+    expected, found = (checkpoint_tensors(tmp_path / n, last) for n in ("whole", "run"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+    logs = [scalars(tmp_path / n) for n in ("whole", "run")]
+    timing = ("seconds", "images_per", "tokens_per_s", "peak")
+    for series in logs[0]:
+        assert series.startswith(timing) or logs[0][series] == logs[1][series], series
+
+
+@pytest.mark.slow
+def test_more_signals_during_the_save_and_after_do_no_harm(place, tmp_path):
+    run = Running(place, "tokenizer", tmp_path / "run")
+    run.wait_for_step()
+    run.ranks[0].send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while run.ranks[0].poll() is None and time.monotonic() < deadline:  # until the very end of the process
+        for name in ("SIGINT", "SIGUSR2", "SIGTERM"):
+            run.ranks[0].send_signal(signal.Signals[name])
+            time.sleep(0.005)
+    noted = run.status()["reason"]  # of signals that come at the same moment Python takes the lowest first
+    assert noted in ("SIGTERM", "SIGINT", "SIGUSR2")
+    check_stopped(run, noted, "tokenizer")
+
+
+@pytest.mark.slow
+def test_a_signal_that_is_not_wanted_has_its_usual_effect(place, tmp_path):
+    run = Running(place, "transformer", tmp_path / "run", "checkpoint.signal=none")
+    run.wait_for_step()
+    run.ranks[0].send_signal(signal.SIGUSR2)
+    assert run.end()[0] == [-signal.SIGUSR2]
+    assert run.status()["state"] == "running", "nothing could be said any more"
+
+
+def test_a_validation_that_was_cut_short_is_made_up_for(place, tmp_path, monkeypatch):
+    """A signal that comes during the validation ends it at once; the next start begins with it."""
+    from ibq.training.tokenizer_task import TokenizerTask
+
+    config = ["--config", str(place / "tokenizer.yaml"), "training.max_steps=6", "training.validate_every=3"]
+    assert train_here("tokenizer", [*config, f"output={tmp_path}/whole"]) == 0
+    validate, seen = TokenizerTask.validate, []
+
+    def interrupted(task, batches):
+        def counted():
+            for number, batch in enumerate(batches):
+                seen.append(number)
+                os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        return validate(task, counted())
+
+    settings = [*config, f"output={tmp_path}/run", "training.micro_batch=2", "loss.gan.enabled=false"]
+    monkeypatch.setattr(TokenizerTask, "validate", interrupted)
+    assert train_here("tokenizer", settings) == 143
+    assert seen == [0], "four batches would have come"
+    monkeypatch.setattr(TokenizerTask, "validate", validate)
+    state = json.loads((tmp_path / "run/checkpoints/step-00000003/state.json").read_text())
+    assert state["validation_pending"] and state["best_score"] is None
+    assert "validation/psnr" not in scalars(tmp_path / "run")
+    assert train_here("tokenizer", settings) == 0
+    assert sorted(scalars(tmp_path / "run")["validation/psnr"]) == [3, 6]
+
+
+def test_a_failed_run_says_why(place, tmp_path, capsys):
+    argv = ["--config", str(place / "transformer.yaml"), f"output={tmp_path}", "training.max_bad_steps=1"]
+    assert train_here("transformer", [*argv, "optimizer.learning_rate=1e38", "training.max_steps=50"]) == 2
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and "bad steps in a row" in status["reason"]
+    assert status["reason"] in capsys.readouterr().err
+
+
+def test_status_while_running(place, tmp_path):
+    assert train_here("transformer", ["--config", str(place / "transformer.yaml"), f"output={tmp_path}"]) == 0
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (
+        status["state"] == "finished" and status["step"] == status["total_steps"] == 4 and status["pid"] == os.getpid()
+    )

@@ -1,0 +1,52 @@
+"""The published models' YAML files describe the published models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.golden import golden_json
+
+from ibq.config import load_config
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.transformer import Transformer
+from ibq.train_ar import ARRunConfig
+from ibq.train_tokenizer import TokenizerRunConfig
+
+YAML = Path(__file__).parents[2] / "yaml"
+
+
+@pytest.mark.parametrize("num_codes", [1024, 8192, 16384, 262144])
+def test_tokenizer_files(num_codes):
+    config = load_config(TokenizerRunConfig, YAML / f"tokenizer_{num_codes}.yaml")
+    with torch.device("meta"):
+        model = Tokenizer(config.model)
+    counts = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
+    published = golden_json("official_shapes")["tokenizer"]["parameter_counts"][str(num_codes)]
+    assert {name: published[name] for name in counts} == counts
+    schedule = golden_json("lr_schedule")["tokenizer"]
+    assert list(config.schedule.drop_epochs) == schedule["lr_drop_epoch"][str(num_codes)]
+    assert config.training.epochs == schedule["max_epochs"][str(num_codes)]
+    assert config.training.batch_size == 256 and config.optimizer.betas == (0.5, 0.9)
+
+
+@pytest.mark.parametrize("size", ["b", "l", "xl", "xxl"])
+def test_transformer_files(size):
+    config = load_config(ARRunConfig, YAML / f"{size}.yaml")
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    published = golden_json("official_shapes")["ar"]["models"][size.upper()]
+    assert sum(p.numel() for p in model.parameters()) == published["parameter_counts"]["transformer_total"]
+    official = golden_json("lr_schedule")["ar"]["official"][size.upper()]
+    assert config.schedule.warmup_epochs == official["wp"]
+    assert config.schedule.end == official["wpe"]
+    assert config.schedule.end_weight_decay == official["twde"]
+    assert config.training.epochs == official["max_epochs"]
+    assert config.model.adaln_gamma_init == official["alng"]
+    assert config.training.micro_batch == official["batch_per_gpu"]
+    assert config.training.batch_size == official["gpus"] * official["batch_per_gpu"]
+    assert config.optimizer.peak_learning_rate(config.training.batch_size) == pytest.approx(3e-4)
+
+
+@pytest.mark.parametrize("kind, name", [(TokenizerRunConfig, "tokenizer"), (ARRunConfig, "transformer")])
+def test_quickstart_files(kind, name):
+    load_config(kind, YAML / f"quickstart/{name}.yaml")

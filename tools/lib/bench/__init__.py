@@ -1,0 +1,1 @@
+"""One module a bench, and what they share."""

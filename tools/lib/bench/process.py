@@ -1,0 +1,125 @@
+"""What benches of numeric cores share: time, extra peak memory, the machine's matrix-product rate, fresh processes."""
+
+import ctypes
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # started by `run_apart`
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+import torch
+
+GIB = 2**30
+SECONDS_OF_PRODUCTS = 0.02
+
+
+def run_apart(function: Callable[..., dict], **arguments) -> dict:
+    """`function(**arguments)` in a fresh interpreter: neither memory nor caches of one measurement touch the next.
+
+    The function lies at the top level of a module of this repository; arguments and result go through JSON. Its
+    printed lines come before the result and are dropped. Raises RuntimeError with the error output if it fails.
+    """
+    command = [sys.executable, __file__, function.__module__, function.__name__, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{function.__name__} ended with exit code {done.returncode}:\n{done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def median_seconds(function: Callable[[], object], repeats: int, device: str = "cpu") -> float:
+    """Median wall-clock seconds of a call, after one call that is not counted."""
+    function()
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def extra_peak_gib(function: Callable[[], object], device: str = "cpu") -> float:
+    """How far a call raises this process's memory above what it holds before, at most, in GiB.
+
+    What the call returns counts as well. On CUDA: allocated tensors. Else: resident memory, which only Linux tells;
+    call the function once before if its first call loads libraries.
+    """
+    if torch.device(device).type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        synchronize(device)
+        del result
+        return (torch.cuda.max_memory_allocated(device) - before) / GIB
+    before = _reset_peak()
+    result = function()
+    peak = _status_kib("VmHWM")
+    del result
+    return (peak - before) * 1024 / GIB
+
+
+def held_gib(device: str = "cpu") -> float:
+    """What this process holds now, in GiB: allocated tensors on CUDA, else resident memory without what is freed."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device) / GIB
+    return _reset_peak() * 1024 / GIB
+
+
+def product_rate(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]], device: str = "cpu") -> float:
+    """The fastest matrix product of [rows, inner] and [inner, columns] over these shapes, in FLOP/s.
+
+    Each into memory that exists already, several times, at its best: the limit that a program can hope for.
+    """
+    return max(rate for shape in shapes for rate in _product_rates(*shape, dtype, device))
+
+
+def _product_rates(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> list[float]:
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    b = torch.randn(columns, inner, device=device).to(dtype).t()
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+
+    def seconds(calls: int) -> float:
+        return median_seconds(lambda: [torch.mm(a, b, out=out) for _ in range(calls)], 1, device)
+
+    # Long enough for the clock, and on a GPU for the wait at the end not to count.
+    calls = max(1, round(SECONDS_OF_PRODUCTS / seconds(1)))
+    return [calls * 2 * rows * inner * columns / seconds(calls) for _ in range(5)]
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device's work."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak() -> int:
+    """Give freed memory back to the system, start the peak anew, and return the resident memory in KiB."""
+    if not sys.platform.startswith("linux"):
+        raise RuntimeError("peak memory of a process is read from /proc; run this bench on Linux or on a GPU")
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_kib("VmRSS")
+
+
+def _status_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def main() -> None:
+    """Call one function as `run_apart` says, and print its result."""
+    module, function, arguments = sys.argv[1:]
+    result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""How well images survive a tokenizer, and how well its codebook is used."""
+
+import argparse
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import yaml
+from ibq import dist
+from ibq.api import load_tokenizer
+from ibq.config import UserError, dump_config
+from ibq.data.images import BadSample, ImageDataset
+from ibq.data.loader import validation_batches
+from ibq.evaluation.features import RESIZING, Inception, load_inception, weights_at_hand
+from ibq.evaluation.image_sets import PixelHash
+from ibq.evaluation.reconstruction import (
+    BLOCK,
+    MIN_TOKENS_PER_CODE,
+    ReconstructionReport,
+    evaluate_reconstruction,
+)
+from ibq.files import whole_file
+from ibq.models.perceptual import BACKBONES, build_lpips
+from ibq.models.tokenizer import Tokenizer
+from ibq.progress import progress_bar, say
+from ibq.training.checkpoint import weights_hash
+from tools.lib.options import add_device_options, add_image_options, autocast_of, open_images_of
+
+HELP = "PSNR, SSIM, LPIPS, rFID, codebook usage, perplexity and effective rank of a tokenizer"
+PICTURES = 24  # that --npz gets
+LPIPS_OPTIONS = {"vgg": "lpips", "alex": "lpips_alex"}  # backbone -> option and figure
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of the command."""
+    add = parser.add_argument
+    add("--tokenizer", required=True, help="run folder, its `best` folder, or a published .ckpt file")
+    add_image_options(parser)
+    add_device_options(parser)
+    for net, name in LPIPS_OPTIONS.items():
+        add(
+            f"--{name.replace('_', '-')}",
+            default="auto",
+            metavar="WEIGHTS",
+            help=f"{BACKBONES[net].label} weights: download, a file, none, or auto: if they were downloaded before "
+            "(default)",
+        )
+    add(
+        "--inception",
+        default="auto",
+        metavar="WEIGHTS",
+        help="for rFID: download, a file, none, or auto: if IBQ_INCEPTION_WEIGHTS names them or they were downloaded "
+        "before (default)",
+    )
+    add("--npz", type=Path, help="write the first originals and reconstructions and the code histogram here")
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> dict:
+    """Measure, print, and say what the figures depend on."""
+    tokenizer = load_tokenizer(arguments.tokenizer, device=device)
+    perceptual = perceptual_of(arguments, device, tokenizer.config.resolution)
+    inception = inception_of(arguments, device)
+    report, originals = reconstruct(tokenizer, perceptual, inception, arguments, device)
+    if inception is not None and report.metrics["images"] < 2:
+        raise UserError(f"{arguments.images}: rFID needs at least 2 images; add some, or use --inception none")
+    if dist.is_main():
+        show(report, inception)
+        if arguments.npz:
+            write_pictures(arguments.npz, report)
+    return {
+        "metrics": report.metrics,
+        "codes_by_use": report.codes_by_use,
+        "num_codes": tokenizer.quantizer.num_codes,
+        "dim": tokenizer.quantizer.dim,
+        "tokens_per_image": tokenizer.config.tokens_per_side**2,
+        "tokenizer": arguments.tokenizer,
+        "tokenizer_sha256": weights_hash(tokenizer.state_dict()),
+        "config": yaml.safe_load(dump_config(tokenizer.config)),
+        "images": arguments.images,
+        "split": arguments.split,
+        "precision": arguments.precision,
+        "image_count": int(report.metrics["images"]),
+        "seed": None,  # nothing is drawn
+        "sampler": None,
+        "protocol": protocol(tokenizer, perceptual, inception),
+        "inputs": {
+            "tokenizer_sha256": weights_hash(tokenizer.state_dict()),
+            "images_sha256": originals,
+            "inception_sha256": None if inception is None else inception.sha256,
+            **{f"{name}_sha256": weights_hash(network.state_dict()) for name, network in perceptual.items()},
+        },
+    }
+
+
+def perceptual_of(arguments: argparse.Namespace, device: torch.device, resolution: int) -> dict[str, nn.Module]:
+    """The LPIPS networks that are asked for and can see such images, by the names of their figures."""
+    found = {}
+    for net, name in LPIPS_OPTIONS.items():
+        wanted, option = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        backbone = BACKBONES[net]
+        if wanted != "none" and resolution < backbone.smallest:
+            lack = f"{backbone.label} sees nothing in images of {resolution} px, {backbone.smallest} px are the least"
+            if wanted != "auto":
+                raise UserError(f"{option}: {lack}; leave it out by {option} none")
+            if dist.is_main():
+                say(f"note: no LPIPS: {lack}")
+            continue
+        if wanted == "auto":
+            wanted = "download" if backbone.cached.exists() else "none"
+            if wanted == "none" and dist.is_main():
+                say(f"note: no LPIPS over {backbone.label}: its weights are not here; {option} download fetches them")
+        if wanted != "none":
+            remedy = f"give a copy of {backbone.file} by {option} FILE, or leave it out by {option} none"
+            found[name] = dist.main_first(
+                lambda net=net, wanted=wanted, remedy=remedy: build_lpips(net, wanted, remedy=remedy)
+            ).to(device)
+    return found
+
+
+def inception_of(arguments: argparse.Namespace, device: torch.device) -> Inception | None:
+    """The network for rFID, or None."""
+    wanted = arguments.inception
+    if wanted == "auto" and not weights_at_hand():
+        if dist.is_main():
+            say("note: no rFID: Inception's weights are not here; --inception download fetches them")
+        return None
+    if wanted == "none":
+        return None
+    named = None if wanted in ("auto", "download") else wanted
+    return dist.main_first(lambda: load_inception(named)).to(device)
+
+
+def reconstruct(
+    tokenizer: Tokenizer,
+    perceptual: Mapping[str, nn.Module],
+    inception: Inception | None,
+    arguments: argparse.Namespace,
+    device: torch.device,
+) -> tuple[ReconstructionReport, str]:
+    """Encode and decode all images, with a progress bar; also the hash of the originals."""
+    images = dist.main_first(lambda: open_images_of(arguments))
+    dataset = ImageDataset(images, tokenizer.config.resolution)
+    batches = validation_batches(
+        Share(dataset, BLOCK, dist.rank(), dist.world_size()),
+        arguments.batch_size,
+        workers=arguments.workers,
+        device=device,
+        report=say_left_out,
+    )
+    digest = PixelHash()
+    with (
+        progress_bar("reconstruct", len(dataset), "image", disable=not dist.is_main()) as progress,
+        autocast_of(arguments),
+    ):
+        report = evaluate_reconstruction(
+            tokenizer,
+            observed(batches, progress, digest),
+            perceptual=perceptual,
+            inception=inception,
+            keep=PICTURES,
+            block=BLOCK,
+        )
+    return report, digest.hexdigest()
+
+
+class Share:
+    """A rank's blocks of the images: the same blocks for every number of ranks, in the form of the whole set."""
+
+    def __init__(self, dataset: ImageDataset, block: int, rank: int, world_size: int):
+        starts = range(0, len(dataset), block)[rank::world_size]
+        self.dataset = dataset
+        self.numbers = [n for start in starts for n in range(start, min(start + block, len(dataset)))]
+        self.sample_shape = dataset.sample_shape
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def batch(self, places: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
+        """As the set's own."""
+        return self.dataset.batch([self.numbers[place] for place in places])
+
+    def fill(self, places: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
+        """As the set's own."""
+        return self.dataset.fill([self.numbers[place] for place in places], out)
+
+
+def say_left_out(samples: Sequence[BadSample]) -> None:
+    """Name the images that the figures are without."""
+    for sample in samples:
+        say(f"note: left out: shard {sample.shard}, image {sample.key!r}: {sample.reason}")
+
+
+def observed(batches: Iterable[tuple[Tensor, Tensor]], progress, digest: PixelHash) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, which go into the hash; the bar moves on by the images of each when the next is asked for."""
+    for images, labels in batches:
+        digest.add(images)
+        yield images, labels
+        progress.update(len(images) * dist.world_size())
+
+
+def show(report: ReconstructionReport, inception: Inception | None) -> None:
+    """Print the figures."""
+    if report.metrics["tokens_per_code"] < MIN_TOKENS_PER_CODE:
+        say(
+            f"note: {report.metrics['tokens_per_code']:.1f} tokens per code are few: with under "
+            f"{MIN_TOKENS_PER_CODE} the usage says as much about the set's size as about the codebook"
+        )
+    for name, value in report.metrics.items():
+        print(f"{name:20s} {value:12.4f}")
+    if inception is not None:
+        print(f"rfid is against these same {report.metrics['images']:,.0f} images; features: {inception.description}")
+    print_histogram(report.codes_by_use)
+
+
+def print_histogram(codes_by_use: dict[str, int]) -> None:
+    """How many codes occur how often, with bars."""
+    most = max(codes_by_use.values())
+    print("codes that occur ... times:")
+    for occurrences, codes in codes_by_use.items():
+        print(f"{occurrences:>20s} {codes:12,d} {'#' * math.ceil(40 * codes / most)}")
+
+
+def protocol(tokenizer: Tokenizer, perceptual: Mapping[str, nn.Module], inception: Inception | None) -> dict:
+    """What the figures depend on besides the images."""
+    found = {
+        "image_size": tokenizer.config.resolution,
+        "images": "centre crop, resized; reconstructions clamped and truncated to 8 bits",
+        "images_at_once": BLOCK,
+        "lpips": dict.fromkeys(perceptual, "v0.1"),
+    }
+    if inception is not None:
+        found["rfid"] = {
+            "reference": "the originals themselves",
+            "network": inception.description,
+            "resizing": RESIZING,
+        }
+    return found
+
+
+def write_pictures(path: Path, report: ReconstructionReport) -> None:
+    """The first originals and reconstructions, and the code histogram."""
+    with whole_file(path) as file:
+        np.savez(
+            file,
+            originals=report.originals.numpy(),
+            reconstructions=report.reconstructions.numpy(),
+            histogram=report.histogram.numpy(),
+        )

@@ -1,0 +1,1 @@
+"""What tools/quickstart.sh runs."""

@@ -1,0 +1,1 @@
+"""Parts of tools/plan.py and tools/fit_scaling.py."""
