@@ -16,7 +16,7 @@ from ibq.config import ConfigError, UserError, load_config, parse_config
 from ibq.config_yaml import one_line
 from ibq.data.transforms import to_uint8
 from ibq.decoding import Decoder
-from ibq.engine.shard_files import ShardReader, index_file
+from ibq.engine.state_files import StateReader, index_file
 from ibq.interop.families import SUFFIXES, read_published
 from ibq.interop.published import Hints
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
@@ -119,7 +119,7 @@ def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device, we
 def _from_checkpoint(kind: type, config_kind: type, path: Path, weights: Weights) -> tuple:
     """(config, weights) of a training run's checkpoint, in whatever layout it was written."""
     try:
-        reader = ShardReader(path, kind.__name__.lower())
+        reader = StateReader(path, kind.__name__.lower())
         part = "ema" if weights == "ema" and "ema" in reader.parts else "weight"
         state = {name: reader.full(part, name) for name in reader.shapes} | reader.untrained()
         return parse_config(config_kind, reader.model["config"], str(path)), state

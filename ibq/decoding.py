@@ -32,7 +32,7 @@ class Decoder:
         self._step = self._transformer.decode_step
         if compile_step:
             self._step = torch.compile(self._transformer.decode_step, dynamic=False, fullgraph=True)
-            self._positions = torch.arange(self.config.tokens, device=self.device)[:, None]
+            self._positions = torch.arange(self.config.num_tokens, device=self.device)[:, None]
         self.compiled = compile_step
 
     def condition(self, classes: Tensor) -> Condition:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ibq.api import load_tokenizer, load_transformer
 from ibq.config import UserError
-from ibq.engine.shard_files import describe
+from ibq.engine.state_files import describe
 from ibq.files import sync_folder, write_text
 from ibq.model_card import CardFacts, model_card
 from ibq.models.tokenizer import Tokenizer

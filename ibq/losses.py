@@ -30,14 +30,14 @@ def _per_image(logits: Tensor) -> Tensor:
     return logits.flatten(1).mean(dim=1)
 
 
-def lecam_regularizer(real: Tensor, fake: Tensor, ema_real: Tensor, ema_fake: Tensor) -> Tensor:
+def lecam_regularizer(real: Tensor, fake: Tensor, average_real: Tensor, average_fake: Tensor) -> Tensor:
     """Distance of the logits to the moving averages of the other kind (LeCAM, arXiv 2104.03310, equation 7)."""
-    return F.relu(real - ema_fake).square().mean() + F.relu(ema_real - fake).square().mean()
+    return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
 
 
-def lecam_update(ema: Tensor, logits_mean: Tensor, decay: float = LECAM_DECAY) -> Tensor:
+def lecam_update(average: Tensor, logits_mean: Tensor, decay: float = LECAM_DECAY) -> Tensor:
     """The moving average after one more batch; it is updated before it is used."""
-    return ema * decay + logits_mean.detach() * (1 - decay)
+    return average * decay + logits_mean.detach() * (1 - decay)
 
 
 def adaptive_weight(nll_gradient: Tensor, gan_gradient: Tensor, scale: float) -> Tensor:

@@ -103,7 +103,7 @@ def sample_codes(
     """
     _check_request(transformer, classes, seeds)
     decoder = transformer if isinstance(transformer, Decoder) else config.decoder(transformer)
-    blocks = [torch.empty(0, decoder.config.tokens, dtype=torch.int64, device="cpu")]
+    blocks = [torch.empty(0, decoder.config.num_tokens, dtype=torch.int64, device="cpu")]
     for start in range(0, len(classes), config.rows_per_block):
         stop = min(start + config.rows_per_block, len(classes))
         blocks.append(_sample_block(decoder, classes[start:stop], seeds[start:stop], config))
@@ -148,7 +148,7 @@ def _sample_steps(
     decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig
 ) -> Iterator[Tensor]:
     """The codes [rows_per_block, T], the same tensor after each of the T draws; those to come are undefined."""
-    rows, device, tokens = config.rows_per_block, decoder.device, decoder.config.tokens
+    rows, device, tokens = config.rows_per_block, decoder.device, decoder.config.num_tokens
     rows_of_classes = [int(label) for label in classes] + [decoder.null_class] * (rows - len(classes))
     if config.guided:
         rows_of_classes += [decoder.null_class] * rows

@@ -108,7 +108,7 @@ def share_model(config: ARRunConfig) -> None:
             ranks,
             heads=model.num_heads,
             kv_heads=model.num_kv_heads,
-            tokens=model.tokens if config.engine.sequence_parallel else None,
+            tokens=model.num_tokens if config.engine.sequence_parallel else None,
         )
         config.engine.mesh_sizes(dist.world_size())
     dist.share_data(ranks)
@@ -178,7 +178,7 @@ def build_task(config: ARRunConfig, data: RunData, device: torch.device, tokeniz
             optimizer=config.optimizer,
             device=device,
             precision=config.precision,
-            accumulation=data.plan.accumulation,
+            accumulation=data.batching.accumulation,
             ema_decay=config.ema_decay,
             ema_warmup=config.ema_warmup,
         ),

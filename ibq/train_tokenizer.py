@@ -140,7 +140,7 @@ def build_task(
                 optimizer=config.optimizer,
                 device=device,
                 precision=config.precision,
-                accumulation=data.plan.accumulation,
+                accumulation=data.batching.accumulation,
                 ema_decay=ema_decay,
                 ema_warmup=config.ema_warmup,
                 memory_format=memory_format,

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error
-from ibq.engine.shard_files import ShardReader, index_file, write_model
+from ibq.engine.state_files import StateReader, index_file, write_model
 from ibq.progress import say
 from ibq.training.checkpoint import DamagedError, checkpoints_in, verify_checkpoint
 from tools.lib.convert import hub, published
@@ -78,7 +78,7 @@ def export(checkpoint: Path, output: Path, weights: str) -> None:
     name = next((name for name in MODELS if (checkpoint / index_file(name)).exists()), None)
     if name is None:
         raise UserError(f"{checkpoint}: holds no {' or '.join(MODELS)}")
-    reader = ShardReader(checkpoint, name)
+    reader = StateReader(checkpoint, name)
     part = "ema" if weights == "ema" else "weight"
     if part not in reader.parts:
         raise UserError(f"{checkpoint}: its run kept no averaged weights; give --weights raw")

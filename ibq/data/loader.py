@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ibq.config import UserError
 from ibq.data.codes import CodeDataset, CodeStream
 from ibq.data.images import BadSample, ImageDataset, ImageStream
-from ibq.data.order import BatchPlan
+from ibq.data.order import Batching
 
 PREFETCH = 4  # batches that a worker is ahead
 SLOTS = PREFETCH + 2
@@ -23,16 +23,16 @@ Report = Callable[[Sequence[BadSample]], None]
 class MicroBatchSampler:
     """The positions of a rank's micro-batches for so many steps, in the form that DataLoader takes."""
 
-    def __init__(self, plan: BatchPlan, position: int, steps: int):
-        self.plan, self.position, self.steps = plan, position, steps
+    def __init__(self, batching: Batching, position: int, steps: int):
+        self.batching, self.position, self.steps = batching, position, steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self.plan.micro_batches(self.position, self.steps)
+        return self.batching.micro_batches(self.position, self.steps)
 
 
 def training_batches(
     stream: ImageStream | CodeStream,
-    plan: BatchPlan,
+    batching: Batching,
     position: int,
     steps: int,
     *,
@@ -45,11 +45,11 @@ def training_batches(
     The batches do not depend on the number of workers, nor on what was read before. `report` is told of samples that
     were replaced, when the batch with them is given out.
     """
-    sampler = MicroBatchSampler(plan, position, steps)
-    micro_batches = _ahead(_read(stream, sampler, plan.micro_batch, workers), device)
+    sampler = MicroBatchSampler(batching, position, steps)
+    micro_batches = _ahead(_read(stream, sampler, batching.micro_batch, workers), device)
     for _ in range(steps):
         step = []
-        for _ in range(plan.accumulation):
+        for _ in range(batching.accumulation):
             inputs, labels, bad = next(micro_batches)
             report(bad)
             step.append((inputs, labels))

@@ -197,7 +197,7 @@ def _shares(weights: Sequence[float], total: int) -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchPlan:
+class Batching:
     """How the positions of an order become batches.
 
     A step takes the next `batch_size` positions. Ranks own streams: with G = gcd(batch_size, streams), the streams of

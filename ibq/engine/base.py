@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from ibq.engine.shard import Shard
+from ibq.engine.pieces import Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +58,20 @@ class GroupHyper:
 class ParameterState:
     """A rank's part of one parameter in canonical form: what a checkpoint holds of it, in float32.
 
-    Each tensor has the elements of the shard in its order, in whatever shape; none is for keeping: an engine may use
+    Each tensor has the elements of the piece in its order, in whatever shape; none is for keeping: an engine may use
     its memory again for the next parameter.
     """
 
     weight: Tensor
     moment1: Tensor | None = None  # first and second moment of the optimizer; None before the first step
     moment2: Tensor | None = None
-    ema: Tensor | None = None  # None where the engine keeps no average
+    # The average; None where the engine keeps none. This name, and `ema_decay` and `ema_warmup` in configs, stand in
+    # users' files and stay; everywhere else the code says average.
+    ema: Tensor | None = None
 
 
 PARTS = tuple(part.name for part in fields(ParameterState))
-Reader = Callable[[str, Shard], ParameterState]  # (parameter, the part that is wanted) -> its state, on the CPU
+Reader = Callable[[str, Piece], ParameterState]  # (parameter, the part that is wanted) -> its state, on the CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +129,14 @@ class Engine(Protocol):
     def averaged(self) -> AbstractContextManager[None]:
         """Within this context the module carries the averaged (EMA) weights."""
 
-    def shards(self) -> dict[str, Shard]:
+    def pieces(self) -> dict[str, Piece]:
         """This rank's part of every trained parameter."""
 
     def state_parts(self) -> tuple[str, ...]:
         """Which of PARTS `named_state` gives, the same for all parameters and ranks."""
 
     def named_state(self) -> Iterator[tuple[str, ParameterState]]:
-        """This rank's part of every parameter in canonical form, in the order of `shards`; a copy where it must be.
+        """This rank's part of every parameter in canonical form, in the order of `pieces`; a copy where it must be.
 
         Every rank iterates to the end: an engine may need all of them.
         """
@@ -158,6 +160,6 @@ def snapshot(engine: Engine) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def ema_update(shadows: Sequence[Tensor], raw: Sequence[Tensor], decay: float) -> None:
-    """shadow <- shadow - (1 - decay) * (shadow - raw) for every pair, in place."""
-    torch._foreach_lerp_(list(shadows), list(raw), 1.0 - decay)
+def move_average(averages: Sequence[Tensor], raw: Sequence[Tensor], decay: float) -> None:
+    """average <- average - (1 - decay) * (average - raw) for every pair, in place."""
+    torch._foreach_lerp_(list(averages), list(raw), 1.0 - decay)

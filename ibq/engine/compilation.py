@@ -19,9 +19,9 @@ from ibq.ops.backend import triton_is_installed
 VARIANTS = 64
 
 
-def module_units(module: nn.Module) -> list[nn.Module]:
-    """What the module offers as `gathered_together()`; nothing if it offers none."""
-    return module.gathered_together() if hasattr(module, "gathered_together") else []
+def units_of(module: nn.Module) -> list[nn.Module]:
+    """What the module offers as `units()`; nothing if it offers none."""
+    return module.units() if hasattr(module, "units") else []
 
 
 def compile_units(module: nn.Module, setting: bool | None, device: torch.device) -> bool:
@@ -31,10 +31,10 @@ def compile_units(module: nn.Module, setting: bool | None, device: torch.device)
     where there is no compiler.
     """
     if setting is None:
-        setting = device.type == "cuda" and triton_is_installed() and _alike(module_units(module))
+        setting = device.type == "cuda" and triton_is_installed() and _alike(units_of(module))
     if setting and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("engine.compile: no C++ compiler was found; install g++, or set engine.compile=false")
-    units = module_units(module) if setting else []
+    units = units_of(module) if setting else []
     if units:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for unit in units:

@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from ibq import dist
 from ibq.engine.base import EngineSettings, Reader
 from ibq.engine.blueprint import Blueprint
-from ibq.engine.compilation import compile_units, module_units
+from ibq.engine.compilation import compile_units, units_of
 from ibq.engine.configs import FsdpEngineConfig
-from ibq.engine.shard import Shard, part, take, whole
-from ibq.engine.tensor_parallel import apply_tensor_parallel, partial_gradients, tensor_shard
+from ibq.engine.pieces import Piece, part, take, whole
+from ibq.engine.tensor_parallel import apply_tensor_parallel, partial_gradients, tensor_piece
 from ibq.engine.torch_engine import Held, TorchEngine
 
 DIMENSIONS = ("replicate", "shard", "tensor")
@@ -32,9 +32,9 @@ DIMENSIONS = ("replicate", "shard", "tensor")
 class FsdpEngine(TorchEngine):
     """Shards on this rank; see `ibq.engine.base.Engine`.
 
-    The module may offer `gathered_together()`: modules whose weights are gathered one at a time; `kept_whole()`:
+    The module may offer `units()`: its parts whose weights are gathered one at a time; `kept_whole()`:
     parameters that are not sharded; `forward_methods`: (path of a module, name) of methods that use weights when they
-    are called outside `forward`; `tensor_parallel_plan`.
+    are called outside `forward`; `tensor_parallel_layouts`.
     """
 
     def __init__(self, config: FsdpEngineConfig, blueprint: Blueprint, settings: EngineSettings):
@@ -53,8 +53,8 @@ class FsdpEngine(TorchEngine):
         held = {name: self._hold(module, name, p) for name, p in module.named_parameters() if p.requires_grad}
         if sharded_at_birth:
             for name, own in held.items():
-                full = blueprint.initial(module, name, own.shard.shape)
-                own.tensor.data.copy_(take(full, own.shard).view(own.tensor.shape))
+                full = blueprint.initial(module, name, own.piece.shape)
+                own.tensor.data.copy_(take(full, own.piece).view(own.tensor.shape))
         super().__init__(module, settings, held, compiled=compiled)
         self._parameters = dict(module.named_parameters())
         # Parameters that each tensor rank uses on its tokens alone: FSDP does not add up their gradients.
@@ -75,7 +75,7 @@ class FsdpEngine(TorchEngine):
         # The blocks are gathered in bf16. What is left (embeddings, final norm, head, quantizer) stays in fp32 under
         # autocast, as in one process.
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for unit in module_units(module):
+        for unit in units_of(module):
             fully_shard(unit, **common, mp_policy=bf16 if settings.precision == "bf16" else MixedPrecisionPolicy())
         fully_shard(module, **common)
         for path, method in getattr(module, "forward_methods", ()):
@@ -88,23 +88,23 @@ class FsdpEngine(TorchEngine):
         replicate, share, tensor = (self._mesh[dim].size() if dim in names else 1 for dim in DIMENSIONS)
         place = {dim: self._mesh.get_local_rank(dim) for dim in names}
         split = isinstance(parameter, DTensor) and "tensor" in parameter.device_mesh.mesh_dim_names
-        shard = whole(parameter.shape)
+        piece = whole(parameter.shape)
         if split:
-            shard = tensor_shard(module, name, tuple(parameter.shape), place["tensor"], tensor)
+            piece = tensor_piece(module, name, tuple(parameter.shape), place["tensor"], tensor)
         copies = replicate * (1 if split else tensor)
         owner = place.get("replicate", 0) == 0 and (split or place.get("tensor", 0) == 0)
         local = parameter.data
         if isinstance(parameter, DTensor):
             local = parameter.to_local().detach()
             row = math.prod(local.shape[1:])  # elements; of the rows, every rank has as many as the first, or less
-            chunk = -(-shard.numel // row // share) * row
-            shard = part(shard, place["shard"] * chunk, chunk)
+            chunk = -(-piece.numel // row // share) * row
+            piece = part(piece, place["shard"] * chunk, chunk)
         else:
             copies, owner = copies * share, owner and place["shard"] == 0
-        assert shard.numel == local.numel(), (name, shard, tuple(local.shape))
-        shard = Shard(shard.shape, shard.runs, owner)
+        assert piece.numel == local.numel(), (name, piece, tuple(local.shape))
+        piece = Piece(piece.shape, piece.spans, owner)
         own = nn.Parameter(local, requires_grad=False)
-        return Held(tensor=own, shard=shard, decays=parameter.dim() >= 2, copies=copies)
+        return Held(tensor=own, piece=piece, decays=parameter.dim() >= 2, copies=copies)
 
     # --- The step ---
 

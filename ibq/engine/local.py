@@ -13,7 +13,7 @@ from ibq.engine.base import EngineSettings
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.compilation import compile_units
 from ibq.engine.configs import LocalEngineConfig
-from ibq.engine.shard import whole
+from ibq.engine.pieces import whole
 from ibq.engine.torch_engine import Held, TorchEngine
 
 
@@ -59,6 +59,6 @@ def _held(module: nn.Module) -> dict[str, Held]:
         if parameter.requires_grad:
             writer = load.index(min(load))
             load[writer] += parameter.numel()
-            shard = whole(parameter.shape, owner=writer == dist.rank())
-            held[name] = Held(tensor=parameter, shard=shard, decays=parameter.dim() >= 2, copies=dist.world_size())
+            piece = whole(parameter.shape, owner=writer == dist.rank())
+            held[name] = Held(tensor=parameter, piece=piece, decays=parameter.dim() >= 2, copies=dist.world_size())
     return held

@@ -1,6 +1,6 @@
 """Matrices split over the ranks of a "tensor" mesh by PyTorch's DTensor (Megatron-LM, arXiv 1909.08053).
 
-Which layers are split, and how, the module says itself in `tensor_parallel_plan`, layer name (with wildcards) ->
+Which layers are split, and how, the module says itself in `tensor_parallel_layouts`, layer name (with wildcards) ->
 
 - "rows": each rank computes some of the outputs, from the whole input;
 - "packed_rows": the same for stacked projections of queries, keys and values: each rank has whole heads of all three;
@@ -9,7 +9,7 @@ Which layers are split, and how, the module says itself in `tensor_parallel_plan
 - "vocabulary": an embedding, or a head whose loss is computed without gathering the logits.
 
 Everything else, and what the number of ranks does not divide, is computed by all ranks alike. With sequence parallelism
-(arXiv 2205.05198) each rank has some of the tokens between the matrices inside the blocks (`gathered_together()`, run
+(arXiv 2205.05198) each rank has some of the tokens between the matrices inside the blocks (`units()`, run
 one after the other; each maps (x [B, T, C], condition, ...) to [B, T, C]): sums over the ranks become reduce-scatters,
 followed by all-gathers.
 """
@@ -30,13 +30,13 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ibq.config import UserError
-from ibq.engine.shard import Runs, Shard, block, take, whole
+from ibq.engine.pieces import Piece, Spans, block, take, whole
 from ibq.ops.linear_cross_entropy import split_linear_cross_entropy
 
 TOKENS = 1  # the dimension of the tokens in [B, T, C]
 
 
-def tensor_shard(module: nn.Module, name: str, shape: tuple[int, ...], rank: int, size: int) -> Shard:
+def tensor_piece(module: nn.Module, name: str, shape: tuple[int, ...], rank: int, size: int) -> Piece:
     """The elements of a whole parameter that one of `size` tensor ranks holds, in the order in which it holds them."""
     layer = _parent(name)
     match _layout(module, layer, size):
@@ -52,17 +52,17 @@ def tensor_shard(module: nn.Module, name: str, shape: tuple[int, ...], rank: int
             parts = (group * kv_rows, kv_rows, kv_rows)
         case _:
             parts = (shape[0],)
-    runs, first, row = [], 0, math.prod(shape[1:])
+    spans, first, row = [], 0, math.prod(shape[1:])
     for rows in parts:
         share = rows // size
-        runs.append(Runs((first + rank * share) * row, share * row))
+        spans.append(Spans((first + rank * share) * row, share * row))
         first += rows
-    return Shard(shape, tuple(runs))
+    return Piece(shape, tuple(spans))
 
 
 def partial_gradients(module: nn.Module, ranks: int) -> set[str]:
     """Parameters that each rank uses on its tokens alone under sequence parallelism: their gradients must be summed."""
-    within = {id(parameter) for part in module.gathered_together() for parameter in part.parameters()}
+    within = {id(parameter) for unit in module.units() for parameter in unit.parameters()}
     return {
         name
         for name, parameter in module.named_parameters()
@@ -73,11 +73,11 @@ def partial_gradients(module: nn.Module, ranks: int) -> set[str]:
 def apply_tensor_parallel(module: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
     """Split the layers of a module over a one-dimensional mesh, in place, without communication.
 
-    The parameters become DTensors of this rank's elements (`tensor_shard`); a module on the meta device stays there.
+    The parameters become DTensors of this rank's elements (`tensor_piece`); a module on the meta device stays there.
     Every rank must then be given the same inputs, and the same state of the random number generators. Errors:
-    UserError for a module without a plan.
+    UserError for a module that names no layouts.
     """
-    if not hasattr(module, "tensor_parallel_plan"):
+    if not hasattr(module, "tensor_parallel_layouts"):
         raise UserError(f"engine.tensor_parallel: a {type(module).__name__} cannot be split; set it to 1")
     layouts = {name: layout for name, _ in module.named_modules() if (layout := _layout(module, name, mesh.size()))}
     between = Split(TOKENS) if sequence_parallel else Replicate()  # how the blocks' hidden states lie on the ranks
@@ -89,13 +89,13 @@ def apply_tensor_parallel(module: nn.Module, mesh: DeviceMesh, *, sequence_paral
     for name, layout in layouts.items():
         _parallelize(module, name, layout, mesh, between)
     if sequence_parallel:
-        _split_tokens(module.gathered_together(), mesh, module, layouts)
+        _split_tokens(module.units(), mesh, module, layouts)
 
 
 def _layout(module: nn.Module, layer: str, ranks: int) -> str | None:
-    """How a layer is split over so many ranks; None for one that is not in the plan, or does not divide."""
-    plan: Mapping[str, str] = module.tensor_parallel_plan
-    layout = next((layout for pattern, layout in plan.items() if fnmatchcase(layer, pattern)), None)
+    """How a layer is split over so many ranks; None for one that is not named, or does not divide."""
+    layouts: Mapping[str, str] = module.tensor_parallel_layouts
+    layout = next((layout for pattern, layout in layouts.items() if fnmatchcase(layer, pattern)), None)
     if layout is None:
         return None
     size = module.get_submodule(layer).weight.shape[1 if layout == "columns" else 0]
@@ -115,8 +115,8 @@ def _split_parameters(module: nn.Module, layer: str, layout: str, mesh: DeviceMe
     assert layout != "columns" or owner.bias is None, f"{layer}: its bias would be added once a rank"
     for name, parameter in [*owner.named_parameters(recurse=False)]:
         shape = tuple(parameter.shape)
-        shard = tensor_shard(module, f"{layer}.{name}", shape, mesh.get_local_rank(), mesh.size())
-        local = take(parameter.detach(), shard)
+        piece = tensor_piece(module, f"{layer}.{name}", shape, mesh.get_local_rank(), mesh.size())
+        local = take(parameter.detach(), piece)
         local = local.view(shape[0], -1) if layout == "columns" else local.view(-1, *shape[1:])
         placement = Split(1 if layout == "columns" else 0)
         split = DTensor.from_local(local, mesh, [placement], run_check=False)
@@ -133,7 +133,7 @@ def _parallelize(module: nn.Module, name: str, layout: str, mesh: DeviceMesh, be
             parallelize_module(layer, mesh, RowwiseParallel(output_layouts=between))
         case "rows_gathered":
             parallelize_module(layer, mesh, ColwiseParallel(output_layouts=Replicate(), use_local_output=False))
-            within = any(layer is part for unit in module.gathered_together() for part in unit.modules())
+            within = any(layer is part for unit in module.units() for part in unit.modules())
             layer.register_forward_hook(partial(_local_output, between if within else Replicate()))
         case "vocabulary" if isinstance(layer, nn.Embedding):
             layer.forward = partial(_embed, mesh, layer)

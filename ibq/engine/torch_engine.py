@@ -15,10 +15,10 @@ from ibq.engine.base import (
     ParameterState,
     Reader,
     StepResult,
-    ema_update,
+    move_average,
 )
 from ibq.engine.compilation import uncompiled
-from ibq.engine.shard import Shard, take
+from ibq.engine.pieces import Piece, take
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -28,7 +28,7 @@ class Held:
     """This rank's part of one trained parameter."""
 
     tensor: nn.Parameter  # plain, in the memory of the module's own parameter
-    shard: Shard
+    piece: Piece
     decays: bool  # whether it is in the group "decay": decided by the whole parameter
     copies: int  # ranks that hold these elements
 
@@ -43,9 +43,9 @@ class TorchEngine:
         self.steps = 0
         self._held = held
         self._optimizer = _build_optimizer(settings.optimizer, held)
-        self._shadows: dict[str, Tensor] = {}
+        self._averages: dict[str, Tensor] = {}
         if settings.ema_decay is not None:
-            self._shadows = {name: own.tensor.detach().clone() for name, own in held.items()}
+            self._averages = {name: own.tensor.detach().clone() for name, own in held.items()}
         self._micro_batches = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=settings.device)
 
@@ -91,9 +91,9 @@ class TorchEngine:
                 group["weight_decay"] = hyper[group["name"]].weight_decay
             self._optimizer.step()
             self.steps += 1
-            if self._shadows:
-                raw = [self._held[name].tensor.detach() for name in self._shadows]
-                ema_update(list(self._shadows.values()), raw, self.settings.decay(self.steps))
+            if self._averages:
+                raw = [self._held[name].tensor.detach() for name in self._averages]
+                move_average(list(self._averages.values()), raw, self.settings.decay(self.steps))
         self.discard()
         return StepResult(gradient_norm=norm, skipped=skipped)
 
@@ -135,10 +135,10 @@ class TorchEngine:
         if name not in self._held:
             return
         own = self._held[name]
-        part = take(value, own.shard).view(own.tensor.shape)
+        part = take(value, own.piece).view(own.tensor.shape)
         own.tensor.copy_(part)
-        if name in self._shadows:
-            self._shadows[name].copy_(part)
+        if name in self._averages:
+            self._averages[name].copy_(part)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -155,22 +155,22 @@ class TorchEngine:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, shadow in self._shadows.items():
+        for name, average in self._averages.items():
             tensor = self._held[name].tensor
             raw = tensor.clone()
-            tensor.copy_(shadow)
-            shadow.copy_(raw)
+            tensor.copy_(average)
+            average.copy_(raw)
 
     # --- State ---
 
-    def shards(self) -> dict[str, Shard]:
+    def pieces(self) -> dict[str, Piece]:
         """This rank's part of every trained parameter."""
-        return {name: own.shard for name, own in self._held.items()}
+        return {name: own.piece for name, own in self._held.items()}
 
     def state_parts(self) -> tuple[str, ...]:
         """Which of PARTS `named_state` gives."""
         moments = ("moment1", "moment2") if self.steps and self.settings.optimizer.kind != "sgd" else ()
-        return ("weight", *moments, *(("ema",) if self._shadows else ()))
+        return ("weight", *moments, *(("ema",) if self._averages else ()))
 
     def named_state(self) -> Iterator[tuple[str, ParameterState]]:
         """This rank's part of every parameter in canonical form."""
@@ -182,7 +182,7 @@ class TorchEngine:
                     weight=own.tensor.detach(),
                     moment1=moments.get("exp_avg"),
                     moment2=moments.get("exp_avg_sq"),
-                    ema=self._shadows.get(name),
+                    ema=self._averages.get(name),
                 ),
             )
 
@@ -191,11 +191,11 @@ class TorchEngine:
         """Restore this rank's part of every parameter from `reader`; `steps` is the number of updates done so far."""
         self.steps = steps
         for name, own in self._held.items():
-            tensor, state = own.tensor, reader(name, own.shard)
+            tensor, state = own.tensor, reader(name, own.piece)
             tensor.copy_(state.weight.view(tensor.shape))
-            if name in self._shadows:
+            if name in self._averages:
                 average = state.weight if state.ema is None else state.ema
-                self._shadows[name].copy_(average.view(tensor.shape))
+                self._averages[name].copy_(average.view(tensor.shape))
             self._optimizer.state.pop(tensor, None)
             if state.moment1 is not None and self.settings.optimizer.kind != "sgd" and tensor.numel():
                 self._optimizer.state[tensor] = {

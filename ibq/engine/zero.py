@@ -17,8 +17,8 @@ from ibq.config import UserError
 from ibq.engine.base import EngineSettings, GroupHyper, ParameterState, Reader, StepResult
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.configs import ZeroEngineConfig
-from ibq.engine.shard import Shard, take
-from ibq.engine.zero_average import Shadows
+from ibq.engine.pieces import Piece, take
+from ibq.engine.zero_average import Averages
 from ibq.engine.zero_setup import (
     InitialWeights,
     NvmeFolder,
@@ -60,9 +60,9 @@ class ZeroEngine:
         self._partitions = kind(self.module, self._engine)
         if settings.precision == "bf16" and config.stage > 0:
             self._exact_masters(initial)
-        self._shadows: Shadows | None = None
+        self._averages: Averages | None = None
         if settings.ema_decay is not None:
-            self._shadows = Shadows(self._partitions.groups, self._folder and self._folder.path)
+            self._averages = Averages(self._partitions.groups, self._folder and self._folder.path)
         self._has_moments = False
         self._micro_batches = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=settings.device)
@@ -90,8 +90,9 @@ class ZeroEngine:
         """
         for group in self._partitions.groups:
             weight = torch.zeros(group.numel)
-            for part in group.fragments:
-                weight[part.offset : part.offset + part.shard.numel] = take(initial(part.name), part.shard)
+            for fragment in group.fragments:
+                own = slice(fragment.offset, fragment.offset + fragment.piece.numel)
+                weight[own] = take(initial(fragment.name), fragment.piece)
             group.write(weight, {}, 0)
 
     # --- Training ---
@@ -130,7 +131,7 @@ class ZeroEngine:
                 group["lr"] = hyper[group["name"]].learning_rate
                 group["weight_decay"] = hyper[group["name"]].weight_decay
             apply = self._step_whole if self.config.stage == 0 else self._step_sharded
-            done = self._partitions.step(apply, self._average if self._shadows is not None else None)
+            done = self._partitions.step(apply, self._update_average if self._averages is not None else None)
             norm = torch.as_tensor(self._norm, dtype=torch.float32)
         if done:
             self.steps += 1
@@ -138,8 +139,8 @@ class ZeroEngine:
         self.discard()
         return StepResult(gradient_norm=norm, skipped=not done)
 
-    def _average(self, number: int, masters: Tensor) -> None:
-        self._shadows.update(number, masters, self.settings.decay(self.steps + 1))
+    def _update_average(self, number: int, masters: Tensor) -> None:
+        self._averages.update(number, masters, self.settings.decay(self.steps + 1))
 
     def _step_sharded(self) -> bool:
         self._engine.step()
@@ -175,10 +176,10 @@ class ZeroEngine:
 
         Masters on NVMe are read once on the way out.
         """
-        if self._shadows is None:
+        if self._averages is None:
             yield
             return
-        self._show_all(self._shadows.read)
+        self._show_all(self._averages.read)
         try:
             yield
         finally:
@@ -188,7 +189,7 @@ class ZeroEngine:
     def _show_all(self, source) -> None:
         for number, group in enumerate(self._partitions.groups):
             if group.aliased:
-                self._shadows.exchange(number)
+                self._averages.exchange(number)
             else:
                 group.show(source(number))
             group.release()
@@ -196,14 +197,14 @@ class ZeroEngine:
 
     # --- State ---
 
-    def shards(self) -> dict[str, Shard]:
+    def pieces(self) -> dict[str, Piece]:
         """This rank's part of every trained parameter."""
-        return {part.name: part.shard for group in self._partitions.groups for part in group.fragments}
+        return {part.name: part.piece for group in self._partitions.groups for part in group.fragments}
 
     def state_parts(self) -> tuple[str, ...]:
         """Which parts `named_state` gives, the same for all parameters and ranks."""
         moments = tuple(MOMENTS) if self._has_moments else ()
-        return ("weight", *moments, *(() if self._shadows is None else ("ema",)))
+        return ("weight", *moments, *(() if self._averages is None else ("ema",)))
 
     def named_state(self) -> Iterator[tuple[str, ParameterState]]:
         """This rank's part of every parameter; at most one sub-group of what is on NVMe is in memory."""
@@ -211,11 +212,11 @@ class ZeroEngine:
         for number, group in enumerate(self._partitions.groups):
             values = {part: group.read(part) for part in parts if part != "ema"}
             if "ema" in parts:
-                values["ema"] = self._shadows.read(number)
+                values["ema"] = self._averages.read(number)
             try:
-                for piece in group.fragments:
-                    own = slice(piece.offset, piece.offset + piece.shard.numel)
-                    yield piece.name, ParameterState(**{part: flat[own] for part, flat in values.items()})
+                for fragment in group.fragments:
+                    own = slice(fragment.offset, fragment.offset + fragment.piece.numel)
+                    yield fragment.name, ParameterState(**{part: flat[own] for part, flat in values.items()})
             finally:
                 group.release()
 
@@ -232,11 +233,11 @@ class ZeroEngine:
     def _load_group(self, number: int, reader: Reader, steps: int) -> bool:
         """Restore one group, whose values need not stay in memory; whether there were moments."""
         group = self._partitions.groups[number]
-        values = _read_group(group, reader, self._shadows is not None)
+        values = _read_group(group, reader, self._averages is not None)
         weight, average = values.pop("weight"), values.pop("ema", None)
         group.write(weight, values, steps)
-        if self._shadows is not None:
-            self._shadows.write(number, weight if average is None else average)
+        if self._averages is not None:
+            self._averages.write(number, weight if average is None else average)
         if not group.aliased:
             group.show(weight)
         return bool(values)
@@ -251,13 +252,13 @@ class ZeroEngine:
 def _read_group(group: Group, reader: Reader, with_average: bool) -> dict[str, Tensor]:
     """The flat values [n] of those parts that the reader gives, zero in the padding."""
     flats: dict[str, Tensor] = {"weight": torch.zeros(group.numel)}
-    for piece in group.fragments:
-        if piece.shard.numel == 0:
+    for fragment in group.fragments:
+        if fragment.piece.numel == 0:
             continue
-        state = reader(piece.name, piece.shard)
+        state = reader(fragment.name, fragment.piece)
         for part in ("weight", *MOMENTS, *(("ema",) if with_average else ())):
             if (values := getattr(state, part)) is not None:
                 if part not in flats:
                     flats[part] = torch.zeros(group.numel)
-                flats[part][piece.offset : piece.offset + piece.shard.numel] = values.reshape(-1)
+                flats[part][fragment.offset : fragment.offset + fragment.piece.numel] = values.reshape(-1)
     return flats

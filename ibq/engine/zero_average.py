@@ -11,7 +11,7 @@ from torch import Tensor
 from ibq.engine.zero_state import Group
 
 
-class Shadows:
+class Averages:
     """The averages of all groups: in memory beside masters in memory, in files where those are on NVMe.
 
     Files go through one buffer of the largest such group, with ordinary reads and writes.

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from ibq.engine.shard import Shard, interval, whole
+from ibq.engine.pieces import Piece, stretch, whole
 
 MOMENTS = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}  # our names, torch.optim's
 Update = Callable[[int, Tensor], None]  # (number of a group, its new master weights)
@@ -25,7 +25,7 @@ class Fragment:
     """The part of one parameter in a group's flat partition, from `offset` on; it may be empty."""
 
     name: str
-    shard: Shard
+    piece: Piece
     offset: int
 
 
@@ -199,13 +199,13 @@ class FlatPartitions(Partitions):
 def _flat_fragment(name: str, parameter: nn.Parameter) -> Fragment:
     mapping = parameter._hp_mapping
     if mapping is None:
-        return Fragment(name, interval(parameter.shape, 0, 0), 0)
+        return Fragment(name, stretch(parameter.shape, 0, 0), 0)
     lower, upper = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Fragment(name, interval(parameter.shape, lower.start, lower.numel), upper.start)
+    return Fragment(name, stretch(parameter.shape, lower.start, lower.numel), upper.start)
 
 
 class ParameterPartitions(Partitions):
-    """Stage 3: every flattened parameter is cut into equal intervals; sub-groups are updated one after the other."""
+    """Stage 3: every flattened parameter is cut into equal stretches; sub-groups are updated one after the other."""
 
     def _build(self, module: nn.Module) -> list[Group]:
         optimizer = self.engine.optimizer
@@ -223,8 +223,8 @@ class ParameterPartitions(Partitions):
         optimizer, fragments = self.engine.optimizer, []
         for parameter in optimizer.fp16_groups[number]:
             size = parameter.partition_numel()
-            shard = interval(parameter.ds_shape, torch_dist.get_rank() * size, size)
-            fragments.append(Fragment(names[parameter.ds_id], shard, optimizer.grad_position[parameter.ds_id][1]))
+            piece = stretch(parameter.ds_shape, torch_dist.get_rank() * size, size)
+            fragments.append(Fragment(names[parameter.ds_id], piece, optimizer.grad_position[parameter.ds_id][1]))
         master = optimizer.fp32_partitioned_groups_flat[number]
         if optimizer._swappable_optimizer_subgroup(number):
             return SwappedGroup(fragments, master, self.base, ParameterWeights(optimizer, number), optimizer)
@@ -302,7 +302,7 @@ class ParameterPartitions(Partitions):
             for fragment, parameter in zip(group.fragments, parameters, strict=True):
                 key = optimizer.get_param_id(parameter)
                 if key not in optimizer.norm_for_param_grads:
-                    part = gradients[fragment.offset : fragment.offset + fragment.shard.numel]
+                    part = gradients[fragment.offset : fragment.offset + fragment.piece.numel]
                     optimizer.norm_for_param_grads[key] = part.double().norm()
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ibq.config import UserError
 from ibq.data.transforms import to_unit_range
-from ibq.evaluation.statistics import nearest
+from ibq.evaluation.distances import nearest
 
 BATCH = 128
 SHIFT = 8  # an image is moved by up to its size / SHIFT in training

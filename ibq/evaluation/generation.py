@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ibq import dist
 from ibq.config import UserError
-from ibq.evaluation.features import BLOCK, POOL_DIM, RESIZING, SPATIAL_DIM, Inception
-from ibq.evaluation.image_sets import ImageSet
-from ibq.evaluation.statistics import (
+from ibq.evaluation.distances import (
     IS_SPLIT,
     NEIGHBOURS,
     Distances,
@@ -24,6 +22,8 @@ from ibq.evaluation.statistics import (
     inception_score,
     precision_recall,
 )
+from ibq.evaluation.features import BLOCK, POOL_DIM, RESIZING, SPATIAL_DIM, Inception
+from ibq.evaluation.image_sets import ImageSet
 
 USUAL_SAMPLES, USUAL_REFERENCE = 50_000, 10_000  # of published figures
 

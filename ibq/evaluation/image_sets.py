@@ -24,8 +24,8 @@ from ibq.data.index import ImageIndex
 from ibq.data.shards import ImageDataConfig, open_images
 from ibq.data.storage import ShardStore
 from ibq.data.transforms import decode_rgb
+from ibq.evaluation.distances import Gaussian
 from ibq.evaluation.features import POOL_DIM, SPATIAL_DIM
-from ibq.evaluation.statistics import Gaussian
 
 REMEDY = "write it again with numpy.savez(FILE, images), images uint8 [N, H, W, 3]"
 STATISTICS = {"mu": (POOL_DIM,), "sigma": (POOL_DIM,) * 2, "mu_s": (SPATIAL_DIM,), "sigma_s": (SPATIAL_DIM,) * 2}

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from ibq import dist
 from ibq.data.transforms import to_uint8, to_unit_range
+from ibq.evaluation.distances import Moments, frechet_distance
 from ibq.evaluation.features import BLOCK as FEATURE_BLOCK
 from ibq.evaluation.features import POOL_DIM, Inception
-from ibq.evaluation.statistics import Moments, frechet_distance
 
 BLOCK = 16  # images that the tokenizer sees at once in an evaluation
 SSIM_WINDOW, SSIM_K1, SSIM_K2 = 7, 0.01, 0.03
@@ -76,7 +76,7 @@ class CodeUsage:
         dist.all_reduce_sum(self.counts)
         return self
 
-    def statistics(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Share of codes in use, perplexity (exp of the entropy of the codes), entropy in nats, tokens per code."""
         total = int(self.counts.sum())
         p = self.counts.double() / max(total, 1)
@@ -186,7 +186,7 @@ def evaluate_reconstruction(
             reconstructions.append(outputs[:count][:keep].cpu())
     metrics = totals.means() | _rfid(moments)
     usage.reduce()
-    metrics |= usage.statistics()
+    metrics |= usage.figures()
     metrics["effective_rank"] = effective_rank(tokenizer.quantizer.code_vectors()[usage.used()])
     return ReconstructionReport(
         metrics=metrics,

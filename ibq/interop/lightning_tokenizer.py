@@ -35,7 +35,7 @@ class TokenizerParts:
 
     plain: dict[str, Tensor]  # the tokenizer, the reference's names
     discriminator: dict[str, Tensor]  # names without the prefix
-    shadows: dict[str, Tensor]  # averages, names without dots
+    averages: dict[str, Tensor]  # averages, names without dots
     from_ar_checkpoint: bool
 
     def chosen(self, weights: Weights, source: str) -> dict[str, Tensor]:
@@ -44,8 +44,8 @@ class TokenizerParts:
             raise ValueError(f"{source}: an AR checkpoint has the averaged values only; use weights='ema'")
         if self.from_ar_checkpoint or weights == "raw":
             return dict(self.plain)
-        self.require_shadows(source)
-        return {name: self.shadows[without_dots(name)] for name in self.plain}
+        self.require_averages(source)
+        return {name: self.averages[without_dots(name)] for name in self.plain}
 
     def chosen_discriminator(self, weights: Weights, source: str) -> dict[str, Tensor]:
         """The raw or the averaged discriminator; statistics exist only once, for both. ValueError without one."""
@@ -55,15 +55,15 @@ class TokenizerParts:
             )
         if weights == "raw":
             return dict(self.discriminator)
-        self.require_shadows(source)
+        self.require_averages(source)
         return {
-            name: value if is_buffer(name) else self.shadows[without_dots(DISCRIMINATOR + name)]
+            name: value if is_buffer(name) else self.averages[without_dots(DISCRIMINATOR + name)]
             for name, value in self.discriminator.items()
         }
 
-    def require_shadows(self, source: str) -> None:
+    def require_averages(self, source: str) -> None:
         """ValueError where the checkpoint has no averages."""
-        if not self.shadows:
+        if not self.averages:
             raise ValueError(f"{source}: has no averaged weights ({EMA}*); use weights='raw'")
 
 
@@ -92,7 +92,7 @@ def split_tokenizer(
     parts = TokenizerParts(
         plain={name: value for name, value in state.items() if name.startswith(prefixes)},
         discriminator=take(state, DISCRIMINATOR),
-        shadows={n: value for n, value in take(state, EMA).items() if n not in EMA_BOOKKEEPING},
+        averages={n: value for n, value in take(state, EMA).items() if n not in EMA_BOOKKEEPING},
         from_ar_checkpoint=from_ar_checkpoint,
     )
     if not parts.plain:
@@ -110,10 +110,10 @@ def _check_parts(parts: TokenizerParts, unexpected: list[str], source: str, netw
         raise ValueError(f"{source}: {error}") from error
     discriminator = {DISCRIMINATOR + name: value for name, value in parts.discriminator.items()}
     found = {name: tuple(value.shape) for name, value in (parts.plain | discriminator).items()}
-    if parts.shadows:
+    if parts.averages:
         trainable = [name for name in expected if not is_buffer(name)]
         expected |= {EMA + without_dots(name): expected[name] for name in trainable}
-        found |= {EMA + name: tuple(value.shape) for name, value in parts.shadows.items()}
+        found |= {EMA + name: tuple(value.shape) for name, value in parts.averages.items()}
     require_same_tensors(found, expected, source, unexpected)
 
 
@@ -169,9 +169,9 @@ def join_tokenizer(
     networks = ("encoder.", "decoder.")
     state = {name: value for name, value in raw.items() if name.startswith(networks)}
     state |= discriminator | {name: value for name, value in raw.items() if not name.startswith(networks)}
-    shadows = {name: averaged.get(name, state[name]) for name in state if not is_buffer(name)}
+    averages = {name: averaged.get(name, state[name]) for name in state if not is_buffer(name)}
     state |= {EMA + name: value for name, value in EMA_BOOKKEEPING.items()}
-    return state | {EMA + without_dots(name): value for name, value in shadows.items()}
+    return state | {EMA + without_dots(name): value for name, value in averages.items()}
 
 
 def with_rest(chosen: Mapping[str, Tensor], weights: Weights, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:

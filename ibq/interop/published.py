@@ -40,7 +40,7 @@ class Published:
         return Tokenizer if isinstance(self.config, TokenizerConfig) else Transformer
 
     def describe(self) -> dict:
-        """What a file of this project says of the model beside its tensors; see `ibq.engine.shard_files.describe`."""
+        """What a file of this project says of the model beside its tensors; see `ibq.engine.state_files.describe`."""
         return {"kind": self.kind.__name__, "config": config_to_dict(self.config)}
 
 

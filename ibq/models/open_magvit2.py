@@ -81,14 +81,14 @@ class Encoder(nn.Module):
         self.norm_out = norm(previous, config)
         self.conv_out = nn.Conv2d(previous, config.latent_channels, 1)
 
-    def stages(self) -> list[nn.Module]:
-        """What an engine that shards weights gathers one at a time."""
+    def units(self) -> list[nn.Module]:
+        """See `Tokenizer.units`."""
         return [*self.down, *self.mid_block]
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images)
-        for stage in self.stages():
-            h = stage(h)
+        for part in self.units():
+            h = part(h)
         return self.conv_out(group_norm_silu(h, self.norm_out))
 
 
@@ -114,8 +114,8 @@ class Decoder(nn.Module):
         self.norm_out = norm(previous, config)
         self.conv_out = nn.Conv2d(previous, config.in_channels, 3, padding=1)
 
-    def stages(self) -> list[nn.Module]:
-        """What an engine that shards weights gathers one at a time."""
+    def units(self) -> list[nn.Module]:
+        """See `Tokenizer.units`."""
         return [*self.mid_block, *self.up]
 
     def in_order(self) -> list[nn.Module]:
@@ -125,6 +125,6 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
-        for stage in self.in_order():
-            h = stage(h, z) if isinstance(stage, AdaptiveGroupNorm) else stage(h)
+        for part in self.in_order():
+            h = part(h, z) if isinstance(part, AdaptiveGroupNorm) else part(h)
         return self.conv_out(group_norm_silu(h, self.norm_out))

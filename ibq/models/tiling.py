@@ -49,8 +49,8 @@ def encode_tiled(tokenizer: Tokenizer, images: Tensor, tile: int, folder: str | 
     with Tiles(next(tokenizer.parameters()).device, tile, folder) as run:
         encoder = tokenizer.encoder
         h = run(encoder.conv_in, images)
-        for stage in encoder.stages():
-            h = run(stage, h)
+        for part in encoder.units():
+            h = run(part, h)
         h = run.convolved(h, encoder.conv_out, encoder.norm_out)
         return tokenizer.quantizer.encode(run(tokenizer.quant_conv, h).to(run.device))
 
@@ -62,8 +62,8 @@ def decode_tiled(tokenizer: Tokenizer, codes: Tensor, tile: int, folder: str | P
         latents = tokenizer.quantizer.lookup(codes.to(run.device))
         decoder = tokenizer.decoder
         h = run(decoder.conv_in, run(tokenizer.post_quant_conv, latents))
-        for stage in decoder.in_order():
-            h = run.adapted(stage, h, latents) if isinstance(stage, open_magvit2.AdaptiveGroupNorm) else run(stage, h)
+        for part in decoder.in_order():
+            h = run.adapted(part, h, latents) if isinstance(part, open_magvit2.AdaptiveGroupNorm) else run(part, h)
         return run.convolved(h, decoder.conv_out, decoder.norm_out).clone()  # the files go away
 
 
@@ -93,7 +93,7 @@ class Tiles:
             return module(x.to(self.device))
         match module:
             case vqgan.Level() | vqgan.Middle():
-                for part in module.parts():
+                for part in module.in_order():
                     x = self(part, x)
                 return x
             case vqgan.ResBlock():

@@ -133,9 +133,9 @@ class Tokenizer(nn.Module):
         """The weight whose gradients balance the adaptive GAN weight."""
         return self.decoder.conv_out.weight
 
-    def gathered_together(self) -> list[nn.Module]:
-        """The modules whose weights an engine that shards them gathers one module at a time."""
-        return [*self.encoder.stages(), *self.decoder.stages()]
+    def units(self) -> list[nn.Module]:
+        """The parts that an engine compiles, and gathers if it shards weights, one at a time."""
+        return [*self.encoder.units(), *self.decoder.units()]
 
     def kept_whole(self) -> list[nn.Parameter]:
         """The weights that are not to be sharded: losses ask for their gradients."""

@@ -114,7 +114,7 @@ class TransformerConfig:
         return -(-int(8 * self.model_width / 3) // FFN_MULTIPLE) * FFN_MULTIPLE
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Codes per image, T."""
         return self.tokens_per_side**2
 
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
 
     # How layers may be split over ranks, by name: the rows of a weight (its outputs), its columns (its inputs), the
     # rows of each of the packed projections, or the vocabulary.
-    tensor_parallel_plan: ClassVar[Mapping[str, str]] = {
+    tensor_parallel_layouts: ClassVar[Mapping[str, str]] = {
         "tok_emb": "vocabulary",
         "blocks.*.attention.wqkv": "packed_rows",
         "blocks.*.attention.wo": "columns",
@@ -170,8 +170,8 @@ class Transformer(nn.Module):
             if not parameter.is_meta:
                 self.initialize_parameter(name, parameter)
 
-    def gathered_together(self) -> list[nn.Module]:
-        """The modules whose weights an engine that shards them gathers one module at a time."""
+    def units(self) -> list[nn.Module]:
+        """The parts that an engine compiles, and gathers if it shards weights, one at a time."""
         return [*self.blocks]
 
     @property
@@ -225,7 +225,7 @@ class Transformer(nn.Module):
     def new_cache(self, rows: int, dtype: torch.dtype | None = None, device=None) -> KVCache:
         """An empty cache for `rows` sequences; precision and device default to those of the weights."""
         cfg, weight = self.config, self.tok_emb.weight
-        shape = (cfg.depth, rows, cfg.num_kv_heads, cfg.tokens, cfg.head_dim)
+        shape = (cfg.depth, rows, cfg.num_kv_heads, cfg.num_tokens, cfg.head_dim)
         dtype, device = dtype or weight.dtype, weight.device if device is None else device
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
@@ -237,10 +237,10 @@ class Transformer(nn.Module):
         from 1 on may also be a tensor [1] on the device: then all shapes are the same at every position.
         """
         fixed = isinstance(position, Tensor)
-        if not fixed and ((codes is None) != (position == 0) or not 0 <= position < self.config.tokens):
+        if not fixed and ((codes is None) != (position == 0) or not 0 <= position < self.config.num_tokens):
             raise ValueError(
                 f"position: {position} {'without' if codes is None else 'with'} codes; give no codes at "
-                f"position 0 and the previous codes at positions 1 to {self.config.tokens - 1}"
+                f"position 0 and the previous codes at positions 1 to {self.config.num_tokens - 1}"
             )
         x = (condition.embedding if codes is None else self.tok_emb(codes))[:, None]  # [R, 1, C]
         rope = self._rope(x)
@@ -264,7 +264,7 @@ class Transformer(nn.Module):
         """The residual stream after the last block, [B, T, C]."""
         x = torch.cat([embedding[:, None], self.tok_emb(codes[:, :-1])], dim=1)
         x = dropout(x, self.config.token_dropout, self.training)
-        rope = self._rope(x)[: self.config.tokens]
+        rope = self._rope(x)[: self.config.num_tokens]
         condition = self._block_condition(embedding)
         for block in self.blocks:
             x = block(x, condition, rope)
@@ -290,9 +290,9 @@ class Transformer(nn.Module):
         return self._rotary_tables[key]
 
     def _check_codes(self, codes: Tensor) -> None:
-        if codes.ndim != 2 or codes.shape[1] != self.config.tokens:
+        if codes.ndim != 2 or codes.shape[1] != self.config.num_tokens:
             raise ValueError(
-                f"codes: shape {tuple(codes.shape)}, expected [B, {self.config.tokens}] "
+                f"codes: shape {tuple(codes.shape)}, expected [B, {self.config.num_tokens}] "
                 f"({self.config.tokens_per_side} x {self.config.tokens_per_side} codes in raster order); "
                 "flatten the code grid, or set tokens_per_side to that of the tokenizer"
             )

@@ -124,14 +124,14 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(channels[i], channels[i + 1], config, bias) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(out_channels, config) for _ in range(blocks if attention else 0))
 
-    def parts(self) -> list[nn.Module]:
+    def in_order(self) -> list[nn.Module]:
         """What runs one after the other."""
         blocks = zip(self.block, self.attn, strict=True) if self.attn else zip(self.block, strict=True)
         change = [getattr(self, name) for name in ("downsample", "upsample") if hasattr(self, name)]
         return [*(part for pair in blocks for part in pair), *change]
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts():
+        for part in self.in_order():
             x = part(x)
         return x
 
@@ -145,12 +145,12 @@ class Middle(nn.Module):
         self.attn_1 = AttnBlock(channels, config)
         self.block_2 = ResBlock(channels, channels, config)
 
-    def parts(self) -> list[nn.Module]:
+    def in_order(self) -> list[nn.Module]:
         """What runs one after the other."""
         return [self.block_1, self.attn_1, self.block_2]
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts():
+        for part in self.in_order():
             x = part(x)
         return x
 
@@ -174,8 +174,8 @@ class Encoder(nn.Module):
         self.norm_out = norm(previous, config)
         self.conv_out = nn.Conv2d(previous, config.latent_channels, 3, padding=1)
 
-    def stages(self) -> list[nn.Module]:
-        """What an engine that shards weights gathers one at a time."""
+    def units(self) -> list[nn.Module]:
+        """See `Tokenizer.units`."""
         return [*self.down, self.mid]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -205,8 +205,8 @@ class Decoder(nn.Module):
         self.norm_out = norm(previous, config)
         self.conv_out = nn.Conv2d(previous, config.in_channels, 3, padding=1)
 
-    def stages(self) -> list[nn.Module]:
-        """What an engine that shards weights gathers one at a time."""
+    def units(self) -> list[nn.Module]:
+        """See `Tokenizer.units`."""
         return [self.mid, *self.up]
 
     def in_order(self) -> list[nn.Module]:
@@ -215,6 +215,6 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
-        for stage in self.in_order():
-            h = stage(h)
+        for part in self.in_order():
+            h = part(h)
         return self.conv_out(group_norm_silu(h, self.norm_out))

@@ -46,7 +46,7 @@ def transformer_network(config: TransformerConfig, layout: Layout, training: Tra
     ]
     root = [part.local(t) for name, part in weights.items() if name != "block"]
     head = weights["head"].local(t)
-    tokens = rows * config.tokens
+    tokens = rows * config.num_tokens
     forward, backward = _head_working(config, values, tokens, head, t)
     return Network(
         blocks=blocks,
@@ -66,8 +66,8 @@ def _block_working(config: TransformerConfig, layout: Layout, values: Numerics) 
     The stream's gradient and that of the part's output, and the gradients of the product and of both its factors, less
     the output, its mask and the product itself, whose part is over.
     """
-    stream = config.tokens * config.model_width
-    hidden = config.tokens * config.ffn_width / share_of(config.ffn_width, layout.tensor)
+    stream = config.num_tokens * config.model_width
+    hidden = config.num_tokens * config.ffn_width / share_of(config.ffn_width, layout.tensor)
     over = values.compute * stream + (values.mask(values.compute) * stream if config.ffn_dropout else 0)
     return values.stream * stream + values.compute * (stream + 2 * hidden) - over
 

@@ -29,7 +29,7 @@ LARGEST = 2**16  # micro-batch that is looked at
 class Stage(Protocol):
     """What the planner must know of a stage."""
 
-    tokens: int  # per image
+    num_tokens: int  # per image
 
     def parameters(self) -> dict[str, int]:
         """Parameters by part."""
@@ -57,9 +57,9 @@ class TransformerStage:
     config: TransformerConfig
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Codes of an image."""
-        return self.config.tokens
+        return self.config.num_tokens
 
     def parameters(self) -> dict[str, int]:
         """See `Stage`."""
@@ -98,7 +98,7 @@ class TokenizerStage:
     losses: TokenizerLosses
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Codes of an image."""
         return self.config.tokens_per_side**2
 
@@ -192,7 +192,7 @@ def layouts(stage: Stage, machine: Machine) -> Iterator[Layout]:
     yield Layout(kind="fsdp", offload_optimizer="cpu", **common)
     for tensor in tensor_divisors(stage, machine):
         yield Layout(kind="fsdp", tensor=tensor, **common)
-        if stage.tokens % tensor == 0:
+        if stage.num_tokens % tensor == 0:
             yield Layout(kind="fsdp", tensor=tensor, sequence=True, **common)
 
 

@@ -66,7 +66,7 @@ def tensor_traffic(config: TransformerConfig, layout: Layout, training: Training
     if layout.tensor == 1:
         return 0.0
     values = numerics(layout, training)
-    stream = training.micro_batch * config.tokens * config.model_width
+    stream = training.micro_batch * config.num_tokens * config.model_width
     again = sum(recomputed_blocks(config)) if checkpointing(config) == "full" else 0
     in_blocks = (4 * config.depth + 2 * again) * values.compute * stream
     ends = 2 * values.root * stream  # the embedding's output and the gradient of the head's input

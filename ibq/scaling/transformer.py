@@ -143,7 +143,7 @@ def transformer_flops(config: TransformerConfig) -> Flops:
     Recomputed: the logits in the head's backward pass (2 T V C), the scores in that of fused attention (2 T^2 C a
     block), and with full checkpointing the forward pass of every recomputed block.
     """
-    tokens, width = config.tokens, config.model_width
+    tokens, width = config.num_tokens, config.model_width
     attention = 4 * tokens * tokens * width
     ada = 2 * 6 * width * width
     block = 2 * tokens * _block_products(config) + attention
@@ -158,8 +158,8 @@ def transformer_flops(config: TransformerConfig) -> Flops:
 
 def unsplit_flops(config: TransformerConfig, tensor: int) -> int:
     """FLOPs of an image, recomputed ones too, that each of `tensor` ranks makes by itself: of whole layers."""
-    logits = 2 * config.tokens * config.vocab_size * config.model_width
-    hidden = 2 * config.tokens * 3 * config.model_width * config.ffn_width
+    logits = 2 * config.num_tokens * config.vocab_size * config.model_width
+    hidden = 2 * config.num_tokens * 3 * config.model_width * config.ffn_width
     again = sum(recomputed_blocks(config)) if checkpointing(config) == "full" else 0
     found = 4 * logits if share_of(config.vocab_size, tensor) < tensor else 0
     if share_of(config.ffn_width, tensor) < tensor:
@@ -183,7 +183,7 @@ def block_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
     The norms compute in float32 and save their input and its normalized form in it; a float32 stream is its own copy.
     Keys and queries are saved as rotated, the values as a view of the packed projection, which stays as a whole.
     """
-    tokens, width, hidden = config.tokens, config.model_width, config.ffn_width
+    tokens, width, hidden = config.num_tokens, config.model_width, config.ffn_width
     stream, size = tokens * width, numerics.compute
     packed, rotated = ((config.num_heads + groups * config.num_kv_heads) * config.head_dim for groups in (2, 1))
     modulation = [] if config.shared_adaln else [Saved(name="ada_lin input", bytes=size * width)]
@@ -209,7 +209,7 @@ def block_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
 
 def _norm_saved(name: str, config: TransformerConfig, numerics: Numerics, outputs: int = 1) -> list[Saved]:
     """What an adaptive norm saves, and its output, rounded so many times, for the products after it."""
-    tokens, width = config.tokens, config.model_width
+    tokens, width = config.num_tokens, config.model_width
     return [
         Saved(name=f"{name} input", bytes=4 * tokens * width, lies="tokens"),
         Saved(name=f"{name} normalized", bytes=4 * tokens * width, lies="tokens"),
@@ -221,7 +221,7 @@ def _norm_saved(name: str, config: TransformerConfig, numerics: Numerics, output
 
 def _end_saved(name: str, config: TransformerConfig, numerics: Numerics, dropout: float) -> list[Saved]:
     """What the dropout and the gate at the end of a part of a block save."""
-    stream, size = config.tokens * config.model_width, numerics.compute
+    stream, size = config.num_tokens * config.model_width, numerics.compute
     output = Saved(name=f"{name} output", bytes=size * stream, lies="tokens", dear=True)
     if not dropout:
         return [output]
@@ -233,7 +233,7 @@ def block_kept(config: TransformerConfig, numerics: Numerics, *, recomputed: boo
     saved = block_saved(config, numerics)
     if not recomputed:
         return saved
-    stream = config.tokens * config.model_width
+    stream = config.num_tokens * config.model_width
     kept = [Saved(name="block input", bytes=numerics.stream * stream, lies="tokens")]
     if checkpointing(config) == "selective":
         kept += [tensor for tensor in saved if tensor.dear]
@@ -242,7 +242,7 @@ def block_kept(config: TransformerConfig, numerics: Numerics, *, recomputed: boo
 
 def root_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
     """What autograd saves outside the blocks: before the first and in the final norm."""
-    tokens, width = config.tokens, config.model_width
+    tokens, width = config.num_tokens, config.model_width
     stream, root = tokens * width, numerics.root
     mask = []
     if config.token_dropout:
@@ -262,8 +262,8 @@ def head_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
     """What the lean head saves: its input and two numbers a token, but no logits."""
     size = numerics.root if numerics.root == 2 or numerics.stream == 4 else numerics.stream
     return [
-        Saved(name="head input", bytes=size * config.tokens * config.model_width),
-        Saved(name="log-sum-exp of logits", bytes=2 * 4 * config.tokens),
+        Saved(name="head input", bytes=size * config.num_tokens * config.model_width),
+        Saved(name="log-sum-exp of logits", bytes=2 * 4 * config.num_tokens),
     ]
 
 

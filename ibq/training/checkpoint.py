@@ -3,7 +3,7 @@
     step-00001000/
         manifest.json            size and SHA-256 of every other file: what tells a whole checkpoint from a damaged one
         state.json               step, position in the data, updates of each engine, best score
-        NAME.index.json, NAME-*.safetensors    of each engine; see `ibq/engine/shard_files.py`
+        NAME.index.json, NAME-*.safetensors    of each engine; see `ibq/engine/state_files.py`
         rank-0.safetensors       what each rank keeps for itself: buffers, moving averages, the running log interval
 
 All ranks write at once, each what it holds, and a run may go on with any engine and any number of ranks. Only tensors
@@ -30,18 +30,18 @@ from ibq import dist
 from ibq.config import UserError, dump_config
 from ibq.data.index import sha256_of
 from ibq.engine.base import Engine
-from ibq.engine.shard_files import (
-    ShardReader,
+from ibq.engine.state_files import (
+    StateReader,
     buffers_file,
     copied,
     describe,
     index_file,
-    owned_shards,
-    shard_file,
+    owned_pieces,
+    rank_file,
     untrained,
     write_index,
     write_model,
-    write_shards,
+    write_pieces,
 )
 from ibq.files import fresh_folder, recover_folder, replace_folder, sync_folder, write_text
 from ibq.progress import say
@@ -113,7 +113,7 @@ class CheckpointWriter:
         target = step_folder(self.folder, state.step)
         temporary = target.with_name(f".tmp-{target.name}")
         together(temporary, lambda: dist.is_main() and fresh_folder(target))
-        write = _plan_parts(temporary, engines, rank_tensors, copy=self.config.asynchronous)
+        write = _writer_of_parts(temporary, engines, rank_tensors, copy=self.config.asynchronous)
         summary = json.dumps({"format": FORMAT, **asdict(state), "updates": {n: e.steps for n, e in engines.items()}})
         self._pending = _Pending(temporary, target, write, engines, summary, state.best_step)
         if self.config.asynchronous:
@@ -177,8 +177,8 @@ class _Pending:
         """On rank 0: add index, state and manifest, and put the checkpoint in its place."""
         receipts = [json.loads(path.read_text()) for path in sorted(self.temporary.glob(f"{RECEIPT}*"))]
         for name, (parts, model) in self._engines.items():
-            pieces = [receipt["pieces"][name] for receipt in receipts]
-            write_index(self.temporary / index_file(name), pieces, parts, model)
+            places = [receipt["pieces"][name] for receipt in receipts]
+            write_index(self.temporary / index_file(name), places, parts, model)
         write_text(self.temporary / STATE, self._summary)
         for path in self.temporary.glob(f"{RECEIPT}*"):
             path.unlink()
@@ -191,24 +191,24 @@ class _Pending:
         replace_folder(self.temporary, self.target)
 
 
-def _plan_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensors, *, copy: bool):
+def _writer_of_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensors, *, copy: bool):
     """A function that writes this rank's part of a checkpoint; with `copy` the state as it is now."""
     rank = dist.rank()
-    plans = {}
+    to_write = {}
     for name, engine in engines.items():
-        shards, parts = owned_shards(engine), engine.state_parts()
-        states = copied(shards, parts, engine.named_state()) if copy else None
-        plans[name] = (shards, parts, engine, states)
+        pieces, parts = owned_pieces(engine), engine.state_parts()
+        states = copied(pieces, parts, engine.named_state()) if copy else None
+        to_write[name] = (pieces, parts, engine, states)
     own = {f"rank-{rank}.safetensors": {name: tensor.detach().cpu().clone() for name, tensor in rank_tensors.items()}}
     if dist.is_main():
         own |= {buffers_file(name): untrained(engine) for name, engine in engines.items()}
 
     def write() -> None:
         receipt: dict = {"files": {}, "pieces": {}}
-        for name, (shards, parts, engine, states) in plans.items():
-            path = temporary / shard_file(name, rank)
+        for name, (pieces, parts, engine, states) in to_write.items():
+            path = temporary / rank_file(name, rank)
             states = engine.named_state() if states is None else iter(states)
-            files, receipt["pieces"][name] = write_shards(path, shards, parts, states)
+            files, receipt["pieces"][name] = write_pieces(path, pieces, parts, states)
             receipt["files"] |= files
         for name, tensors in own.items():
             if tensors:
@@ -319,8 +319,8 @@ def load_checkpoint(path: Path, engines: Mapping[str, Engine]) -> tuple[Training
             raise UserError(f"{path}: written by another version; {START_OVER}")
         updates = info.pop("updates")
         for name, engine in engines.items():
-            reader = ShardReader(path, name)
-            if reader.shapes != {parameter: shard.shape for parameter, shard in engine.shards().items()}:
+            reader = StateReader(path, name)
+            if reader.shapes != {parameter: piece.shape for parameter, piece in engine.pieces().items()}:
                 raise UserError(f"{path}: holds another model than the config describes; {START_OVER}")
             engine.load_named_state(reader, updates[name])
         rank_tensors = _rank_tensors(path)
@@ -366,23 +366,23 @@ def save_pretrained(folder: Path, engine: Engine, info: Mapping = MappingProxyTy
     temporary = folder.with_name(f".tmp-{folder.name}")
     part = "ema" if "ema" in engine.state_parts() else "weight"
     together(temporary, lambda: dist.is_main() and fresh_folder(folder))
-    shards = owned_shards(engine)
+    pieces = owned_pieces(engine)
     receipts: list = []
     together(
         temporary,
         lambda: receipts.append(
-            write_shards(temporary / shard_file("pieces", dist.rank()), shards, (part,), engine.named_state())[1]
+            write_pieces(temporary / rank_file("pieces", dist.rank()), pieces, (part,), engine.named_state())[1]
         ),
     )
-    all_pieces = [json.loads(text) for text in dist.gather_texts(json.dumps(receipts[0]))]
-    together(temporary, lambda: dist.is_main() and _finish_model(temporary, folder, engine, part, all_pieces, info))
+    all_places = [json.loads(text) for text in dist.gather_texts(json.dumps(receipts[0]))]
+    together(temporary, lambda: dist.is_main() and _finish_model(temporary, folder, engine, part, all_places, info))
 
 
-def _finish_model(temporary: Path, folder: Path, engine: Engine, part: str, all_pieces, info: Mapping) -> None:
-    write_index(temporary / index_file("pieces"), all_pieces, (part,), describe(engine.module))
+def _finish_model(temporary: Path, folder: Path, engine: Engine, part: str, all_places, info: Mapping) -> None:
+    write_index(temporary / index_file("pieces"), all_places, (part,), describe(engine.module))
     if rest := untrained(engine):
         write_tensors(temporary / buffers_file("pieces"), rest)
-    reader = ShardReader(temporary, "pieces")
+    reader = StateReader(temporary, "pieces")
     write_model(temporary / "model.safetensors", reader, part)
     for path in temporary.glob("pieces*"):
         path.unlink()

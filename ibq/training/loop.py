@@ -29,7 +29,7 @@ from ibq.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
 )
-from ibq.training.metrics import Interval, MetricLogger, Stopwatch, peak_memory_gib
+from ibq.training.metrics import MetricLogger, RunningMeans, Stopwatch, peak_memory_gib
 from ibq.training.run_data import RunData
 from ibq.training.startup import StartUp
 from ibq.training.stopping import StopSignals, write_status
@@ -225,7 +225,7 @@ class _Run:
         self.config, self.checkpoint = config, checkpoint
         self.state = TrainingState(order=data.describe())
         self.heartbeat = Heartbeat(heartbeat, dist.rank(), dist.world_size(), self.write_failure)
-        self.stopwatch, self.interval = Stopwatch(device, entered=self.mark), Interval(device)
+        self.stopwatch, self.means = Stopwatch(device, entered=self.mark), RunningMeans(device)
         self.bad_samples = BadSamples(folder, data.order.size, data.max_bad_fraction)
         self.bad_in_a_row = 0
         self._saved: tuple[int, bool] | None = None  # step of the last checkpoint, and whether it waits for validation
@@ -254,7 +254,7 @@ class _Run:
         if path is not None:
             saved, tensors = load_checkpoint(path, self.task.engines)
             self.task.load_rank_tensors(tensors)
-            self.interval.load_tensors(tensors)
+            self.means.load_tensors(tensors)
             saved.position = self.data.resume_position(saved)
             saved.order = self.state.order
             self.state, self._saved = saved, (saved.step, saved.validation_pending)
@@ -286,7 +286,7 @@ class _Run:
         self.mark("save")
         self.bad_samples.reduce(self.state.step, self.state.position)
         self.state.bad_samples = dict(self.bad_samples.by_epoch)
-        tensors = self.task.rank_tensors() | self.interval.tensors()
+        tensors = self.task.rank_tensors() | self.means.tensors()
         self._saving = (self.state.step, self.state.validation_pending)
         with self._besides_steps():
             try:
@@ -324,7 +324,7 @@ class _Run:
         self.state.position += self.config.batch_size
         self.bad_in_a_row = self.bad_in_a_row + 1 if outcome.skipped else 0
         if not outcome.skipped:
-            self.interval.add(outcome.metrics)
+            self.means.add(outcome.metrics)
             return
         self.state.bad_steps += 1
         values = {name: float(value) for name, value in outcome.metrics.items()}
@@ -352,7 +352,7 @@ class _Run:
         self.bad_samples.reduce(self.state.step, self.state.position)
         steps = self.state.step - self._since
         seconds = (time.perf_counter() - self._started - self._aside) / steps
-        values = self.interval.means() | self.stopwatch.means(steps) | {"seconds/step": seconds}
+        values = self.means.means() | self.stopwatch.means(steps) | {"seconds/step": seconds}
         images = self.config.batch_size / seconds
         values["images_per_second"] = images
         values["peak_memory_gib"] = peak_memory_gib(self.device)

@@ -119,8 +119,8 @@ class EventFile:
         self._writer.flush()
 
 
-class Interval:
-    """Running means of a step's metrics, kept on the device and reduced over ranks once per interval."""
+class RunningMeans:
+    """Means of a step's metrics over the interval between two logs, kept on the device until then."""
 
     def __init__(self, device: torch.device):
         self._device = device

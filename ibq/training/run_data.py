@@ -13,7 +13,7 @@ from ibq.data.codes import CodeDataConfig, CodeDataset, CodeStream
 from ibq.data.images import ArrivalOrder, BadSample, ImageDataset, ImageStream, ShardSequence, filled
 from ibq.data.index import ImageIndex
 from ibq.data.loader import Report, training_batches, validation_batches
-from ibq.data.order import BatchPlan, MixedOrder, Order, StreamOrder
+from ibq.data.order import Batching, MixedOrder, Order, StreamOrder
 from ibq.data.shards import ImageDataConfig, class_names, expand_place, is_unindexed, read_index, split_sources
 from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import TrainingState
@@ -32,7 +32,7 @@ class RunData:
     max_bad_fraction: float = 0.0
     provenance: Mapping = field(default_factory=dict)  # what is written beside the best weights
     allow_other: bool = False  # go on with codes of another tokenizer
-    plan: BatchPlan | None = None
+    batching: Batching | None = None
     device: torch.device | None = None
     validation_limit: int | None = None
 
@@ -41,7 +41,7 @@ class RunData:
         size = self.order.size
         if size is not None and size < batch_size:
             raise ValueError(f"batch_size: the global batch {batch_size} exceeds the {size} training samples; lower it")
-        self.plan = BatchPlan(
+        self.batching = Batching(
             batch_size=batch_size,
             micro_batch=micro_batch,
             streams=self.order.streams,
@@ -57,19 +57,19 @@ class RunData:
     @property
     def steps_per_epoch(self) -> float:
         """Global batches in one pass over the data; infinite where its size is not known."""
-        return float("inf") if self.order.size is None else self.order.size / self.plan.batch_size
+        return float("inf") if self.order.size is None else self.order.size / self.batching.batch_size
 
     def training(self, position: int, steps: int, report: Report) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """The micro-batches of so many steps from `position` on."""
         return training_batches(
-            self.stream, self.plan, position, steps, workers=self.workers, device=self.device, report=report
+            self.stream, self.batching, position, steps, workers=self.workers, device=self.device, report=report
         )
 
     def validation(self, report: Report) -> Iterator[tuple[Tensor, Tensor]]:
         """The validation set once, over all ranks."""
         return validation_batches(
             self.validation_set,
-            self.plan.micro_batch,
+            self.batching.micro_batch,
             rank=dist.data_rank(),
             world_size=dist.data_world_size(),
             workers=self.workers,

@@ -339,20 +339,20 @@ class TokenizerTask:
 
     def interval_metrics(self, step: int) -> dict[str, float]:
         """Codebook figures over the codes seen since the last call, with an alarm when the codebook collapses."""
-        statistics = self.usage.reduce().statistics()
+        figures = self.usage.reduce().figures()
         self.usage = CodeUsage(self.tokenizer.quantizer.num_codes, self.usage.counts.device)
         # So many tokens can't touch all codes, however evenly they are spread.
-        reachable = 1 - math.exp(-statistics["tokens_per_code"])
-        share = statistics["usage"] / reachable if reachable else 1.0
+        reachable = 1 - math.exp(-figures["tokens_per_code"])
+        share = figures["usage"] / reachable if reachable else 1.0
         started = step > self.codebook_start.warmup_steps  # before, the codebook is not in use
         if share < self.usage_alarm and started and dist.is_main():
             say(
-                f"ALARM step {step}: codebook collapse: {statistics['usage']:.2%} of the codes in use, "
+                f"ALARM step {step}: codebook collapse: {figures['usage']:.2%} of the codes in use, "
                 f"{share:.2%} of what this many tokens could use"
             )
         return {
-            "codebook/usage": statistics["usage"],
-            "codebook/perplexity": statistics["perplexity"],
+            "codebook/usage": figures["usage"],
+            "codebook/perplexity": figures["perplexity"],
             "codebook/usage_of_reachable": share,
             "tokens_per_image": self._tokens_per_image,
         }

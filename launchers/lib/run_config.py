@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ibq.config import UserError
-from ibq.data.order import BatchPlan
+from ibq.data.order import Batching
 from ibq.engine.configs import check_tensor_parallel
 from launchers.lib import ROOT
 from launchers.lib.executor import in_code
@@ -70,13 +70,13 @@ def check_run(config: Any, ranks: int = 1) -> None:
             shared,
             heads=config.model.num_heads,
             kv_heads=config.model.num_kv_heads,
-            tokens=config.model.tokens if config.engine.sequence_parallel else None,
+            tokens=config.model.num_tokens if config.engine.sequence_parallel else None,
         )
         if ranks > 1:
             config.engine.mesh_sizes(ranks)
     training = config.training
     try:
-        BatchPlan(
+        Batching(
             batch_size=training.batch_size,
             micro_batch=training.micro_batch,
             streams=config.data.streams,

@@ -26,7 +26,7 @@ from support.golden import (
 )
 from torch import Tensor
 
-from ibq.engine.base import ema_update
+from ibq.engine.base import move_average
 from ibq.interop import seed_voken
 from ibq.interop.reference_tensors import FIRST_STAGE
 from ibq.interop.seed_voken import (
@@ -193,14 +193,14 @@ def test_ema_update():
     prefix = "ema_update/new_raw/"
     names = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
     assert names
-    shadows = read_tokenizer(checkpoint_path(), "ema")
+    averages = read_tokenizer(checkpoint_path(), "ema")
     decay = float(torch.load(checkpoint_path(), weights_only=True)["state_dict"]["model_ema.decay"])
     for name in names:
-        shadow = shadows[our_name(name)].clone()
-        before = shadow.data_ptr()
-        ema_update([shadow], [tensors[prefix + name]], decay)
-        assert shadow.data_ptr() == before
-        assert_float32(shadow, tensors[f"ema_update/new_ema/{name}"], NAME, f"ema_update/{name}", 1e-6)
+        average = averages[our_name(name)].clone()
+        before = average.data_ptr()
+        move_average([average], [tensors[prefix + name]], decay)
+        assert average.data_ptr() == before
+        assert_float32(average, tensors[f"ema_update/new_ema/{name}"], NAME, f"ema_update/{name}", 1e-6)
 
 
 # --- Reading checkpoints --------------------------------------------------------------------------

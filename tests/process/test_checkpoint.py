@@ -389,7 +389,7 @@ def test_a_checkpoint_written_beside_the_steps_is_that_of_its_step(place, tmp_pa
         return folder
 
     waiting = train("waiting", *ASYNCHRONOUS[1:])
-    monkeypatch.setattr(checkpoint, "write_shards", slowly(checkpoint.write_shards, seconds))
+    monkeypatch.setattr(checkpoint, "write_pieces", slowly(checkpoint.write_pieces, seconds))
     beside = train("beside", *ASYNCHRONOUS)
     saved = [path.name for path in checkpoint.checkpoints_in(beside / "checkpoints")]
     assert saved == [path.name for path in checkpoint.checkpoints_in(waiting / "checkpoints")]
@@ -403,7 +403,7 @@ def test_a_checkpoint_written_beside_the_steps_is_that_of_its_step(place, tmp_pa
 
 
 def test_a_disk_that_fails_beside_the_steps_costs_a_checkpoint(place, tmp_path, monkeypatch, capsys):
-    write, calls = checkpoint.write_shards, []
+    write, calls = checkpoint.write_pieces, []
 
     def fail_once(*arguments):
         calls.append(arguments)
@@ -411,7 +411,7 @@ def test_a_disk_that_fails_beside_the_steps_costs_a_checkpoint(place, tmp_path, 
             raise OSError(28, "No space left on device")
         return write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write_shards", fail_once)
+    monkeypatch.setattr(checkpoint, "write_pieces", fail_once)
     argv = ["--config", str(place / "transformer.yaml"), f"output={tmp_path / 'run'}", "training.validate_every=null"]
     assert train_here("transformer", [*argv, *ASYNCHRONOUS]) == 0
     said = capsys.readouterr().err

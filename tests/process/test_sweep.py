@@ -23,7 +23,7 @@ from ibq.config import ConfigError, UserError, load_config
 from ibq.reports.ablation import COLUMNS, cell
 
 sweep = importlib.import_module("launchers.sweep")
-plan_module = importlib.import_module("launchers.lib.sweep.plan")
+grid_module = importlib.import_module("launchers.lib.sweep.grid")
 state_module = importlib.import_module("launchers.lib.sweep.state")
 table_module = importlib.import_module("launchers.lib.sweep.table")
 
@@ -278,7 +278,7 @@ def test_a_run_that_does_not_finish_has_failed(tmp_path, capsys):
 
 def runs_of(tmp_path: Path, **values) -> list:
     file = write_sweep(tmp_path / "sweep.yaml", **values)
-    return plan_module.plan(load_config(plan_module.SweepConfig, file), str(file))
+    return grid_module.runs_of(load_config(grid_module.SweepConfig, file), str(file))
 
 
 def test_a_grid_is_every_combination(tmp_path):
@@ -357,7 +357,7 @@ def test_sweeps_that_come_with_the_project(file, tmp_path, monkeypatch):
     if file.stem == "tokenizer":
         load_config(TokenizerRunConfig, file)
         return
-    runs = plan_module.plan(load_config(plan_module.SweepConfig, file), str(file))
+    runs = grid_module.runs_of(load_config(grid_module.SweepConfig, file), str(file))
     assert len(runs) > 1
     for run in runs:
         config = load_config(TokenizerRunConfig, run.parts[0].command[2], run.parts[0].command[3:])

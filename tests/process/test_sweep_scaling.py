@@ -16,7 +16,7 @@ from ibq.config import ConfigError, UserError, load_config, parse_config
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.scaling.transformer import transformer_flops
 from launchers.lib.run_config import check_run, config_class, is_training_script, load_run
-from launchers.lib.sweep.plan import SweepConfig, plan
+from launchers.lib.sweep.grid import SweepConfig, runs_of
 from launchers.lib.sweep.rules import ScalingConfig, scaling_runs
 
 sweep = importlib.import_module("launchers.sweep")
@@ -40,7 +40,8 @@ def test_sizes_follow_the_papers_rule():
     assert {run.model.depth: (run.model.model_width, run.model.num_heads) for run in runs.values()} == {
         depth: (64 * depth, depth) for depth in (1, 2, 4, 8)
     }
-    assert {(run.model.vocab_size, run.model.tokens) for run in runs.values()} == {(256, 64)}, "the rest is the base's"
+    rest = {(run.model.vocab_size, run.model.num_tokens) for run in runs.values()}
+    assert rest == {(256, 64)}, "the rest is the base's"
     (narrow,) = expand(depths=[2], tokens=[1e6], rules={"width_per_depth": 32}).values()
     assert narrow.model.model_width == 64
 
@@ -199,7 +200,7 @@ def test_runs_are_checked_for_their_ranks(workplace):
 def test_the_projects_sweep_covers_what_it_promises(monkeypatch):
     monkeypatch.chdir(ROOT)
     file = "yaml/scaling/sweep.yaml"
-    runs = plan(load_config(SweepConfig, file), file)
+    runs = runs_of(load_config(SweepConfig, file), file)
     by_depth: dict[int, list] = {}
     for run in runs:
         config = load_run("ibq/train_ar.py", run.parts[0].command[1:])

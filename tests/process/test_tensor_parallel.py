@@ -10,11 +10,11 @@ from support.training import make_workplace, run_script, train_here
 from ibq.config import UserError
 from ibq.engine.configs import check_tensor_parallel
 from ibq.engine.local import LocalEngine
-from ibq.engine.shard import Runs, Shard, place, take
+from ibq.engine.pieces import Piece, Spans, place, take
 from ibq.engine.tensor_parallel import (
     apply_tensor_parallel,
     partial_gradients,
-    tensor_shard,
+    tensor_piece,
 )
 from ibq.ops import linear_cross_entropy as ops
 
@@ -127,8 +127,8 @@ def references():
     return References()
 
 
-def rebuilt(shard: dict) -> Shard:
-    return Shard(shard["shape"], tuple(Runs(**runs) for runs in shard["runs"]), shard["owner"])
+def rebuilt(piece: dict) -> Piece:
+    return Piece(piece["shape"], tuple(Spans(**spans) for spans in piece["spans"]), piece["owner"])
 
 
 def differences(found: dict, expected: dict) -> dict[str, float]:
@@ -138,10 +138,10 @@ def differences(found: dict, expected: dict) -> dict[str, float]:
         ours, theirs = (torch.as_tensor(x[name], dtype=torch.float64) for x in (found, expected))
         result[name] = float((ours - theirs).abs().max() / theirs.abs().max())
     for name, whole in expected["whole"].items():
-        shard, values = found["parts"][name]
+        piece, values = found["parts"][name]
         assert values.keys() == whole.keys()
         for part, tensor in whole.items():
-            wanted = take(tensor, rebuilt(shard))
+            wanted = take(tensor, rebuilt(piece))
             distance = (values[part] - wanted).abs().amax() if wanted.numel() else 0.0
             result[f"{part} {name}"] = float(distance / tensor.abs().max())
     return result
@@ -190,9 +190,9 @@ def test_every_element_has_one_owner(launches, name):
     for parameter, (first, _) in ranks[0]["parts"].items():
         seen = torch.zeros(first["shape"])
         for rank in ranks:
-            shard = rebuilt(rank["parts"][parameter][0])
-            if shard.owner:
-                place(seen, shard, take(seen, shard) + 1)
+            piece = rebuilt(rank["parts"][parameter][0])
+            if piece.owner:
+                place(seen, piece, take(seen, piece) + 1)
         assert bool((seen == 1).all()), parameter
 
 
@@ -260,7 +260,7 @@ def test_shards_follow_the_plan():
 
     def elements(name: str, rank: int) -> torch.Tensor:
         whole = torch.arange(model.get_parameter(name).numel()).view(shapes[name])
-        return take(whole, tensor_shard(model, name, shapes[name], rank, 2))
+        return take(whole, tensor_piece(model, name, shapes[name], rank, 2))
 
     every = {name: torch.arange(parameter.numel()).view(shapes[name]) for name, parameter in model.named_parameters()}
     rows = [*range(16, 32), *range(40, 48), *range(56, 64)]  # the last two query heads, the last of keys and of values

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ibq.config import UserError, dump_config
 from ibq.data.codes import CodesMeta, write_codes
-from ibq.engine.shard_files import ShardReader
+from ibq.engine.state_files import StateReader
 from ibq.tensor_file import write_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -178,7 +178,7 @@ def checkpoint_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     tensors = {}
     for index in checkpoint.glob("*.index.json"):
         engine = index.name.removesuffix(".index.json")
-        reader = ShardReader(checkpoint, engine)
+        reader = StateReader(checkpoint, engine)
         tensors |= {f"{engine}/{part}/{n}": reader.full(part, n) for n in reader.shapes for part in reader.parts}
     assert tensors
     for file in checkpoint.glob("rank-*.safetensors"):

@@ -129,7 +129,7 @@ def data_of(folder, **settings):
 def epoch(data, *, rank=0, world_size=1, workers=0, epochs=1):
     """(images, labels, bad samples) of this rank."""
     data.bind(8, 4, None, CPU)
-    data.plan = type(data.plan)(batch_size=8, micro_batch=2, streams=8, rank=rank, world_size=world_size)
+    data.batching = type(data.batching)(batch_size=8, micro_batch=2, streams=8, rank=rank, world_size=world_size)
     data.workers = workers
     bad, images, labels = [], [], []
     for step in data.training(0, epochs * SIZE // 8, bad.extend):
@@ -162,7 +162,7 @@ def test_an_epoch_of_a_damaged_set(spoilt):
         pixels = stream.sets[0].pixels(location.number, location.epoch)
         expected[position] = torch.tensor(pixels.copy()).permute(2, 0, 1)
         assert (turn == position) == (key not in BAD)
-    order = [position for start in range(0, SIZE, 8) for position in data.plan.positions(start)]
+    order = [position for start in range(0, SIZE, 8) for position in data.batching.positions(start)]
     for position, image in zip(order, images, strict=True):
         assert torch.equal(image, expected[position])
 

@@ -48,7 +48,7 @@ def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
 
 def random_request(transformer):
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(transformer.config.vocab_size, (ROWS, transformer.config.tokens), generator=generator)
+    codes = torch.randint(transformer.config.vocab_size, (ROWS, transformer.config.num_tokens), generator=generator)
     return codes, torch.arange(ROWS)
 
 
@@ -70,8 +70,8 @@ def test_greedy_codes_are_those_of_the_forward_pass(transformer):
     classes = [0, 2]
     drawn = sample_codes(transformer, classes, [0, 0], SamplerConfig(temperature=0, guidance_scale=1.5)).flatten(1)
     labels = torch.tensor([*classes, transformer.null_class, transformer.null_class])
-    codes = torch.zeros(2, transformer.config.tokens, dtype=torch.int64)
-    for position in range(transformer.config.tokens):
+    codes = torch.zeros(2, transformer.config.num_tokens, dtype=torch.int64)
+    for position in range(transformer.config.num_tokens):
         cond, uncond = transformer.logits(codes.repeat(2, 1), labels)[:, position].chunk(2)
         codes[:, position] = (uncond + 1.5 * (cond - uncond)).argmax(-1)
     assert torch.equal(codes, drawn)

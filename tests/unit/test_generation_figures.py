@@ -11,9 +11,7 @@ from support.golden import assert_close, golden_json, golden_tensors
 
 from ibq.config import UserError
 from ibq.evaluation import features as inception
-from ibq.evaluation.generation import evaluate_generation, extract
-from ibq.evaluation.image_sets import PixelHash, open_set
-from ibq.evaluation.statistics import (
+from ibq.evaluation.distances import (
     Gaussian,
     Moments,
     frechet_distance,
@@ -23,6 +21,8 @@ from ibq.evaluation.statistics import (
     precision_recall,
     radii,
 )
+from ibq.evaluation.generation import evaluate_generation, extract
+from ibq.evaluation.image_sets import PixelHash, open_set
 
 TENSORS, GOLDEN = golden_tensors("evaluator"), golden_json("evaluator")["values"]
 POOL = {name: TENSORS[f"pool/{name}"] for name in ("ref", "sample")}
@@ -142,7 +142,7 @@ def test_golden_manifolds():
 
 def test_precision_and_recall_in_pieces(monkeypatch):
     whole = precision_recall(POOL["ref"], POOL["sample"])
-    monkeypatch.setattr("ibq.evaluation.statistics.TILE", {"exact": 41, "adm": 41})
+    monkeypatch.setattr("ibq.evaluation.distances.TILE", {"exact": 41, "adm": 41})
     pieces = precision_recall(POOL["ref"], POOL["sample"])
     assert torch.equal(whole.sample_inside, pieces.sample_inside)
     assert torch.equal(whole.reference_inside, pieces.reference_inside)

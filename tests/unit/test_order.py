@@ -13,7 +13,7 @@ from support.training import CLASSES, png, write_images, write_shard
 from ibq.data.codes import CodeDataset, CodesMeta, CodeStream, write_code_shard, write_codes_meta
 from ibq.data.images import ImageDataset, ImageStream
 from ibq.data.loader import training_batches, validation_batches
-from ibq.data.order import CYCLE, BatchPlan, MixedOrder, StreamOrder, shuffled
+from ibq.data.order import CYCLE, Batching, MixedOrder, StreamOrder, shuffled
 from ibq.data.shards import ImageDataConfig, SourceConfig, open_images, split_sources
 from ibq.data.transforms import AugmentConfig
 from ibq.training.run_data import image_data
@@ -126,22 +126,24 @@ def test_a_weight_that_is_too_small():
 # --- Batches and ranks ---
 
 
-def plan(batch_size=48, micro_batch=2, streams=64, rank=0, world_size=1):
-    return BatchPlan(batch_size=batch_size, micro_batch=micro_batch, streams=streams, rank=rank, world_size=world_size)
+def batching(batch_size=48, micro_batch=2, streams=64, rank=0, world_size=1):
+    return Batching(batch_size=batch_size, micro_batch=micro_batch, streams=streams, rank=rank, world_size=world_size)
 
 
 @pytest.mark.parametrize(("batch_size", "streams"), [(48, 64), (8, 192), (192, 8), (24, 24), (40, 24)])
 @pytest.mark.parametrize("start", [0, 5, 1001])
 def test_ranks_share_the_global_batch(batch_size, streams, start):
     for world_size in (1, 2, 4, 8):
-        plans = [plan(batch_size, 1, streams, rank, world_size) for rank in range(world_size)]
-        owned = [set() for _ in plans]
+        shares = [batching(batch_size, 1, streams, rank, world_size) for rank in range(world_size)]
+        owned = [set() for _ in shares]
         for step in range(50):
             first = start + step * batch_size
-            parts = [p.positions(first) for p in plans]
+            parts = [p.positions(first) for p in shares]
             assert {len(part) for part in parts} == {batch_size // world_size}
             whole = list(itertools.chain.from_iterable(parts))
-            assert whole == plan(batch_size, 1, streams).positions(first), "joined they are the batch of one process"
+            assert whole == batching(batch_size, 1, streams).positions(first), (
+                "joined they are the batch of one process"
+            )
             assert sorted(whole) == list(range(first, first + batch_size))
             for own, part in zip(owned, parts, strict=True):
                 own.update(position % streams for position in part)
@@ -149,8 +151,8 @@ def test_ranks_share_the_global_batch(batch_size, streams, start):
 
 
 def test_micro_batches_cut_a_ranks_part():
-    whole = list(plan(micro_batch=24, world_size=2, rank=1).micro_batches(96, 3))
-    parts = list(plan(micro_batch=4, world_size=2, rank=1).micro_batches(96, 3))
+    whole = list(batching(micro_batch=24, world_size=2, rank=1).micro_batches(96, 3))
+    parts = list(batching(micro_batch=4, world_size=2, rank=1).micro_batches(96, 3))
     assert len(whole) == 3 and [len(part) for part in parts] == [4] * 18
     assert list(itertools.chain.from_iterable(whole)) == list(itertools.chain.from_iterable(parts))
 
@@ -162,7 +164,7 @@ def test_impossible_plans():
         ({"batch_size": 50, "micro_batch": 1, "world_size": 5}, "streams: 64 .* 5 ranks.*65"),
     ):
         with pytest.raises(ValueError, match=words):
-            plan(**settings)
+            batching(**settings)
 
 
 # --- Batches of images ---
@@ -188,7 +190,7 @@ def image_stream(place, *, streams=8, augment=AugmentConfig(max_zoom=1.5), in_me
 
 def batches(stream, start, steps, *, workers=0, micro_batch=8, rank=0, world_size=1):
     """The joined micro-batches of each step."""
-    chosen = plan(8, micro_batch, stream.order.streams, rank, world_size)
+    chosen = batching(8, micro_batch, stream.order.streams, rank, world_size)
     steps = training_batches(stream, chosen, start, steps, workers=workers, device=CPU)
     return [tuple(torch.cat(parts) for parts in zip(*step, strict=True)) for step in steps]
 
@@ -222,22 +224,22 @@ def test_no_sample_is_lost_or_doubled_over_an_epoch(shards):
     keys = []
     for start, steps, world_size in ((0, 2, 1), (16, 1, 4), (24, 2, 2)):
         for rank in range(world_size):
-            for positions in plan(8, 2, 8, rank, world_size).micro_batches(start, steps):
+            for positions in batching(8, 2, 8, rank, world_size).micro_batches(start, steps):
                 keys += [index.key(order.locate(position).number) for position in positions]
     assert sorted(keys) == sorted(index.key(i) for i in range(40)) and len(set(keys)) == 40
 
 
 def test_a_larger_batch_goes_on_where_the_smaller_stopped(stream):
     order = stream.order
-    small = [p for positions in plan(8, 8, 8).micro_batches(0, 3) for p in positions]
-    large = [p for positions in plan(16, 16, 8).micro_batches(24, 1) for p in positions]
+    small = [p for positions in batching(8, 8, 8).micro_batches(0, 3) for p in positions]
+    large = [p for positions in batching(16, 16, 8).micro_batches(24, 1) for p in positions]
     assert sorted(order.locate(p).number for p in small + large) == list(range(40))
 
 
 def test_each_rank_reads_its_share(shards, stream):
     for world_size in (2, 4):
         for rank in range(world_size):
-            positions = itertools.chain.from_iterable(plan(8, 1, 8, rank, world_size).micro_batches(0, 5))
+            positions = itertools.chain.from_iterable(batching(8, 1, 8, rank, world_size).micro_batches(0, 5))
             index = stream.sets[0].index
             share = sum(int(index.size[stream.order.locate(p).number]) for p in positions) / int(index.size.sum())
             assert share == pytest.approx(1 / world_size, abs=0.05)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibq.config import exit_on_user_error, load_section, parse_config
-from ibq.engine.tensor_parallel import tensor_shard
+from ibq.engine.tensor_parallel import tensor_piece
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.perceptual import PerceptualConfig, build_perceptual
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
@@ -145,7 +145,7 @@ def test_flops_of_transformers(settings):
     with torch.device("meta"):
         model = Transformer(config)
         model.head.loss = textbook_loss
-        codes, classes = torch.zeros(BATCH, config.tokens, dtype=torch.int64), torch.zeros(BATCH, dtype=torch.int64)
+        codes, classes = torch.zeros(BATCH, config.num_tokens, dtype=torch.int64), torch.zeros(BATCH, dtype=torch.int64)
         found = counted(lambda: model(codes, classes).mean())
     flops = transformer_flops(config)
     assert found == (BATCH * flops.forward, BATCH * flops.backward)
@@ -236,7 +236,7 @@ def test_what_transformers_save(precision, dropout):
     config = TransformerConfig(**{**SMALL, "tokens_per_side": 8, **dict.fromkeys(names, dropout)})
     model, kind = Transformer(config), PRECISIONS[precision]
     model = model.bfloat16() if precision == "bfloat16" else model
-    inputs = torch.zeros(BATCH, config.tokens, dtype=torch.int64), torch.zeros(BATCH, dtype=torch.int64)
+    inputs = torch.zeros(BATCH, config.num_tokens, dtype=torch.int64), torch.zeros(BATCH, dtype=torch.int64)
     tensors = [*root_saved(config, kind), *head_saved(config, kind)]
     for recomputed in recomputed_blocks(config):
         tensors += block_kept(config, kind, recomputed=recomputed)
@@ -447,7 +447,7 @@ def test_traffic_of_tensor_parallelism():
     config = TransformerConfig(**SMALL)
     layout = Layout(kind="fsdp", gpus=8, tensor=2)
     training = Training(precision="bf16", micro_batch=2, batch_size=16)
-    stream = 2 * config.tokens * config.model_width
+    stream = 2 * config.num_tokens * config.model_width
     # Two images of 16 on each of four ranks with data of their own: two passes; all-reduces over two ranks.
     assert numerics(layout, training).compute == 2
     assert tensor_traffic(config, layout, training) == 2 * (2 * ring(2)) * (4 * config.depth * 2 + 2 * 4) * stream
@@ -498,7 +498,7 @@ def test_layers_that_do_not_divide_stay_whole():
     module = Transformer(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     for tensor in (1, 2, 3, 6):
-        held = sum(tensor_shard(module, name, shape, 0, tensor).numel for name, shape in shapes.items())
+        held = sum(tensor_piece(module, name, shape, 0, tensor).numel for name, shape in shapes.items())
         weights = transformer_weights(config, tensor)
         planned = sum(part.local(tensor) * (config.depth if name == "block" else 1) for name, part in weights.items())
         assert planned == held, tensor

@@ -166,9 +166,9 @@ def official_tokenizer(num_codes: str) -> dict[str, tuple[int, ...]]:
     plain = {f"{p}.{leaf}": tuple(s) for p, leaves in listing["plain"].items() for leaf, s in leaves.items()}
     plain = {name: shape for name, shape in plain.items() if not name.startswith("loss.perceptual_loss.")}
     buffers = listing["model_ema"]["plain_entries_without_ema"]["buffers"]
-    shadows = {"model_ema." + n.replace(".", ""): s for n, s in plain.items() if n not in buffers}
+    averages = {"model_ema." + n.replace(".", ""): s for n, s in plain.items() if n not in buffers}
     changed = {name: tuple(shape) for name, shape in listing["differences_to_16384"].get(num_codes, {}).items()}
-    return plain | shadows | {"model_ema.decay": (), "model_ema.num_updates": ()} | changed
+    return plain | averages | {"model_ema.decay": (), "model_ema.num_updates": ()} | changed
 
 
 def shapes(state: State) -> dict[str, tuple[int, ...]]:

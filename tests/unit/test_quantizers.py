@@ -69,7 +69,7 @@ def test_usage_and_effective_rank(quantizer: Quantizer):
     codes = quantizer.encode(draw_latents())
     usage = CodeUsage(quantizer.num_codes)
     usage.add(codes)
-    statistics = usage.statistics()
+    statistics = usage.figures()
     assert statistics["usage"] == len(codes.unique()) / quantizer.num_codes
     assert 1 < statistics["perplexity"] <= len(codes.unique()) + 1e-9
     vectors = quantizer.code_vectors()

@@ -109,14 +109,14 @@ def test_code_usage_by_hand():
     usage = CodeUsage(8)
     usage.add(torch.tensor([[0, 0], [1, 1]]))
     usage.add(torch.tensor([2, 2, 3, 3]))
-    found = usage.statistics()
+    found = usage.figures()
     assert found == pytest.approx({"usage": 0.5, "perplexity": 4.0, "entropy": math.log(4), "tokens_per_code": 1.0})
     assert usage.used().tolist() == [True] * 4 + [False] * 4
     usage.add(torch.full((24,), 7))
     p = [1 / 16] * 4 + [3 / 4]
-    assert usage.statistics()["entropy"] == pytest.approx(-sum(x * math.log(x) for x in p))
-    assert usage.statistics()["usage"] == 5 / 8
-    nothing = CodeUsage(8).statistics()
+    assert usage.figures()["entropy"] == pytest.approx(-sum(x * math.log(x) for x in p))
+    assert usage.figures()["usage"] == 5 / 8
+    nothing = CodeUsage(8).figures()
     assert nothing["usage"] == 0 and nothing["perplexity"] == 1
 
 

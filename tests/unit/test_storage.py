@@ -317,7 +317,9 @@ def test_unindexed_urls_are_read_in_order_as_they_come(server, tmp_path):
     for world_size in (1, 2):
         for rank in range(world_size):
             data.bind(4, 2, None, CPU)
-            data.plan = type(data.plan)(batch_size=4, micro_batch=2, streams=2, rank=rank, world_size=world_size)
+            data.batching = type(data.batching)(
+                batch_size=4, micro_batch=2, streams=2, rank=rank, world_size=world_size
+            )
             steps = data.training(0, 2 * SHARDS * SAMPLES // 4, lambda bad: None)
             if rank == 0 and world_size == 1:
                 next(steps)

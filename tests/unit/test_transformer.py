@@ -33,7 +33,7 @@ def small_transformer(seed: int = 0, **overrides) -> Transformer:
 
 def random_batch(rows: int, config: TransformerConfig, seed: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(config.vocab_size, (rows, config.tokens), generator=generator)
+    codes = torch.randint(config.vocab_size, (rows, config.num_tokens), generator=generator)
     return codes, torch.randint(config.num_classes + 1, (rows,), generator=generator)
 
 

@@ -57,7 +57,7 @@ def transformer_step(case: dict, engines: list) -> Callable[[], object]:
     config = parse_config(TransformerConfig, case["model"])
     engine = engine_of(case, "transformer", lambda: Transformer(config))
     engines.append(engine)
-    codes = torch.randint(config.vocab_size, (case["micro_batch"], config.tokens))
+    codes = torch.randint(config.vocab_size, (case["micro_batch"], config.num_tokens))
     classes = torch.randint(config.num_classes, (case["micro_batch"],))
 
     def step():

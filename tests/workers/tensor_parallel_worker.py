@@ -21,7 +21,7 @@ from ibq.engine.base import PARTS, Engine, EngineSettings, GroupHyper, Optimizer
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.configs import FsdpEngineConfig
 from ibq.engine.fsdp import FsdpEngine
-from ibq.engine.shard import Runs, Shard, whole
+from ibq.engine.pieces import Piece, Spans, whole
 from ibq.models.transformer import Transformer, TransformerConfig
 
 MODEL = {
@@ -97,13 +97,13 @@ def run_module(job: Job) -> dict:
     summed = module.partial_gradients(model, mesh.size()) if job.sequence else set()
     found["parts"] = {}
     for name, parameter in model.named_parameters():
-        shard, gradient = whole(shapes[name]), parameter.grad
+        piece, gradient = whole(shapes[name]), parameter.grad
         if isinstance(parameter, DTensor):
-            shard = module.tensor_shard(model, name, shapes[name], mesh.get_local_rank(), mesh.size())
+            piece = module.tensor_piece(model, name, shapes[name], mesh.get_local_rank(), mesh.size())
             gradient = gradient.redistribute(placements=parameter.placements).to_local()
         if name in summed:
             torch_dist.all_reduce(gradient, group=mesh.get_group())
-        found["parts"][name] = (asdict(shard), {"gradient": gradient.flatten()})
+        found["parts"][name] = (asdict(piece), {"gradient": gradient.flatten()})
     return found
 
 
@@ -142,9 +142,9 @@ def steps(job: Job, engine: Engine) -> dict:
             total += loss.detach() / job.accumulation
         norms.append(float(engine.step(HYPER).gradient_norm))
         losses.append(float(dist.all_reduce_mean(total)))
-    shards = engine.shards()
+    pieces = engine.pieces()
     parts = {
-        name: (asdict(shards[name]), {p: t.flatten().clone() for p in PARTS if (t := getattr(state, p)) is not None})
+        name: (asdict(pieces[name]), {p: t.flatten().clone() for p in PARTS if (t := getattr(state, p)) is not None})
         for name, state in engine.named_state()
     }
     with engine.averaged(), torch.no_grad():
@@ -174,22 +174,22 @@ def run_engine(job: Job) -> dict:
 
 def rows_without_heads(model, name, shape, rank, size):
     if not name.endswith("wqkv.weight"):
-        return tensor_shard(model, name, shape, rank, size)
+        return tensor_piece(model, name, shape, rank, size)
     share = shape[0] * shape[1] // size
-    return Shard(shape, (Runs(rank * share, share),))
+    return Piece(shape, (Spans(rank * share, share),))
 
 
 def columns_as_rows(model, name, shape, rank, size):
     if not name.endswith("wo.weight"):
-        return tensor_shard(model, name, shape, rank, size)
+        return tensor_piece(model, name, shape, rank, size)
     share = shape[0] * shape[1] // size
-    return Shard(shape, (Runs(rank * share, share),))
+    return Piece(shape, (Spans(rank * share, share),))
 
 
-tensor_shard = module.tensor_shard
+tensor_piece = module.tensor_piece
 FAULTS = {
-    "head order": {"tensor_shard": rows_without_heads},
-    "column order": {"tensor_shard": columns_as_rows},
+    "head order": {"tensor_piece": rows_without_heads},
+    "column order": {"tensor_piece": columns_as_rows},
     "sum of the head dropped": {"_summed_gradient": lambda x, mesh: x},
     "sum of the inputs dropped": {
         "_whole_input": lambda mesh, between, _module, args: (
@@ -211,7 +211,7 @@ def plant(fault: str | None) -> None:
     for name, function in FAULTS.get(fault, {}).items():
         setattr(module, name, function)
     fsdp = sys.modules[FsdpEngine.__module__]
-    fsdp.tensor_shard, fsdp.partial_gradients = module.tensor_shard, module.partial_gradients
+    fsdp.tensor_piece, fsdp.partial_gradients = module.tensor_piece, module.partial_gradients
 
 
 ORIGINALS = {name: getattr(module, name) for changes in FAULTS.values() for name in changes}

@@ -21,7 +21,7 @@ from ibq import dist
 from ibq.engine.base import PARTS, EngineSettings, GroupHyper, OptimizerConfig, ParameterState
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.configs import ZeroEngineConfig
-from ibq.engine.shard import place, take
+from ibq.engine.pieces import place, take
 from ibq.engine.zero import ZeroEngine
 from ibq.engine.zero_setup import load_deepspeed
 from ibq.models.transformer import Transformer, TransformerConfig
@@ -143,11 +143,11 @@ def train_step(engine: ZeroEngine, job: Job, step: int) -> tuple[float, float, b
 
 
 def saved_state(engine: ZeroEngine) -> dict:
-    """{parameter: (shard, {part: values})}."""
-    shards, found = engine.shards(), {}
+    """{parameter: (piece, {part: values})}."""
+    pieces, found = engine.pieces(), {}
     for name, state in engine.named_state():
-        found[name] = (shards[name], {part: t.clone() for part in PARTS if (t := getattr(state, part)) is not None})
-    assert list(found) == list(shards)
+        found[name] = (pieces[name], {part: t.clone() for part in PARTS if (t := getattr(state, part)) is not None})
+    assert list(found) == list(pieces)
     assert all(tuple(parts) == engine.state_parts() for _, parts in found.values())
     return found
 
@@ -156,16 +156,16 @@ def assemble(folder: Path, name: str, world: int) -> dict[str, dict[str, torch.T
     """{part: {parameter: whole tensor}} of the state that a job left; every element must be owned exactly once."""
     result, covered = {}, {}
     for rank in range(world):
-        for parameter, (shard, parts) in torch.load(folder / f"{name}.{rank}.pt", weights_only=False)["state"].items():
-            if not shard.owner:
+        for parameter, (piece, parts) in torch.load(folder / f"{name}.{rank}.pt", weights_only=False)["state"].items():
+            if not piece.owner:
                 continue
-            count = covered.setdefault(parameter, torch.zeros(shard.shape))
-            once = torch.zeros(shard.shape)
-            place(once, shard, torch.ones(shard.numel))
+            count = covered.setdefault(parameter, torch.zeros(piece.shape))
+            once = torch.zeros(piece.shape)
+            place(once, piece, torch.ones(piece.numel))
             count += once
             for part, values in parts.items():
-                whole = result.setdefault(part, {}).setdefault(parameter, torch.zeros(shard.shape))
-                place(whole, shard, values.float())
+                whole = result.setdefault(part, {}).setdefault(parameter, torch.zeros(piece.shape))
+                place(whole, piece, values.float())
     assert all(bool((count == 1).all()) for count in covered.values())
     return result
 
@@ -174,8 +174,8 @@ def load(engine: ZeroEngine, folder: Path, job: Job) -> None:
     whole = assemble(folder, job.load, dist.world_size())
     steps = torch.load(folder / f"{job.load}.0.pt", weights_only=False)["steps"]
 
-    def reader(parameter, shard):
-        return ParameterState(**{part: take(whole[part][parameter], shard) for part in job.parts if part in whole})
+    def reader(parameter, piece):
+        return ParameterState(**{part: take(whole[part][parameter], piece) for part in job.parts if part in whole})
 
     engine.load_named_state(reader, steps)
 

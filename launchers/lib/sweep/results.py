@@ -20,7 +20,7 @@ from ibq.reports.figures import as_number
 from ibq.scaling.transformer import transformer_flops, transformer_parameters, transformer_weights
 from ibq.training.stopping import read_status
 from launchers.lib.run_config import is_training_script, load_run
-from launchers.lib.sweep.plan import PICTURES, Run, SweepConfig
+from launchers.lib.sweep.grid import PICTURES, Run, SweepConfig
 from launchers.lib.sweep.state import MEASURED_FILES, RECORD_FILE
 from launchers.lib.sweep.table import aligned
 
@@ -107,7 +107,7 @@ def transformer_figures(run: Run, logged: Sequence[Mapping[str, Any]]) -> dict[s
         "learning_rate": config.optimizer.peak_learning_rate(batch),
         "non_embedding_parameters": count - weights["embeddings"].count - weights["head"].count,
         "parameters": count,
-        "tokens": images * model.tokens,
+        "tokens": images * model.num_tokens,
         "flops": images * transformer_flops(model).textbook,
         "nll": validations[-1] if validations else None,
         "best_nll": min(validations, default=None),

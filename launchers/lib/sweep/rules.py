@@ -173,7 +173,7 @@ def _run(
     name: str, model: TransformerConfig, tokens: float, micro_batch: int, rules: ScalingRules, *, held_out: bool
 ) -> ScalingRun:
     batch = rules.batch_size.batch_size(tokens)
-    steps = max(round(tokens / (batch * model.tokens)), 1)
+    steps = max(round(tokens / (batch * model.num_tokens)), 1)
     return ScalingRun(
         name=name,
         model=model,

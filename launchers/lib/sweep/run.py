@@ -15,7 +15,7 @@ from ibq.training.run import run_folder
 from launchers.lib import ROOT
 from launchers.lib.allocation import SlurmAllocation, srun_prefix
 from launchers.lib.executor import PROJECT, Ended, Executor, LocalExecutor, StopRequest, shown
-from launchers.lib.sweep.plan import Run, SweepConfig, plan
+from launchers.lib.sweep.grid import Run, SweepConfig, runs_of
 from launchers.lib.sweep.results import write_results
 from launchers.lib.sweep.slurm import SlurmSweep, check_slurm
 from launchers.lib.sweep.state import LOG_FILE, RunState, last_words, open_run
@@ -105,7 +105,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     os.chdir(PROJECT)  # paths in a sweep file are relative to the project, and so are the commands that are printed
     source = os.path.relpath(config_file) if Path(config_file).is_relative_to(ROOT) else config_file
     config = load_config(SweepConfig, source, arguments.overrides)
-    runs = plan(config, source)
+    runs = runs_of(config, source)
     selected = chosen(runs, arguments.only if arguments.element is None else [element(runs, arguments.element)])
     if arguments.collect and arguments.fresh:
         raise UserError("--collect runs nothing and removes nothing; leave out --fresh")

@@ -11,7 +11,7 @@ from ibq.config import UserError
 from ibq.files import remove, write_text
 from ibq.training.run import RUN_FILES
 from ibq.training.stopping import STATUS_FILE, read_status
-from launchers.lib.sweep.plan import Part, Run, differences
+from launchers.lib.sweep.grid import Part, Run, differences
 
 RECORD_FILE, LOG_FILE = "sweep.json", "sweep.log"
 MEASURED_FILES = ("reconstruction.json", "reconstruction.npz", "usage.json")

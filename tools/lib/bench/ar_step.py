@@ -44,7 +44,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     flops = arguments.batch * transformer_flops(config).textbook
     for form in bench_step.FORMS:
         own = figures[form]
-        own["tokens_per_second"] = arguments.batch * config.tokens / own["seconds"]
+        own["tokens_per_second"] = arguments.batch * config.num_tokens / own["seconds"]
         own["mfu"] = flops / own["seconds"] / rates["bf16"]
     figures["ratio"]["mfu"] = figures["ours"]["mfu"]
     return figures | {"rates": rates, "flops_per_step": flops}
@@ -63,7 +63,7 @@ def measure_rates(*, config: str, batch: int, device: str) -> dict[str, float]:
     """The machine's own limits, for products at the shapes of the model's layers."""
     set_up_torch(training=True)
     model = load_section(TransformerConfig, config, "model")
-    tokens, width = batch * model.tokens, model.model_width
+    tokens, width = batch * model.num_tokens, model.model_width
     shapes = [
         (tokens, width, 3 * width),
         (tokens, width, width),
@@ -84,7 +84,7 @@ def measure_form(*, form: str, config: str, batch: int, steps: int, compile: str
         else OurStep(blueprint, torch.device(device), bench_step.engine_config(config, compile))
     )
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(model.vocab_size, (batch, model.tokens), generator=generator)
+    codes = torch.randint(model.vocab_size, (batch, model.num_tokens), generator=generator)
     classes = torch.randint(model.num_classes, (batch,), generator=generator)
 
     def step() -> float:
@@ -157,7 +157,7 @@ class PlainStep:
         embedding = model.class_emb(torch.where(dropped, model.null_class, classes))
         x = torch.cat([embedding[:, None], model.tok_emb(codes[:, :-1])], dim=1)
         x = F.dropout(x, config.token_dropout)
-        rope = torch.view_as_real(model._rope(x)[: config.tokens])
+        rope = torch.view_as_real(model._rope(x)[: config.num_tokens])
         for block in model.blocks:
             x = self._block(block, x, embedding, rope)
         scale, shift = model.head_nm.ada_lin(embedding).unflatten(-1, (2, -1))[:, :, None].unbind(1)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ibq.data.codes import CodeDataset, CodesMeta, CodeStream, write_codes
 from ibq.data.images import ImageDataset, ImageStream
 from ibq.data.loader import training_batches
-from ibq.data.order import BatchPlan, StreamOrder
+from ibq.data.order import Batching, StreamOrder
 from ibq.data.shards import open_images
 from ibq.data.transforms import decode_rgb, square
 from ibq.progress import progress_bar
@@ -178,10 +178,10 @@ def our_loader(folder: Path, size: int, workers: int) -> Iterator[int]:
     """One epoch of this project's training batches."""
     index = open_images(str(folder / "shards/train-*.tar"))
     order = StreamOrder(index.unit_sizes(), seed=0, streams=192, window=2_048)
-    plan = BatchPlan(batch_size=BATCH, micro_batch=BATCH, streams=192)
+    batching = Batching(batch_size=BATCH, micro_batch=BATCH, streams=192)
     stream = ImageStream([ImageDataset(index, size)], order)
     device = torch.device("cpu")
-    for micro_batches in training_batches(stream, plan, 0, len(index) // BATCH, workers=workers, device=device):
+    for micro_batches in training_batches(stream, batching, 0, len(index) // BATCH, workers=workers, device=device):
         yield sum(len(images) for images, _ in micro_batches)
 
 
@@ -218,10 +218,10 @@ def our_codes(folder: Path) -> Iterator[int]:
     """Training batches of codes."""
     dataset = CodeDataset(folder)
     order = dataset.order(seed=0, streams=192)
-    plan = BatchPlan(batch_size=CODE_BATCH, micro_batch=CODE_BATCH, streams=192)
+    batching = Batching(batch_size=CODE_BATCH, micro_batch=CODE_BATCH, streams=192)
     steps = len(dataset) // CODE_BATCH
     device = torch.device("cpu")
-    for micro_batches in training_batches(CodeStream(dataset, order), plan, 0, steps, workers=0, device=device):
+    for micro_batches in training_batches(CodeStream(dataset, order), batching, 0, steps, workers=0, device=device):
         yield sum(len(codes) for codes, _ in micro_batches)
 
 

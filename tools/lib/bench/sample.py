@@ -47,9 +47,9 @@ class TextbookSampler:
         model, cfg = self.model, self.config
         both = torch.cat([classes, torch.full_like(classes, model.null_class)])
         embedding = model.class_emb(both)
-        shape = (cfg.depth, len(both), cfg.num_kv_heads, cfg.tokens, cfg.head_dim)
+        shape = (cfg.depth, len(both), cfg.num_kv_heads, cfg.num_tokens, cfg.head_dim)
         keys, values = (torch.zeros(shape, device=classes.device) for _ in range(2))
-        mask = torch.tril(torch.ones(cfg.tokens, cfg.tokens, dtype=torch.bool, device=classes.device))
+        mask = torch.tril(torch.ones(cfg.num_tokens, cfg.num_tokens, dtype=torch.bool, device=classes.device))
         codes = torch.empty(len(classes), tokens, dtype=torch.int64, device=classes.device)
         x = embedding[:, None]
         for position in range(tokens):
@@ -84,9 +84,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     set_up_torch(training=False)
     device = torch.device(arguments.device)
     config = load_section(TransformerConfig, arguments.config, "model")
-    tokens = config.tokens if arguments.tokens is None else arguments.tokens
-    if not 1 <= tokens <= config.tokens or arguments.images < 1 or arguments.rounds < 1:
-        raise UserError(f"--tokens: 1 to {config.tokens}; --images and --rounds: at least 1")
+    tokens = config.num_tokens if arguments.tokens is None else arguments.tokens
+    if not 1 <= tokens <= config.num_tokens or arguments.images < 1 or arguments.rounds < 1:
+        raise UserError(f"--tokens: 1 to {config.num_tokens}; --images and --rounds: at least 1")
     transformer = _random_transformer(config, device)
     forms = _forms(transformer, arguments.images, tokens)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
@@ -146,13 +146,13 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
 
 def _figures(arguments, transformer: Transformer, tokens: int, seconds: dict[str, float]) -> dict[str, Any]:
     config, images = transformer.config, arguments.images
-    drawn = {name: images * (tokens if name.startswith("textbook") else config.tokens) for name in seconds}
+    drawn = {name: images * (tokens if name.startswith("textbook") else config.num_tokens) for name in seconds}
     rate = {name: drawn[name] / found for name, found in seconds.items()}
     bandwidth = read_bandwidth(transformer.head.weight.device)
     bytes_per_step = {
         p: SamplerConfig(precision=p, rows_per_block=images).decoder(transformer).weight_bytes() for p in PRECISIONS
     }
-    share = {p: bytes_per_step[p] * config.tokens / seconds[p] / bandwidth for p in PRECISIONS}
+    share = {p: bytes_per_step[p] * config.num_tokens / seconds[p] / bandwidth for p in PRECISIONS}
     plain = rate["textbook fp32"]
     return {
         "config": arguments.config,
@@ -188,7 +188,7 @@ def divergence(transformer: Transformer, precision: str, images: int, steps: int
     device = transformer.head.weight.device
     codes = torch.randint(transformer.config.vocab_size, (images, steps), generator=torch.Generator().manual_seed(1))
     codes, labels = codes.to(device), torch.arange(images, device=device) % transformer.config.num_classes
-    steps = min(steps, transformer.config.tokens)
+    steps = min(steps, transformer.config.num_tokens)
     found = {
         p: _log_probabilities(Decoder(transformer, p, images), labels, codes[:, :steps]) for p in ("fp32", precision)
     }

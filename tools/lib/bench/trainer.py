@@ -42,5 +42,5 @@ class Trainer:
 def _batch(model: TransformerConfig, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Codes [images, tokens] and classes of this rank."""
     generator = torch.Generator().manual_seed(dist.rank())
-    codes = torch.randint(model.vocab_size, (images, model.tokens), generator=generator)
+    codes = torch.randint(model.vocab_size, (images, model.num_tokens), generator=generator)
     return codes.to(device), torch.randint(model.num_classes, (images,), generator=generator).to(device)

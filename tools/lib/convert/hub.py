@@ -9,7 +9,7 @@ from torch import nn
 
 from ibq.api import load_tokenizer, load_transformer, pretrained_folder
 from ibq.config import UserError
-from ibq.engine.shard_files import index_file
+from ibq.engine.state_files import index_file
 from ibq.hub import CARD, origin_of, push_folder, save_pretrained
 from ibq.model_card import CardFacts
 from ibq.progress import say

@@ -16,7 +16,7 @@ from torch import Tensor
 import yaml
 from ibq.config import UserError, parse_config
 from ibq.data.index import sha256_of
-from ibq.engine.shard_files import ShardReader, index_file
+from ibq.engine.state_files import StateReader, index_file
 from ibq.interop import llamagen, open_magvit2, seed_voken
 from ibq.interop.families import FAMILIES, SUFFIXES, read_published
 from ibq.interop.published import Hints, ModelConfig, Published
@@ -218,7 +218,7 @@ def source_of_checkpoint(folder: Path, weights: str) -> Source:
     is_tokenizer = (folder / index_file("tokenizer")).exists()
     if not is_tokenizer and not (folder / index_file("transformer")).exists():
         raise UserError(f"{folder}: holds no transformer or tokenizer; give a checkpoint of a run")
-    reader = ShardReader(folder, "tokenizer" if is_tokenizer else "transformer")
+    reader = StateReader(folder, "tokenizer" if is_tokenizer else "transformer")
     kind = Tokenizer if is_tokenizer else Transformer
     parts = {"raw": "weight", "ema": "ema"} if is_tokenizer else {weights: "ema" if weights == "ema" else "weight"}
     parts = {name: part for name, part in parts.items() if part in reader.parts}
@@ -227,7 +227,7 @@ def source_of_checkpoint(folder: Path, weights: str) -> Source:
     sets = {name: {n: reader.full(part, n) for n in reader.shapes} | reader.untrained() for name, part in parts.items()}
     discriminator = {}
     if is_tokenizer and (folder / index_file("discriminator")).exists():
-        other = ShardReader(folder, "discriminator")
+        other = StateReader(folder, "discriminator")
         discriminator = {n: other.full("weight", n) for n in other.shapes} | other.untrained()
     step = json.loads((folder / "state.json").read_text())["step"]
     config = parse_config(CONFIGS[kind.__name__], reader.model["config"], str(folder))

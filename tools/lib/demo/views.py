@@ -103,7 +103,7 @@ class Reconstruction:
         _, places = self.codes.unique(return_inverse=True)
         usage = CodeUsage(int(places.max()) + 1)
         usage.add(places)
-        return usage.statistics()["perplexity"]
+        return usage.figures()["perplexity"]
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ def collect_metrics(output: Path) -> dict:
     """The figures of a run, from the files that its parts wrote."""
     reconstruction = json.loads((output / "reconstruction.json").read_text())
     figures = reconstruction["metrics"]
-    usage = code_usage(output).statistics()
+    usage = code_usage(output).figures()
     return {
         "reconstruction": {name: figures[name] for name in ("psnr", "thumbnail_psnr", "ssim", "l1", "images")},
         "codebook": {

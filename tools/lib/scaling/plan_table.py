@@ -52,7 +52,7 @@ def _sizes(stage: Stage) -> str:
         figures = (flops.forward, flops.backward, flops.recomputed)
         lines.append(f"  {name:{NAME - 2}s} " + " ".join(f"{figure / 1e9:12,.2f}" for figure in figures))
     forward, both, again = flops_per_image(stage)
-    tokens = stage.tokens
+    tokens = stage.num_tokens
     lines.append(
         f"GFLOP per token ({tokens} an image): forward {forward / tokens / 1e9:,.3f}, with backward "
         f"{both / tokens / 1e9:,.3f}, recomputed {again / tokens / 1e9:,.3f} more"
@@ -113,7 +113,7 @@ def _speed_table(
 
 def tokens_per_second(row: Row, stage: Stage, training: Training) -> float:
     """Of all GPUs together."""
-    return training.batch_size * stage.tokens / row.seconds
+    return training.batch_size * stage.num_tokens / row.seconds
 
 
 def days(row: Row, steps: int) -> float:
@@ -212,11 +212,11 @@ def as_json(
             for name, part in stage.flops().items()
         },
         "flops_per_token": {
-            "forward": forward / stage.tokens,
-            "forward_and_backward": both / stage.tokens,
-            "recomputed": again / stage.tokens,
+            "forward": forward / stage.num_tokens,
+            "forward_and_backward": both / stage.num_tokens,
+            "recomputed": again / stage.num_tokens,
         },
-        "tokens_per_image": stage.tokens,
+        "tokens_per_image": stage.num_tokens,
         "training": vars(training),
         "machine": {**vars(machine), "gpu": vars(machine.gpu), "usable_bytes": machine.usable},
         "steps": steps,

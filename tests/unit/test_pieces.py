@@ -10,40 +10,40 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ibq.engine.base import ParameterState
-from ibq.engine.shard import Runs, Shard, block, interval, overlaps, part, place, take, whole
-from ibq.engine.shard_files import MissingPartError, ShardReader, index_file, shard_file, write_index, write_shards
+from ibq.engine.pieces import Piece, Spans, block, overlaps, part, place, stretch, take, whole
+from ibq.engine.state_files import MissingPartError, StateReader, index_file, rank_file, write_index, write_pieces
 from ibq.tensor_file import TensorFile, write_tensors
 
 SHAPE = (12, 10)
 FULL = torch.arange(120.0).view(SHAPE)
 
 
-def rows(first: int, end: int) -> Shard:
-    return interval(SHAPE, first * 10, (end - first) * 10)
+def rows(first: int, end: int) -> Piece:
+    return stretch(SHAPE, first * 10, (end - first) * 10)
 
 
-def packed(rank: int) -> Shard:
+def packed(rank: int) -> Piece:
     """Two of each four rows, as packed projections are split over two ranks."""
-    return Shard(SHAPE, tuple(Runs((4 * i + 2 * rank) * 10, 20) for i in range(3)))
+    return Piece(SHAPE, tuple(Spans((4 * i + 2 * rank) * 10, 20) for i in range(3)))
 
 
 LAYOUTS = {
     "whole": [whole(SHAPE)],
     "rows of 3 ranks": [rows(0, 4), rows(4, 8), rows(8, 12)],
-    "more ranks than rows": [rows(i, i + 1) for i in range(12)] + [interval(SHAPE, 120, 10)],
-    "uneven intervals": [interval(SHAPE, first, 37) for first in range(0, 120, 37)],
+    "more ranks than rows": [rows(i, i + 1) for i in range(12)] + [stretch(SHAPE, 120, 10)],
+    "uneven stretches": [stretch(SHAPE, first, 37) for first in range(0, 120, 37)],
     "columns": [block(SHAPE, (0, 12), (0, 5)), block(SHAPE, (0, 12), (5, 10))],
     "columns, then rows": [block(SHAPE, r, c) for c in ((0, 5), (5, 10)) for r in ((0, 6), (6, 12))],
     "packed rows": [packed(0), packed(1)],
-    "packed rows, then intervals": [part(packed(r), first, 25) for r in range(2) for first in (0, 25, 50)],
+    "packed rows, then stretches": [part(packed(r), first, 25) for r in range(2) for first in (0, 25, 50)],
 }
 
 
 def test_block_and_interval_hold_what_they_say():
     assert torch.equal(take(FULL, block(SHAPE, (2, 5), (3, 7))), FULL[2:5, 3:7].flatten())
     assert torch.equal(take(FULL, block(SHAPE, (2, 5), (0, 10))), FULL[2:5].flatten())
-    assert block(SHAPE, (2, 5), (0, 10)).runs == (Runs(20, 30),)
-    assert torch.equal(take(FULL, interval(SHAPE, 115, 10)), FULL.flatten()[115:])
+    assert block(SHAPE, (2, 5), (0, 10)).spans == (Spans(20, 30),)
+    assert torch.equal(take(FULL, stretch(SHAPE, 115, 10)), FULL.flatten()[115:])
     assert torch.equal(take(FULL, packed(1)), FULL[[2, 3, 6, 7, 10, 11]].flatten())
     assert take(FULL, block(SHAPE, (3, 3), (0, 4))).numel() == 0
     assert whole(SHAPE).is_whole and rows(0, 12).is_whole and not packed(0).is_whole
@@ -52,47 +52,47 @@ def test_block_and_interval_hold_what_they_say():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_holds_every_element_once(layout):
     built = torch.full(SHAPE, -1.0)
-    for shard in LAYOUTS[layout]:
-        place(built, shard, take(FULL, shard))
+    for piece in LAYOUTS[layout]:
+        place(built, piece, take(FULL, piece))
     assert torch.equal(built, FULL)
-    assert sum(shard.numel for shard in LAYOUTS[layout]) == FULL.numel()
+    assert sum(piece.numel for piece in LAYOUTS[layout]) == FULL.numel()
 
 
 def test_part_is_a_slice_of_the_held_elements():
     rng = random.Random(0)
-    for shard in [shard for layout in LAYOUTS.values() for shard in layout]:
-        held = take(FULL, shard)
+    for piece in [piece for layout in LAYOUTS.values() for piece in layout]:
+        held = take(FULL, piece)
         for _ in range(40):
-            first, numel = rng.randrange(shard.numel + 2), rng.randrange(shard.numel + 5)
-            assert torch.equal(take(FULL, part(shard, first, numel)), held[first : first + numel])
+            first, numel = rng.randrange(piece.numel + 2), rng.randrange(piece.numel + 5)
+            assert torch.equal(take(FULL, part(piece, first, numel)), held[first : first + numel])
 
 
-def write(folder, shards: list[Shard], name="net", parts=("weight", "ema")) -> None:
-    all_pieces = []
-    for rank, shard in enumerate(shards):
-        if shard.numel:
-            state = ParameterState(weight=take(FULL, shard), ema=-take(FULL, shard))
-            path = folder / shard_file(name, rank)
-            all_pieces.append(write_shards(path, {"p": shard}, parts, iter([("p", state)]))[1])
-    write_index(folder / index_file(name), all_pieces, parts, {"kind": "Net", "config": None})
+def write(folder, pieces: list[Piece], name="net", parts=("weight", "ema")) -> None:
+    all_places = []
+    for rank, piece in enumerate(pieces):
+        if piece.numel:
+            state = ParameterState(weight=take(FULL, piece), ema=-take(FULL, piece))
+            path = folder / rank_file(name, rank)
+            all_places.append(write_pieces(path, {"p": piece}, parts, iter([("p", state)]))[1])
+    write_index(folder / index_file(name), all_places, parts, {"kind": "Net", "config": None})
 
 
 @pytest.mark.parametrize("wanted", LAYOUTS)
 @pytest.mark.parametrize("stored", LAYOUTS)
 def test_any_layout_reads_any_other(tmp_path, stored, wanted):
     write(tmp_path, LAYOUTS[stored])
-    reader = ShardReader(tmp_path, "net")
+    reader = StateReader(tmp_path, "net")
     assert reader.shapes == {"p": SHAPE} and reader.parts == ("weight", "ema")
-    for shard in LAYOUTS[wanted]:
-        state = reader("p", shard)
-        assert torch.equal(state.weight, take(FULL, shard)) and torch.equal(state.ema, -state.weight)
+    for piece in LAYOUTS[wanted]:
+        state = reader("p", piece)
+        assert torch.equal(state.weight, take(FULL, piece)) and torch.equal(state.ema, -state.weight)
         assert state.moment1 is None
     assert torch.equal(reader.full("weight", "p"), FULL)
 
 
 def test_elements_that_are_in_no_file_are_noticed(tmp_path):
     write(tmp_path, LAYOUTS["rows of 3 ranks"][:2])
-    reader = ShardReader(tmp_path, "net")
+    reader = StateReader(tmp_path, "net")
     assert torch.equal(reader.read("weight", "p", rows(2, 8)), FULL[2:8].flatten())
     with pytest.raises(MissingPartError, match="80 of 120"):
         reader.full("weight", "p")
@@ -101,16 +101,16 @@ def test_elements_that_are_in_no_file_are_noticed(tmp_path):
 
 
 def test_overlaps_of_runs_with_gaps():
-    wanted, stored = (Runs(0, 2, 3, 10),), (Runs(1, 10), Runs(21, 4))
+    wanted, stored = (Spans(0, 2, 3, 10),), (Spans(1, 10), Spans(21, 4))
     assert sorted(overlaps(wanted, stored)) == [(1, 0, 1), (2, 9, 1), (5, 10, 1)]
 
 
 def test_a_scalar_is_a_parameter_too(tmp_path):
-    shard = whole(())
+    piece = whole(())
     state = ParameterState(weight=torch.tensor(3.5))
-    _, pieces = write_shards(tmp_path / shard_file("net", 0), {"s": shard}, ("weight",), iter([("s", state)]))
-    write_index(tmp_path / index_file("net"), [pieces], ("weight",), {"kind": "Net", "config": None})
-    reader = ShardReader(tmp_path, "net")
+    _, places = write_pieces(tmp_path / rank_file("net", 0), {"s": piece}, ("weight",), iter([("s", state)]))
+    write_index(tmp_path / index_file("net"), [places], ("weight",), {"kind": "Net", "config": None})
+    reader = StateReader(tmp_path, "net")
     assert reader.full("weight", "s") == 3.5
 
 

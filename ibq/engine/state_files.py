@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from ibq.config import config_to_dict
 from ibq.engine.base import PARTS, Engine, ParameterState
-from ibq.engine.shard import Runs, Shard, overlaps, whole
+from ibq.engine.pieces import Piece, Spans, overlaps, whole
 from ibq.files import write_text
 from ibq.tensor_file import TensorFile
 
 Files = dict[str, dict]  # name -> {"bytes", "sha256"}
-Pieces = dict[str, dict]  # parameter -> {"shape", "file", "runs"}
+Places = dict[str, dict]  # parameter -> {"shape", "file", "runs"}; "runs" are the spans of its piece
 
 
 class MissingPartError(ValueError):
     """A checkpoint does not hold what was asked of it."""
 
 
-def shard_file(engine: str, rank: int) -> str:
+def rank_file(engine: str, rank: int) -> str:
     """Name of a rank's file."""
     return f"{engine}-{rank:04d}.safetensors"
 
@@ -50,64 +50,64 @@ def index_file(engine: str) -> str:
 # --- Writing ---
 
 
-def owned_shards(engine: Engine) -> dict[str, Shard]:
+def owned_pieces(engine: Engine) -> dict[str, Piece]:
     """What this rank writes."""
-    return {name: shard for name, shard in engine.shards().items() if shard.owner and shard.numel}
+    return {name: piece for name, piece in engine.pieces().items() if piece.owner and piece.numel}
 
 
-def stored_shape(shard: Shard) -> tuple[int, ...]:
+def stored_shape(piece: Piece) -> tuple[int, ...]:
     """The shape of a piece in its file."""
-    return shard.shape if shard.is_whole else (shard.numel,)
+    return piece.shape if piece.is_whole else (piece.numel,)
 
 
-def write_shards(
-    path: Path, shards: Mapping[str, Shard], parts: tuple[str, ...], states: Iterator[tuple[str, ParameterState]]
-) -> tuple[Files, Pieces]:
-    """Write the elements of `shards` from an engine's states, one parameter after the other.
+def write_pieces(
+    path: Path, pieces: Mapping[str, Piece], parts: tuple[str, ...], states: Iterator[tuple[str, ParameterState]]
+) -> tuple[Files, Places]:
+    """Write the elements of `pieces` from an engine's states, one parameter after the other.
 
     The states are exhausted also where nothing of them is written, as an engine may need all ranks for them.
     """
-    layout = {f"{part}/{name}": (torch.float32, stored_shape(s)) for name, s in shards.items() for part in parts}
+    layout = {f"{part}/{name}": (torch.float32, stored_shape(s)) for name, s in pieces.items() for part in parts}
     file = TensorFile(path, layout) if layout else None
     for name, state in states:
-        if name in shards:
+        if name in pieces:
             for part in parts:
                 file.write(f"{part}/{name}", getattr(state, part))
     if file is None:
         return {}, {}
     size, sha256 = file.close()
-    pieces = {
+    places = {
         name: {
-            "shape": list(shard.shape),
+            "shape": list(piece.shape),
             "file": path.name,
-            "runs": [[runs.start, runs.length, runs.count, runs.stride] for runs in shard.runs],
+            "runs": [[spans.start, spans.length, spans.count, spans.stride] for spans in piece.spans],
         }
-        for name, shard in shards.items()
+        for name, piece in pieces.items()
     }
-    return {path.name: {"bytes": size, "sha256": sha256}}, pieces
+    return {path.name: {"bytes": size, "sha256": sha256}}, places
 
 
 def copied(
-    shards: Mapping[str, Shard], parts: tuple[str, ...], states: Iterator[tuple[str, ParameterState]]
+    pieces: Mapping[str, Piece], parts: tuple[str, ...], states: Iterator[tuple[str, ParameterState]]
 ) -> list[tuple[str, ParameterState]]:
-    """The states of `shards`, copied to the CPU: what the next steps change is as it was."""
+    """The states of `pieces`, copied to the CPU: what the next steps change is as it was."""
     copies = []
     for name, state in states:
-        if name in shards:
-            found = {part: torch.empty(shards[name].numel) for part in parts}
+        if name in pieces:
+            found = {part: torch.empty(pieces[name].numel) for part in parts}
             for part, copy in found.items():
                 copy.copy_(getattr(state, part).detach().reshape(-1))
             copies.append((name, ParameterState(**found)))
     return copies
 
 
-def write_index(path: Path, all_pieces: list[Pieces], parts: tuple[str, ...], model: dict) -> None:
+def write_index(path: Path, all_places: list[Places], parts: tuple[str, ...], model: dict) -> None:
     """Write where everything is, from what each rank has written; `model` describes the module (`describe`)."""
     parameters: dict[str, dict] = {}
-    for pieces in all_pieces:
-        for name, piece in pieces.items():
-            entry = parameters.setdefault(name, {"shape": piece["shape"], "pieces": []})
-            entry["pieces"].append({"file": piece["file"], "runs": piece["runs"]})
+    for places in all_places:
+        for name, place in places.items():
+            entry = parameters.setdefault(name, {"shape": place["shape"], "pieces": []})
+            entry["pieces"].append({"file": place["file"], "runs": place["runs"]})
     write_text(path, json.dumps({"parts": list(parts), "model": model, "parameters": parameters}))
 
 
@@ -119,14 +119,14 @@ def describe(module: nn.Module) -> dict:
 
 def untrained(engine: Engine) -> dict[str, Tensor]:
     """The tensors of a module's state that no optimizer changes, copied to the CPU."""
-    trained = set(engine.shards())
+    trained = set(engine.pieces())
     return {n: t.detach().cpu().clone() for n, t in engine.module.state_dict().items() if n not in trained}
 
 
 # --- Reading ---
 
 
-class ShardReader:
+class StateReader:
     """Reads any part of any parameter from the files of any layout; see `ibq.engine.base.Reader`."""
 
     def __init__(self, folder: Path, engine: str):
@@ -141,10 +141,10 @@ class ShardReader:
         """The shape of every parameter."""
         return {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
 
-    def __call__(self, name: str, shard: Shard) -> ParameterState:
+    def __call__(self, name: str, piece: Piece) -> ParameterState:
         """A part of a parameter, flat on the CPU."""
-        pieces = self._pieces(name, shard)
-        return ParameterState(**{part: self._read(part, name, shard, pieces) for part in self.parts})
+        found = self._find(name, piece)
+        return ParameterState(**{part: self._read(part, name, piece, found) for part in self.parts})
 
     def untrained(self) -> dict[str, Tensor]:
         """The tensors that are not trained."""
@@ -156,33 +156,33 @@ class ShardReader:
         shape = self.shapes[name]
         return self.read(part, name, whole(shape)).view(shape)
 
-    def read(self, part: str, name: str, shard: Shard) -> Tensor:
-        """The elements [numel] of a shard. MissingPartError if not all of them are in the files."""
-        return self._read(part, name, shard, self._pieces(name, shard))
+    def read(self, part: str, name: str, piece: Piece) -> Tensor:
+        """The elements [numel] of a piece. MissingPartError if not all of them are in the files."""
+        return self._read(part, name, piece, self._find(name, piece))
 
-    def _pieces(self, name: str, shard: Shard) -> list[tuple[str, list[tuple[int, int, int]]]]:
-        """(file, its overlaps with the shard) of every file that holds some of it."""
-        if name not in self._entries or tuple(self._entries[name]["shape"]) != shard.shape:
-            raise MissingPartError(f"{name} with shape {list(shard.shape)} is not in it")
-        pieces = [
-            (piece["file"], list(overlaps(shard.runs, [Runs(*numbers) for numbers in piece["runs"]])))
-            for piece in self._entries[name]["pieces"]
+    def _find(self, name: str, piece: Piece) -> list[tuple[str, list[tuple[int, int, int]]]]:
+        """(file, its overlaps with the piece) of every file that holds some of it."""
+        if name not in self._entries or tuple(self._entries[name]["shape"]) != piece.shape:
+            raise MissingPartError(f"{name} with shape {list(piece.shape)} is not in it")
+        found = [
+            (stored["file"], list(overlaps(piece.spans, [Spans(*numbers) for numbers in stored["runs"]])))
+            for stored in self._entries[name]["pieces"]
         ]
-        pieces = [(file, places) for file, places in pieces if places]
-        count = sum(length for _, places in pieces for _, _, length in places)
-        if count != shard.numel:
-            raise MissingPartError(f"{name}: {count:,} of {shard.numel:,} elements are in it")
-        return pieces
+        found = [(file, places) for file, places in found if places]
+        count = sum(length for _, places in found for _, _, length in places)
+        if count != piece.numel:
+            raise MissingPartError(f"{name}: {count:,} of {piece.numel:,} elements are in it")
+        return found
 
-    def _read(self, part: str, name: str, shard: Shard, pieces) -> Tensor:
-        found = torch.empty(shard.numel)
-        for file, places in pieces:
+    def _read(self, part: str, name: str, piece: Piece, found) -> Tensor:
+        result = torch.empty(piece.numel)
+        for file, places in found:
             first = min(place for _, place, _ in places)
             end = max(place + length for _, place, length in places)
             values = self._elements(file, f"{part}/{name}", first, end)
             for target, place, length in places:
-                found[target : target + length] = values[place - first : place - first + length]
-        return found
+                result[target : target + length] = values[place - first : place - first + length]
+        return result
 
     def _elements(self, file: str, key: str, first: int, end: int) -> Tensor:
         """Elements [first, end) of a stored tensor."""
@@ -198,7 +198,7 @@ class ShardReader:
             return rows[first - begin * row : end - begin * row].clone()
 
 
-def write_model(path: Path, reader: ShardReader, part: str, metadata: Mapping[str, str] | None = None) -> None:
+def write_model(path: Path, reader: StateReader, part: str, metadata: Mapping[str, str] | None = None) -> None:
     """Write one part of all parameters, and what is not trained, as one file, never holding it whole."""
     rest = reader.untrained()
     layout = {name: (torch.float32, shape) for name, shape in reader.shapes.items()}

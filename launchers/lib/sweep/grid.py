@@ -91,7 +91,7 @@ class Run:
     held_out: bool = False  # of the fit of a scaling law
 
 
-def plan(config: SweepConfig, source: str) -> list[Run]:
+def runs_of(config: SweepConfig, source: str) -> list[Run]:
     """The runs of a sweep in order; ConfigError for settings that cannot be read, or that no run could start with."""
     if not Path(code_path(config.script)).is_file():
         raise config_error(source, "script", f"{config.script} does not exist; give a path from the project's folder")
