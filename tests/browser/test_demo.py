@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import ROOT
 from support.headless_browser import Browser, missing
-from support.training import ROOT, picture, png, run_script, write_best
+from support.processes import run_script
+from support.training import picture, png, write_best
 
 from ibq.api import decode_in_blocks, generate
 from ibq.config import UserError, parse_config

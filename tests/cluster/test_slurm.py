@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support import ROOT
 from support.slurm_cluster import TEXT, SlurmCluster, missing
-from support.training import ROOT, make_workplace, scalars
+from support.training import make_workplace, scalars
 
 pytestmark = [
     pytest.mark.slurm,

@@ -5,13 +5,12 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from tools.lib.bench import quantizer as bench_quantizer
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the memory of a process is read from Linux's /proc"
 )

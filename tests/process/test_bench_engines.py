@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
 from ibq.config import UserError
 from ibq.scaling.transformer import transformer_flops, transformer_parameters
@@ -16,7 +17,6 @@ from tools.lib.bench import engines as bench_engines
 from tools.lib.bench import growth as bench_growth
 from tools.lib.bench.engines_trace import common, communication, covered
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the memory of a process is read from Linux's /proc"
 )

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
+from support.processes import run_script
 from support.training import (
-    ROOT,
     checkpoint_tensors,
     make_workplace,
     picture,
     png,
-    run_script,
     scalars,
     train_here,
     write_images,

@@ -7,16 +7,8 @@ import time
 
 import pytest
 import torch
-from support.training import (
-    make_workplace,
-    picture,
-    png,
-    run_script,
-    scalars,
-    train_here,
-    write_code_folder,
-    write_shard,
-)
+from support.processes import run_script
+from support.training import make_workplace, picture, png, scalars, train_here, write_code_folder, write_shard
 
 from ibq.config import exit_on_user_error
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.training import checkpoint_tensors, make_workplace, run_script, train_here
+from support.processes import run_script
+from support.training import checkpoint_tensors, make_workplace, train_here
 
 import ibq
 from ibq.config import UserError

@@ -4,14 +4,8 @@ import json
 
 import pytest
 import torch
-from support.training import (
-    checkpoint_tensors,
-    largest_difference,
-    make_workplace,
-    run_script,
-    scalars,
-    train_here,
-)
+from support.processes import run_script
+from support.training import checkpoint_tensors, largest_difference, make_workplace, scalars, train_here
 
 # Relative tolerances; that of weights is of the largest value of each tensor.
 LOSS, NORM, WEIGHTS = 1e-5, 1e-4, 1e-5

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.training import CLASSES, picture, png, run_script, write_best, write_images, write_shard
+from support.processes import run_script
+from support.training import CLASSES, picture, png, write_best, write_images, write_shard
 
 import ibq
 from ibq.config import exit_on_user_error

@@ -4,14 +4,8 @@ import json
 import shutil
 
 import pytest
-from support.training import (
-    checkpoint_tensors,
-    largest_difference,
-    make_workplace,
-    run_script,
-    scalars,
-    train_here,
-)
+from support.processes import run_script
+from support.training import checkpoint_tensors, largest_difference, make_workplace, scalars, train_here
 
 from ibq.data.index import sha256_of
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.training import CLASSES, CODES, run_script, write_best, write_images
+from support.processes import run_script
+from support.training import CLASSES, CODES, write_best, write_images
 from test_sample_tool import TOKENIZER, TRANSFORMER, torchrun
 
 from ibq.config import UserError, parse_config

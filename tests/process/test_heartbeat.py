@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from support.training import ROOT, SCRIPTS, make_workplace
+from support import ROOT
+from support.training import SCRIPTS, make_workplace
 from test_kill_and_go_on import Run, compare
 from workers.heartbeat_worker import work_as
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.training import ROOT, SCRIPTS, checkpoint_tensors, make_workplace, scalars, train_here
+from support import ROOT
+from support.training import SCRIPTS, checkpoint_tensors, make_workplace, scalars, train_here
 
 STEPS = {"tokenizer": 60, "transformer": 240}
 RHYTHM = {"tokenizer": (7, 10, 3), "transformer": (25, 40, 9)}  # save, validate, log: none a multiple of another

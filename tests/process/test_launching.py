@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from support.training import ROOT, make_workplace, run_script, scalars
+from support import ROOT
+from support.processes import run_script
+from support.training import make_workplace, scalars
 
 from ibq import dist
 from ibq.config import ConfigError, UserError, exit_on_user_error

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from support.training import ROOT, picture, png, write_shard
+from support import ROOT
+from support.training import picture, png, write_shard
 
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.images import ImageDataset

@@ -7,8 +7,10 @@ import shlex
 import numpy as np
 import pytest
 import torch
+from support import ROOT
 from support.golden import golden_dir
-from support.training import ROOT, run_script, write_images
+from support.processes import run_script
+from support.training import write_images
 
 from ibq.config import UserError
 from ibq.interop import seed_voken

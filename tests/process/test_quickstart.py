@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support import ROOT
 
-ROOT = Path(__file__).parents[2]
 KEYS = {
     "reconstruction": ["psnr", "thumbnail_psnr", "ssim"],
     "codebook": ["num_codes", "dim", "usage", "perplexity"],

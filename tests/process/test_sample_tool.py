@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.training import CLASSES, CODES, ROOT, SIDE, run_script, write_best
+from support import ROOT
+from support.processes import run_script
+from support.training import CLASSES, CODES, SIDE, write_best
 
 from ibq.config import parse_config
 from ibq.data.shards import ImageDataConfig, open_split

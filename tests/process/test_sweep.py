@@ -16,7 +16,8 @@ from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
-from support.training import ROOT, make_workplace
+from support import ROOT
+from support.training import make_workplace
 
 import yaml
 from ibq.config import ConfigError, UserError, load_config

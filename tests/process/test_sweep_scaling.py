@@ -9,7 +9,9 @@ import sys
 
 import pytest
 import torch
-from support.training import CODES, ROOT, SIDE, make_workplace, run_script, scalars
+from support import ROOT
+from support.processes import run_script
+from support.training import CODES, SIDE, make_workplace, scalars
 
 import yaml
 from ibq.config import ConfigError, UserError, load_config, parse_config

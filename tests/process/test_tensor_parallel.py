@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.training import make_workplace, run_script, train_here
+from support.processes import run_script
+from support.training import make_workplace, train_here
 
 from ibq.config import UserError
 from ibq.engine.configs import check_tensor_parallel

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.training import ROOT, largest_difference, make_workplace, run_script, scalars, train_here
+from support import ROOT
+from support.processes import run_script
+from support.training import largest_difference, make_workplace, scalars, train_here
 
 from ibq.config import ConfigError, UserError
 from ibq.engine.base import EngineSettings, OptimizerConfig

@@ -3,9 +3,7 @@
 import importlib
 import io
 import json
-import os
 import signal
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -20,7 +18,6 @@ from ibq.data.codes import CodesMeta, write_codes
 from ibq.engine.state_files import StateReader
 from ibq.tensor_file import write_tensors
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = {"tokenizer": "ibq/train_tokenizer.py", "transformer": "ibq/train_ar.py"}
 CODES, SIDE, CLASSES = 32, 4, 3
 
@@ -149,14 +146,6 @@ def train_here(stage: str, argv: list[str]) -> int:
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def run_script(*command: str, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess:
-    """Run a Python script of the repository as a process of its own, on one thread."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | environment
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
-    )
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.training import CLASSES, TOKENIZER_CONFIG, picture, png, run_script, scalars, write_shard
+from support.processes import run_script
+from support.training import CLASSES, TOKENIZER_CONFIG, picture, png, scalars, write_shard
 
 from ibq.config import UserError
 from ibq.data import storage

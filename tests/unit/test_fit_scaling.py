@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from support.training import run_script
+from support.processes import run_script
 
 from ibq.config import UserError
 from ibq.scaling.law_fit import Runs, Settings, analyse, budgets_to_fit

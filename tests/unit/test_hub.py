@@ -12,8 +12,10 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors import safe_open
+from support import ROOT
 from support.golden import golden_dir
-from support.training import ROOT, make_workplace, run_script, train_here, write_best
+from support.processes import run_script
+from support.training import make_workplace, train_here, write_best
 
 import ibq
 import yaml

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, req
 from pathlib import Path, PurePosixPath
 
 import pytest
+from support import ROOT
 
-ROOT = Path(__file__).parents[2]
 ENTRY_SCRIPTS = {"train_tokenizer", "train_ar"}
 LAYERS = [
     {"config", "config_yaml", "files", "tensor_file", "progress", "dist", "ops"},

@@ -4,10 +4,10 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +16,6 @@ from ibq.ops import index_backprop_tiles as tiles
 from ibq.ops import textbook
 from ibq.ops.index_backprop import best_codes, index_backprop, softmax_entropies
 
-ROOT = Path(__file__).parents[2]
 # (tokens, codes, dim, temperature, selection temperature): one strip and several, ragged, one token, two codes.
 SIZES = [
     (1, 17, 8, 0.01, 1.0),

@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 from support.golden import golden_json
-from support.training import run_script
+from support.processes import run_script
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,7 +57,6 @@ from ibq.scaling.transformer import (
 )
 from tools.plan import TokenizerPlan, TransformerPlan, main
 
-ROOT = Path(__file__).parents[2]
 YAML = ROOT / "yaml"
 BATCH = 5
 SMALL = {"vocab_size": 96, "num_classes": 5, "tokens_per_side": 4, "depth": 3, "heads": 4, "width": 64}

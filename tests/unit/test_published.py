@@ -441,7 +441,7 @@ def test_bad_files_are_named_with_a_remedy(tmp_path, capfd):
 
 
 def test_exit_code_of_a_bad_file(tmp_path):
-    from support.training import run_script
+    from support.processes import run_script
 
     torch.save({"state_dict": {}, "callbacks": Surprise()}, tmp_path / "unsafe.ckpt")
     done = run_script(

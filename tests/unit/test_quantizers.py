@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.processes import run_script
 from support.quantizer import KINDS, Kind, build, draw_latents, objective
-from support.training import checkpoint_tensors, make_workplace, run_script, train_here
+from support.training import checkpoint_tensors, make_workplace, train_here
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -2,10 +2,10 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 from support.training import write_best
 
 from ibq.config import load_config
@@ -15,7 +15,6 @@ from ibq.quantizers import IBQConfig
 from ibq.train_ar import ARRunConfig
 from ibq.train_tokenizer import TokenizerRunConfig
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

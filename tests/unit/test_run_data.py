@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
+from support.processes import run_script
 from support.training import (
     checkpoint_tensors,
     largest_difference,
     make_workplace,
-    run_script,
     scalars,
     train_here,
     write_code_folder,

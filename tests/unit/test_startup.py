@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.training import ROOT, make_workplace, train_here
+from support import ROOT
+from support.training import make_workplace, train_here
 
 from ibq.training import startup
 from ibq.training.run import RUN_FILES

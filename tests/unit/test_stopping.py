@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.training import ROOT, SCRIPTS, checkpoint_tensors, make_workplace, scalars, train_here
+from support import ROOT
+from support.training import SCRIPTS, checkpoint_tensors, make_workplace, scalars, train_here
 
 STEPS = {"tokenizer": 40, "transformer": 250}
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.training import picture, png, run_script, write_shard
+from support.processes import run_script
+from support.training import picture, png, write_shard
 
 from ibq.config import UserError
 from ibq.data import storage

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 from PIL import Image
-from support.training import run_script, write_best
+from support.processes import run_script
+from support.training import write_best
 from test_sample_tool import TOKENIZER
 from torch import nn
 from torch.nn import functional as F

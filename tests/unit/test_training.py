@@ -7,14 +7,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.training import (
-    CODES,
-    checkpoint_tensors,
-    make_workplace,
-    run_script,
-    scalars,
-    train_here,
-)
+from support.processes import run_script
+from support.training import CODES, checkpoint_tensors, make_workplace, scalars, train_here
 
 import ibq
 from ibq.config import load_config

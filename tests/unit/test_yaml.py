@@ -1,9 +1,8 @@
 """The published models' YAML files describe the published models."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from support import ROOT
 from support.golden import golden_json
 
 from ibq.config import load_config
@@ -12,7 +11,7 @@ from ibq.models.transformer import Transformer
 from ibq.train_ar import ARRunConfig
 from ibq.train_tokenizer import TokenizerRunConfig
 
-YAML = Path(__file__).parents[2] / "yaml"
+YAML = ROOT / "yaml"
 
 
 @pytest.mark.parametrize("num_codes", [1024, 8192, 16384, 262144])
