@@ -127,7 +127,8 @@ def _server() -> ForkServer:
 
 def _is_forkable(command: list[str], environment: dict[str, str]) -> bool:
     """Whether a fork is as a new process: a script of the project, and no difference that an import would see."""
-    if not _can_fork() or not (command[0] == "-c" or (ROOT / command[0]).resolve().is_relative_to(ROOT)):
+    of_project = command[0].endswith(".py") and (ROOT / command[0]).resolve().is_relative_to(ROOT)
+    if not _can_fork() or not (of_project or command[0] == "-c"):
         return False
     if not {*environment.get("PYTHONPATH", "").split(os.pathsep)} <= {"", *PYTHONPATH.split(os.pathsep)}:
         return False
