@@ -11,6 +11,22 @@ from typing import Any
 import yaml
 
 INHERIT = "inherit"
+# Files of the project's yaml/ that once had another name there; who types the old one is told the new one.
+MOVED = {
+    "ar_base.yaml": "base/transformer.yaml",
+    "tokenizer_base.yaml": "base/tokenizer.yaml",
+    "quickstart_tokenizer.yaml": "quickstart/tokenizer.yaml",
+    "quickstart_transformer.yaml": "quickstart/transformer.yaml",
+    "ablation_tokenizer.yaml": "ablations/tokenizer.yaml",
+    "ablation_quantizers.yaml": "ablations/quantizers.yaml",
+    "ablation_length.yaml": "ablations/length.yaml",
+    "ablation_codebook_size.yaml": "ablations/codebook_size.yaml",
+    "ablation_code_dim.yaml": "ablations/code_dim.yaml",
+    "ablation_res_blocks.yaml": "ablations/res_blocks.yaml",
+    "scaling_tokenizer.yaml": "scaling/tokenizer.yaml",
+    "scaling_transformer.yaml": "scaling/transformer.yaml",
+    "sweep_ar_scaling.yaml": "scaling/sweep.yaml",
+}
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -40,8 +56,9 @@ def read_layers(path: Path, heirs: tuple[Path, ...] = ()) -> list[Node]:
             circle = " -> ".join(str(file) for file in (*chain, parent))
             raise config_error(inherit.origin, INHERIT, f"a circle of files ({circle}); remove one of the links")
         if not parent.exists():
-            problem = f"{parent} does not exist; give a path relative to {path.parent}/"
-            raise config_error(inherit.origin, INHERIT, problem)
+            moved = _moved_to(parent)
+            problem = f"moved to {moved}" if moved else f"does not exist; give a path relative to {path.parent}/"
+            raise config_error(inherit.origin, INHERIT, f"{parent} {problem}")
         layers += read_layers(parent, chain)
     return [*layers, root]
 
@@ -59,7 +76,9 @@ def _read_file(path: Path) -> Node:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise config_error(str(path), "", "file not found; give the path of a YAML file") from None
+        moved = _moved_to(path)
+        problem = f"moved to {moved}" if moved else "file not found; give the path of a YAML file"
+        raise config_error(str(path), "", problem) from None
     except (OSError, UnicodeDecodeError) as error:
         raise config_error(str(path), "", f"cannot be read ({error}); give a UTF-8 YAML file") from None
     root = parse_yaml(text, lambda line: str(path) if line is None else f"{path}:{line + 1}")
@@ -69,6 +88,14 @@ def _read_file(path: Path) -> Node:
         problem = f"expected `key: value` lines at the top level, got {shown(root)}; give every value a key"
         raise config_error(root.origin, "", problem)
     return Node(root.value, str(path))
+
+
+def _moved_to(path: Path) -> Path | None:
+    """Where a file of the project's yaml/ is now that had this path before; None for any other path."""
+    if path.name not in MOVED or path.resolve().parent.name != "yaml":
+        return None
+    new = path.parent / MOVED[path.name]
+    return new if new.exists() else None
 
 
 def parse_yaml(text: str, origin: Callable[[int | None], str], key: str = "") -> Node:

@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the sweep file; see yaml/ablations/")
+    add("--config", required=True, metavar="FILE", help="the sweep file; see launchers/README.md and yaml/ablations")
     add(
         "--max-parallel",
         type=int,

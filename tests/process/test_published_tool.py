@@ -1,4 +1,4 @@
-"""The catalogue of published models, the one command for each, and what the README says of them."""
+"""The catalogue of published models, the one command for each, and what their page says of them."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.quantizers import IBQConfig
 from tools import convert, evaluate, published, sample
 
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "ibq" / "interop" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -90,17 +90,13 @@ def test_mistakes_and_the_list(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(CATALOGUE)
 
 
-# --- The README -----------------------------------------------------------------------------------
-
-
-def section() -> str:
-    return README.split("## Published models\n")[1].split("\n## ")[0]
+# --- The page -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_readme_has_a_row_for_every_model(name):
+def test_page_has_a_row_for_every_model(name):
     entry = CATALOGUE[name]
-    (row,) = [line for line in section().splitlines() if line.startswith(f"| `{name}` |")]
+    (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |")]
     assert f"`{entry.repository}`" in row and f"`{entry.file}`" in row
     for figure in ("fid", "inception_score") if entry.is_transformer else ("rfid",):
         assert re.search(rf"\| {entry.reported[figure]:.2f}\b", row), figure
@@ -108,13 +104,13 @@ def test_readme_has_a_row_for_every_model(name):
         assert f"{entry.sampler.guidance_scale:g} | {entry.sampler.temperature:.2f}" in row
 
 
-def test_readme_commands_are_those_of_the_tools():
+def test_page_commands_are_those_of_the_tools():
     parsers = {
         "tools/convert.py": convert.parse,
         "tools/published.py": published.parse,
         "tools/sample.py": sample.parse,
     }
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", section(), flags=re.S)).replace("\\\n", " ")
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, flags=re.S)).replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
     found = [line for line in lines if len(line) > 1 and line[1] in parsers]
     for line in found:
