@@ -1,4 +1,4 @@
-"""The benches of numeric cores run, and write what the README says."""
+"""The benches of numeric cores run, and write what the pages say."""
 
 import json
 import math
@@ -27,6 +27,8 @@ def test_quantizer(tmp_path):
     done = bench("quantizer", *size, "--no-picture", "--json", str(file))
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
+    origin = figures["origin"]
+    assert origin["command"].startswith("python tools/bench.py quantizer --codes 3000") and origin["cpu"]
     ours, plain, ratio = figures["ours"], figures["textbook"], figures["ratio"]
     assert ratio["speedup"] == pytest.approx(plain["seconds"] / ours["seconds"])
     assert ratio["speedup_flushed"] == pytest.approx(plain["seconds_flushed"] / ours["seconds"])
