@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.processes import run_script
+from support.processes import run_ranks
 from support.training import checkpoint_tensors, largest_difference, make_workplace, scalars, train_here
 
 # Relative tolerances; that of weights is of the largest value of each tensor.
@@ -53,8 +53,7 @@ def runs(tmp_path_factory):
         for name, (stage, overrides, fault) in TOGETHER.items()
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = run_script(*launcher, "tests/workers/train_worker.py", str(folder / "jobs.json"))
+    result = run_ranks(2, "tests/workers/train_worker.py", folder / "jobs.json")
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in range(2):
         assert json.loads((folder / f"jobs.json.{rank}").read_text()) == [0] * len(jobs)

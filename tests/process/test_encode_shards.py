@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.processes import run_script
+from support.processes import run_ranks, run_script
 from support.training import CLASSES, picture, png, write_best, write_images, write_shard
 
 import ibq
@@ -177,18 +177,18 @@ def test_rows_over_shard_borders(tmp_path, encode):
 # --- Whatever the ranks and interruptions ---
 
 TWO_VIEWS = ("--views", "2", "--flip")
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tools/encode_shards.py")
+SCRIPT = "tools/encode_shards.py"
 
 
 def test_two_ranks_write_the_same_files(place, tmp_path, encode):
     assert encode(tmp_path / "alone", *TWO_VIEWS)[0] == 0
-    result = run_script(*LAUNCHER, *command(place, tmp_path / "together", *TWO_VIEWS))
+    result = run_ranks(2, SCRIPT, *command(place, tmp_path / "together", *TWO_VIEWS))
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
     # Rank 0 has done its own six shards of the twelve, not all: 4 x 7 + 0 x 5 images ...
     assert "42/42" in result.stderr and "rank 0 of 2" in result.stderr, result.stderr
     before = untouched(tmp_path / "together")
-    refused = run_script(*LAUNCHER, *command(place, tmp_path / "together", *TWO_VIEWS, "--seed", "1"))
+    refused = run_ranks(2, SCRIPT, *command(place, tmp_path / "together", *TWO_VIEWS, "--seed", "1"))
     assert refused.returncode != 0 and refused.stderr.count("error: ") == 1, refused.stderr
     assert untouched(tmp_path / "together") == before
 

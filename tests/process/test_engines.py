@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support.processes import run_script
+from support.processes import run_ranks
 from support.training import checkpoint_tensors, largest_difference, make_workplace, scalars, train_here
 
 from ibq.data.index import sha256_of
@@ -57,7 +57,7 @@ def micro_batch(name: str, accumulated: bool) -> str:
 
 
 class Runner:
-    """Collects runs, and starts them together: one launcher for each number of processes."""
+    """Collects runs, and starts them together: one job for each number of processes."""
 
     def __init__(self, folder):
         self.folder, self.jobs = folder, {}
@@ -75,8 +75,7 @@ class Runner:
         for processes, some in sorted(jobs.items()):
             file = self.folder / f"jobs-{processes}.json"
             file.write_text(json.dumps(some))
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-            result = run_script(*launcher, "tests/workers/train_worker.py", str(file), timeout=600)
+            result = run_ranks(processes, "tests/workers/train_worker.py", file, timeout=600)
             assert result.returncode == 0, result.stderr[-4000:]
             for rank in range(processes):
                 assert json.loads((self.folder / f"{file.name}.{rank}").read_text()) == [0] * len(some), result.stderr

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.processes import run_script
+from support.processes import run_ranks, run_script
 from support.training import CLASSES, CODES, write_best, write_images
-from test_sample_tool import TOKENIZER, TRANSFORMER, torchrun
+from test_sample_tool import TOKENIZER, TRANSFORMER
 
 from ibq.config import UserError, parse_config
 from ibq.data.shards import open_images
@@ -98,7 +98,7 @@ def test_a_record_says_what_its_figures_depend_on(whole):
 def test_figures_are_the_same_for_every_number_of_processes_and_batch(place, whole, ranks, batch):
     path = place / f"ranks-{ranks}.json"
     command = reconstruction(place, "--json", str(path), "--batch-size", str(batch))
-    done = run_script(*(torchrun(*command, ranks=ranks) if ranks > 1 else command))
+    done = run_ranks(ranks, *command) if ranks > 1 else run_script(*command)
     assert done.returncode == 0, done.stderr
     found = json.loads(path.read_text())
     assert found["inputs"] == whole["inputs"] and found["codes_by_use"] == whole["codes_by_use"]
@@ -162,7 +162,7 @@ def test_generation_against_a_reference_and_by_a_classifier(place, capsys):
     for ranks in (1, 2):
         path = place / f"generation-{ranks}.json"
         command = generation(place, *options, "--json", str(path))
-        done = run_script(*(torchrun(*command, ranks=ranks) if ranks > 1 else command))
+        done = run_ranks(ranks, *command) if ranks > 1 else run_script(*command)
         assert done.returncode == 0, done.stderr
         records.append(json.loads(path.read_text()))
     one, two = records

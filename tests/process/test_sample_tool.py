@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -12,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import ROOT
-from support.processes import run_script
+from support.processes import DEVNULL, run_ranks, run_script, start_script
 from support.training import CLASSES, CODES, SIDE, write_best
 
 from ibq.config import parse_config
@@ -49,10 +46,6 @@ def models(tmp_path_factory):
 def options(models: Path, output: Path, *more: str) -> list[str]:
     argv = ["--tokenizer", str(models / "tokenizer"), "--transformer", str(models / "transformer"), "--device", "cpu"]
     return ["tools/sample.py", *argv, "--output", str(output), *more]
-
-
-def torchrun(*command: str, ranks: int = 2) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *command]
 
 
 def drawn(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -92,7 +85,7 @@ def test_the_shards_are_read_by_the_other_tools(one_process):
 
 
 def test_two_processes_draw_the_same(one_process, models, tmp_path):
-    result = run_script(*torchrun(*options(models, tmp_path / "two", "--total", "600", "--files", "none")))
+    result = run_ranks(2, *options(models, tmp_path / "two", "--total", "600", "--files", "none"))
     assert result.returncode == 0, result.stderr
     for ours, theirs in zip(drawn(tmp_path / "two"), drawn(one_process), strict=True):
         assert np.array_equal(ours, theirs)
@@ -102,7 +95,7 @@ def test_two_processes_draw_the_same(one_process, models, tmp_path):
 def test_killed_and_continued(one_process, models, tmp_path):
     folder = tmp_path / "killed"
     command = options(models, folder, "--total", "600", "--files", "none")
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = start_script(*command, stderr=DEVNULL)
     deadline = time.monotonic() + 60
     while not (folder / ".pieces" / "000000.npy").exists():  # not the half-written one beside it
         assert time.monotonic() < deadline and process.poll() is None

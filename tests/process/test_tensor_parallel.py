@@ -1,12 +1,12 @@
 """Matrices split over ranks against one process: losses, gradients, training, random numbers, bad numbers."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.processes import run_script
+from support.processes import run_ranks
 from support.training import make_workplace, train_here
+from workers import tensor_parallel_worker as worker
 
 from ibq.config import UserError
 from ibq.engine.configs import check_tensor_parallel
@@ -19,10 +19,6 @@ from ibq.engine.tensor_parallel import (
 )
 from ibq.ops import linear_cross_entropy as ops
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "workers"))
-import tensor_parallel_worker as worker
-
-LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 GROUPED, SHARED, ODD_ROWS = {"kv_heads": 2}, {"shared_adaln": True}, {"vocab_size": 50}
 ALL = {"gradient_checkpointing": True}
 CHEAP = ALL | {"checkpoint_selective": True}
@@ -86,8 +82,7 @@ class Launches:
         if processes not in self._found:
             path = self._folder / f"{processes}.pt"
             torch.save(JOBS[processes], path)
-            script = "tests/workers/tensor_parallel_worker.py"
-            result = run_script(*LAUNCH, str(processes), script, str(path), timeout=300)
+            result = run_ranks(processes, "tests/workers/tensor_parallel_worker.py", path, timeout=300)
             assert result.returncode == 0, result.stderr[-4000:]
             ranks = [torch.load(f"{path}.{rank}") for rank in range(processes)]
             self._found[processes] = {name: [rank[name] for rank in ranks] for name in JOBS[processes]}

@@ -4,12 +4,13 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from support import ROOT
-from support.processes import run_script
+from support.processes import run_ranks, run_script
 from support.training import largest_difference, make_workplace, scalars, train_here
 
 from ibq.config import ConfigError, UserError
@@ -18,8 +19,7 @@ from ibq.engine.configs import ZeroEngineConfig
 from ibq.engine.zero import ZeroEngine
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-sys.path.insert(0, str(Path(__file__).parents[1] / "workers"))
-import zero_worker as worker
+from workers import zero_worker as worker
 
 # Relative tolerances; that of weights is of the largest value of each tensor.
 LOSS, NORM, WEIGHTS = 1e-5, 1e-4, 1e-5
@@ -114,7 +114,7 @@ def bf16_jobs() -> dict[str, dict]:
 JOBS = list_jobs()
 
 
-def launch(folder: Path, names, *launcher: str) -> subprocess.CompletedProcess:
+def launch(folder: Path, names, run=run_script) -> subprocess.CompletedProcess:
     jobs = []
     for name in names:
         engine = JOBS[name]["engine"]
@@ -123,15 +123,14 @@ def launch(folder: Path, names, *launcher: str) -> subprocess.CompletedProcess:
         jobs.append(JOBS[name] | {"name": name, "engine": engine})
     (folder / "disk").mkdir()
     torch.save(jobs, folder / "jobs.pt")
-    return run_script(*launcher, "tests/workers/zero_worker.py", str(folder / "jobs.pt"), timeout=600)
+    return run("tests/workers/zero_worker.py", folder / "jobs.pt", timeout=600)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folder with what all jobs left, each done by two processes."""
     folder = tmp_path_factory.mktemp("zero")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = launch(folder, JOBS, *launcher)
+    result = launch(folder, JOBS, partial(run_ranks, 2))
     assert result.returncode == 0, result.stderr[-3000:]
     (folder / "stderr").write_text(result.stdout + result.stderr)
     return folder

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.processes import run_script
+from support.processes import run_ranks, run_script
 from support.training import CLASSES, TOKENIZER_CONFIG, picture, png, scalars, write_shard
 
 from ibq.config import UserError
@@ -205,10 +205,10 @@ def test_a_whole_run_counts_names_and_goes_on(tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     common = ["ibq/train_tokenizer.py", "--config", str(tmp_path / "config.yaml"), "data.in_memory=false"]
     common += [f"data.cache_folder={tmp_path}/cache"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    runs = {"one": [*common, "data.workers=1"], "two": [*launcher, *common, "training.micro_batch=4", "data.workers=1"]}
-    for name, command in runs.items():
-        done = run_script(*command, f"output={tmp_path}/{name}")
+    runs = {"one": 1, "two": 2}
+    for name, ranks in runs.items():
+        own = [f"output={tmp_path}/{name}", "data.workers=1", f"training.micro_batch={8 // ranks}"]
+        done = run_ranks(ranks, *common, *own)
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in (tmp_path / name / "bad_samples.jsonl").read_text().splitlines()]
         assert {row["key"] for row in rows} == BAD and len(rows) == len(BAD)

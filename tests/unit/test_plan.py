@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import ROOT
 from support.golden import golden_json
-from support.processes import run_script
+from support.processes import run_ranks
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -370,8 +370,7 @@ def peaks(tmp_path_factory):
     """Bytes at the peak of a step, by case, of two processes that do the same: the smaller, see `peak_of_step`."""
     path = tmp_path_factory.mktemp("plan") / "cases.json"
     path.write_text(json.dumps(CASES))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = run_script(*launcher, "tests/workers/plan_worker.py", str(path), timeout=1800)
+    result = run_ranks(2, "tests/workers/plan_worker.py", path, timeout=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [json.loads((path.parent / f"cases.json.{rank}").read_text()) for rank in range(2)]
     return {name: min(found[name] for found in ranks) for name in CASES}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import run_script
+from support.processes import run_ranks
 from support.quantizer import KINDS, Kind, build, draw_latents, objective
 from support.training import checkpoint_tensors, make_workplace, train_here
 from torch import Tensor
@@ -267,8 +267,7 @@ def test_batch_statistics_over_ranks_are_those_of_the_whole_batch(kind: Kind, co
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     path = tmp_path_factory.mktemp("ranks") / "result"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = run_script(*launcher, str(Path(__file__).parents[1] / "workers/quantizer_worker.py"), str(path))
+    result = run_ranks(2, "tests/workers/quantizer_worker.py", path)
     assert result.returncode == 0, result.stderr[-3000:]
     return load_file(f"{path}.safetensors")
 

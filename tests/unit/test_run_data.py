@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support.processes import run_script
+from support.processes import run_ranks
 from support.training import (
     checkpoint_tensors,
     largest_difference,
@@ -17,8 +17,6 @@ from support.training import (
 import ibq
 from ibq.data.codes import CodeDataset, CodesMeta, write_codes
 from ibq.training.checkpoint import weights_hash
-
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +106,9 @@ def test_ranks_may_change_in_the_middle(place, tmp_path):
     command = ["ibq/train_ar.py", "--config", str(place / "transformer.yaml"), f"output={tmp_path}/run"]
     constant = "schedule.end=1.0"  # or the learning rate would depend on where a run ends
     assert train(place, tmp_path / "whole", "training.max_steps=9", constant) == 0
-    for steps, launcher, micro_batch in ((3, (), 8), (6, LAUNCHER, 4), (9, (), 8)):
-        lengths = [f"training.max_steps={steps}", f"training.micro_batch={micro_batch}"]
-        done = run_script(*launcher, *command, *lengths, constant)
+    for steps, ranks in ((3, 1), (6, 2), (9, 1)):
+        lengths = [f"training.max_steps={steps}", f"training.micro_batch={8 // ranks}"]
+        done = run_ranks(ranks, *command, *lengths, constant)
         assert done.returncode == 0, done.stderr
     states = [json.loads((tmp_path / n / "checkpoints/step-00000009/state.json").read_text()) for n in ("whole", "run")]
     assert states[0]["position"] == states[1]["position"] == 72 and states[0]["order"] == states[1]["order"]
@@ -125,6 +123,6 @@ def test_ranks_may_change_in_the_middle(place, tmp_path):
 @pytest.mark.slow
 def test_ranks_that_do_not_divide_the_streams(place, tmp_path):
     command = ["ibq/train_ar.py", "--config", str(place / "transformer.yaml"), f"output={tmp_path}/run"]
-    refused = run_script(*LAUNCHER, *command, "data.streams=9", "training.micro_batch=4")
+    refused = run_ranks(2, *command, "data.streams=9", "training.micro_batch=4")
     assert refused.returncode != 0 and "data.streams: 9 streams cannot be shared by 2 ranks" in refused.stderr
     assert "such as 10" in refused.stderr and not (tmp_path / "run").exists()

@@ -3,15 +3,12 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
+from support.processes import PIPE, rank_environments, script_environment, start_script
 from support.training import SCRIPTS, checkpoint_tensors, make_workplace, scalars, train_here
 
 STEPS = {"tokenizer": 40, "transformer": 250}
@@ -34,21 +31,12 @@ class Running:
 
     def __init__(self, place, stage, output: Path, *overrides, ranks=1, workers=0):
         self.output = output
-        command = [sys.executable, SCRIPTS[stage], *arguments(place, stage, output, *overrides, ranks=ranks)]
+        command = [SCRIPTS[stage], *arguments(place, stage, output, *overrides, ranks=ranks)]
         command.append(f"data.workers={workers}")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if ranks > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        self.ranks = []
-        for rank in range(ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
-            self.ranks.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment | own, stderr=subprocess.PIPE, text=True, start_new_session=True
-                )
-            )
+        self.ranks = [
+            start_script(*command, environment=script_environment(**own), stderr=PIPE, start_new_session=True)
+            for own in (rank_environments(ranks) if ranks > 1 else [{}])
+        ]
 
     def wait_for_step(self, count=2) -> None:
         metrics, deadline = self.output / "metrics.jsonl", time.monotonic() + 60

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import run_script
+from support.processes import run_ranks, run_script
 from support.training import CODES, checkpoint_tensors, make_workplace, scalars, train_here
 
 import ibq
@@ -15,7 +15,6 @@ from ibq.config import load_config
 from ibq.models.tokenizer import TokenizerConfig
 
 STAGES = ("tokenizer", "transformer")
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 WORKER = "tests/workers/train_worker.py"
 
 
@@ -41,14 +40,14 @@ def job(place, stage, folder, *overrides, fault=None):
     return {"stage": stage, "argv": argv, "fault": fault}
 
 
-def run_jobs(path, jobs, launcher=()):
+def run_jobs(path, jobs, ranks=1):
     """The exit codes of the jobs and the worker's stderr."""
     path.write_text(json.dumps(jobs))
-    result = run_script(*launcher, WORKER, str(path))
+    result = run_ranks(ranks, WORKER, path) if ranks > 1 else run_script(WORKER, path)
     assert result.returncode == 0, result.stderr[-3000:]
-    ranks = [json.loads(file.read_text()) for file in sorted(path.parent.glob(f"{path.name}.*"))]
-    assert len(ranks) == (2 if launcher else 1) and all(codes == ranks[0] for codes in ranks)
-    return ranks[0], result.stderr
+    found = [json.loads(file.read_text()) for file in sorted(path.parent.glob(f"{path.name}.*"))]
+    assert len(found) == ranks and all(codes == found[0] for codes in found)
+    return found[0], result.stderr
 
 
 def assert_identical(actual, expected):
@@ -101,7 +100,7 @@ def test_a_bad_step_is_skipped_by_all_ranks(place, tmp_path):
             place, tmp_path / "infinite", "tokenizer", "infinite", ["training.micro_batch=2"], rank=1
         ),
     }
-    codes, stderr = run_jobs(tmp_path / "jobs.json", list(jobs.values()), LAUNCHER)
+    codes, stderr = run_jobs(tmp_path / "jobs.json", list(jobs.values()), ranks=2)
     assert codes == [0] * len(jobs)
     for name in jobs:
         check_skipped(tmp_path / name, stderr)
