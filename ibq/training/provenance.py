@@ -64,6 +64,20 @@ def start_record(root: Path) -> dict:
     }
 
 
+def packages() -> list[str]:
+    """NAME==VERSION of all that is installed.
+
+    Read from the heads of their descriptions: to parse these wholly takes as long as some steps of training.
+    """
+    found = set()
+    for each in distributions():
+        head = (each.read_text("METADATA") or each.read_text("PKG-INFO") or "").partition("\n\n")[0]
+        fields = dict(re.findall(r"^(Name|Version): *(.*?)\r?$", head, flags=re.MULTILINE))
+        if len(fields) == 2:
+            found.add(f"{fields['Name']}=={fields['Version']}")
+    return sorted(found, key=str.lower)
+
+
 def record_start(folder: Path) -> None:
     """Add this start to the run's list; rank 0 alone does it. A full disk is no reason to fail here."""
     from ibq import dist  # as above
@@ -71,9 +85,8 @@ def record_start(folder: Path) -> None:
     if not dist.is_main():
         return
     root = Path(__file__).resolve().parent.parent.parent
-    packages = sorted({f"{found.metadata['Name']}=={found.version}" for found in distributions()}, key=str.lower)
     try:
         append_line(folder / FILE, start_record(root))
-        write_text(folder / PACKAGES_FILE, "\n".join(packages) + "\n")
+        write_text(folder / PACKAGES_FILE, "\n".join(packages()) + "\n")
     except OSError:
         return

@@ -21,7 +21,14 @@ from pathlib import Path
 
 # What runs of both stages import, first or last: torch._dynamo with the first step of an optimizer.
 HEAVY = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "torchvision.transforms.v2")
-HEAVY += ("scipy.linalg", "webdataset", "ibq.train_ar", "ibq.train_tokenizer", "ibq.evaluation.generation", "torch._inductor.compile_fx")
+HEAVY += (
+    "scipy.linalg",
+    "webdataset",
+    "ibq.train_ar",
+    "ibq.train_tokenizer",
+    "ibq.evaluation.generation",
+    "torch._inductor.compile_fx",
+)
 
 
 def preload(root: str) -> None:
