@@ -1,5 +1,6 @@
-"""Paths that pages once named answer with the new one: one line, exit code 2."""
+"""Paths that pages once named answer with the new one: one line, exit code 2; runs made with them go on."""
 
+import json
 import shutil
 
 import pytest
@@ -12,7 +13,10 @@ from ibq.config_yaml import MOVED
 from ibq.models.transformer import TransformerConfig
 from ibq.train_tokenizer import TokenizerRunConfig
 from launchers import sweep
+from launchers.lib.sweep.grid import SweepConfig
+from launchers.lib.sweep.grid import runs_of as runs_of
 from tools import plan
+from tools.lib.quickstart import recipe
 
 
 def said(capsys, main, *argv: str) -> str:
@@ -71,3 +75,21 @@ def test_a_script_that_was_typed():
     done = run_script("tests/test_triton_compile.py", fresh=True)
     assert done.returncode == 2
     assert done.stderr == "error: tests/test_triton_compile.py: moved to tests/gpu/test_triton_compile.py\n"
+
+
+def test_a_quickstart_begun_before_goes_on_with_its_plan(tmp_path):
+    train, validation = recipe.EMOJI
+    written = {"data": {"train": train, "validation": validation, "smoke": False}}
+    written |= {"seconds": {"train_tokenizer": 31.5}, "precision": "bf16", "tokenizer": 1550}
+    (tmp_path / "plan.json").write_text(json.dumps(written))
+    quickstart = recipe.Quickstart(tmp_path, recipe.Place(train=train, validation=validation), minutes=8.5, smoke=False)
+    assert quickstart.steps("tokenizer", lambda: pytest.fail("measured again"), until=0.5) == 1550
+    assert (quickstart.precision(), quickstart.elapsed()) == ("bf16", 31.5)
+
+
+@pytest.mark.parametrize("file", ["ablations/quantizers", "scaling/sweep"])
+def test_sweeps_begun_before_go_on(file, monkeypatch):
+    """What says whether a run was trained with other settings holds no config's path."""
+    monkeypatch.chdir(ROOT)
+    runs = runs_of(load_config(SweepConfig, f"yaml/{file}.yaml"), f"yaml/{file}.yaml")
+    assert runs and not any("yaml" in json.dumps(run.settings, default=str) for run in runs)
