@@ -13,8 +13,7 @@ from ibq.config_yaml import MOVED
 from ibq.models.transformer import TransformerConfig
 from ibq.train_tokenizer import TokenizerRunConfig
 from launchers import sweep
-from launchers.lib.sweep.grid import SweepConfig
-from launchers.lib.sweep.grid import runs_of as runs_of
+from launchers.lib.sweep.grid import SweepConfig, runs_of
 from tools import plan
 from tools.lib.quickstart import recipe
 

@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -173,6 +174,22 @@ def test_settings_exist():
     assert not is_setting("training.epocs")
     missing = sorted(name for name in settings if not is_setting(name))
     assert not missing, f"the pages name settings that do not exist: {missing}"
+
+
+@pytest.mark.parametrize(
+    ("page", "config", "section"),
+    [("ibq/quantizers/README.md", TokenizerConfig, "quantizer"), ("ibq/engine/README.md", ARRunConfig, "engine")],
+)
+def test_every_kind_has_a_row_with_its_options(page, config, section):
+    """A row begins with `KIND` or `{kind: KIND ...}`; what else is a bare word between backticks is an option."""
+    kinds = {kind.kind: kind for kind in get_args(get_type_hints(config)[section])}
+    rows = dict(re.findall(r"^\| `(?:\{kind: )?(\w+)[^`]*` \|(.*)$", TEXT[Path(page)], flags=re.M))
+    assert set(rows) == set(kinds)
+    for name, row in rows.items():
+        options = set(re.findall(r"`(\w+)(?::[^`]*)?`", row)) - {"fully_shard"}
+        assert options, "every kind has some"
+        unknown = options - set(kinds[name].__dataclass_fields__)
+        assert not unknown, f"{page}: {name} has no {unknown}"
 
 
 def test_yaml_examples_load(tmp_path):
