@@ -205,6 +205,13 @@ def test_yaml_examples_load(tmp_path):
             load_config(SweepConfig, file)
 
 
+@pytest.mark.parametrize("folder", ["tools", "launchers"])
+def test_every_typed_command_has_a_row(folder):
+    named = re.findall(rf"^\| `({folder}/\S+)` \|", TEXT[Path(folder) / "README.md"], flags=re.M)
+    scripts = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".sh")]
+    assert sorted(named) == sorted(scripts)
+
+
 def test_readme_is_short():
     assert len(TEXT[Path("README.md")].splitlines()) <= README_LINES
 
