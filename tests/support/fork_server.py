@@ -7,6 +7,7 @@ and has one thread, so that a child is as a new process that has just imported t
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -37,10 +38,19 @@ def preload(root: str) -> None:
     for name in HEAVY:
         importlib.import_module(name)
     sys.path.remove(root)
+    remember_cpu_info()
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, "an import has started threads, which a fork would lose"
     gc.collect()
     gc.freeze()  # children share these pages as long as nothing counts references in them
+
+
+def remember_cpu_info() -> None:
+    """Ask once: each of DeepSpeed's CPU optimizers would start a process for it, which takes more than a second."""
+    with contextlib.suppress(ImportError):
+        cpuinfo = importlib.import_module("cpuinfo")
+        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+        cpuinfo.get_cpu_info()
 
 
 def serve(control: socket.socket) -> dict:

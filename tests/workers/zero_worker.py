@@ -6,12 +6,9 @@ jobs.pt: a list of dicts, see `Job`. Rank r leaves NAME.r.pt: losses (mean over 
 its part of the final state.
 """
 
-import contextlib
 import gc
-import importlib
 import sys
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -209,16 +206,8 @@ def run(job: Job, folder: Path) -> None:
     dist.barrier()
 
 
-def remember_cpu_info() -> None:
-    """Ask once: every CPU optimizer starts a process for it."""
-    with contextlib.suppress(ImportError):
-        cpuinfo = importlib.import_module("cpuinfo")
-        cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
-
-
 def main() -> None:
     jobs = Path(sys.argv[1])
-    remember_cpu_info()
     dist.setup("cpu")
     torch.set_flush_denormal(True)
     load_deepspeed(torch.device("cpu"))
