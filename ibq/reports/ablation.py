@@ -1,7 +1,6 @@
 """Variants of a model side by side: a self-contained page, and the same as Markdown with pictures."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from ibq.evaluation.reconstruction import MIN_TOKENS_PER_CODE
 from ibq.files import whole_file, write_text
-from ibq.reports.charts import NUM_COLORS, line_chart
+from ibq.reports import charts
+from ibq.reports.charts import DASHES, NUM_COLORS, Series
 from ibq.reports.figures import BETTER, FIELDS, as_number, number
 from ibq.reports.page import image, page
-from ibq.reports.style import STYLE
+from ibq.reports.style import COLORS, LIGHT, STYLE
 
 # Figure: (label, how to print it, which direction is better, what it is), in the order of the table.
 COLUMNS = {
@@ -53,25 +53,14 @@ PERCENT, UNITS = {"Codebook usage"}, {"PSNR": "dB"}
 # Their first steps differ so much from the last that the runs would not differ on the same scale.
 LATE, LATE_START = {"PSNR", "SSIM"}, 1 / 3
 
-# More runs than colours: the second six lines are dashed, the third six dotted.
-_DASHES = {1: "7 4", 2: "2 4"}
-LINE_STYLE = "".join(
-    f".s{NUM_COLORS * turn + color} {{ --c: var(--s{color}); }} "
-    f".line.s{NUM_COLORS * turn + color} {{ stroke-dasharray: {dash}; }} "
-    f".key.s{NUM_COLORS * turn + color} {{ background: repeating-linear-gradient(90deg, var(--c) 0 "
-    f"{dash.split()[0]}px, transparent 0 {sum(map(int, dash.split()))}px); }}\n"
-    for turn, dash in _DASHES.items()
-    for color in range(NUM_COLORS)
-)
 TABLE_STYLE = """
 table.figures th, table.figures td { padding-right: 13px; font-size: 13px; white-space: nowrap; color: var(--ink); }
 table.figures thead th { color: var(--soft); white-space: normal; vertical-align: bottom; }
 table.figures th + th { text-align: right; }
 td.best { font-weight: 700; } .scroll + p { margin-top: 14px; }
 """
-SVG_STYLE = """.card { fill: var(--card); }
-svg .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
-svg .name { font-size: 13px; font-weight: 400; fill: var(--soft); }"""
+# The drawing for documents brings its own colours, light and dark.
+SVG_STYLE = f"<style>{COLORS} text {{ font: {charts.FONT_SIZE}px system-ui, Segoe UI, Helvetica, sans-serif; }}</style>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +86,7 @@ class AblationData:
     @property
     def colors(self) -> dict[str, int]:
         """The number of each run's line style, the same in all charts."""
-        count = NUM_COLORS * (len(_DASHES) + 1)
+        count = NUM_COLORS * len(DASHES)
         return {name: index % count for index, name in enumerate(self.rows)}
 
 
@@ -175,7 +164,7 @@ def render(data: AblationData) -> str:
         "What the figures are": _explanations(data),
     }
     body = "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text)
-    return page(data.title, data.about, body, f"{STYLE}{LINE_STYLE}{TABLE_STYLE}")
+    return page(data.title, data.about, body, f"{STYLE}{TABLE_STYLE}")
 
 
 def _table(data: AblationData) -> str:
@@ -204,25 +193,24 @@ def _first_step(data: AblationData, quantity: str) -> int:
     return round(last * LATE_START) if quantity in LATE else 0
 
 
-def _chart(data: AblationData, quantity: str) -> str:
+def _series(data: AblationData, quantity: str) -> Series:
     start, colors = _first_step(data, quantity), data.colors
-    series = {
-        name: (colors[name], [point for point in points if point[0] >= start])
-        for name, points in data.curves[quantity].items()
-    }
-    percent = quantity in PERCENT
-    return line_chart(series, title=quantity, unit=_unit(data, quantity), percent=percent, width=CHART_WIDTH)
+    curves = data.curves[quantity]
+    return {name: (colors[name], [point for point in curves[name] if point[0] >= start]) for name in curves}
 
 
 def _charts(data: AblationData) -> str:
-    charts = "".join(_chart(data, quantity) for quantity in data.curves)
+    drawn = ""
+    for name in data.curves:
+        look = {"unit": _unit(data, name), "percent": name in PERCENT, "width": CHART_WIDTH}
+        drawn += charts.line_chart(_series(data, name), title=name, **look)
     text = "On the validation images, with averaged weights. Figures beside the names are the last values"
     text += (
         "; usage and perplexity are lower than in the table where that counts the codes of more images."
         if any("perplexity" in row for row in data.rows.values())
         else "."
     )
-    return f'<p class="soft">{text}</p><div class="charts columns2">{charts}</div>' if charts else ""
+    return f'<p class="soft">{text}</p><div class="charts columns2">{drawn}</div>' if drawn else ""
 
 
 def _reconstructions(data: AblationData) -> str:
@@ -290,47 +278,29 @@ def markdown(data: AblationData, pictures: str) -> str:
 
 def curves_svg(data: AblationData) -> str:
     """All charts in one drawing with one legend, which brings its own colours; "" without any curve."""
-    charts = {quantity: _chart(data, quantity) for quantity in data.curves}
-    charts = {quantity: re.search(r"<svg.*</svg>", text, re.S)[0] for quantity, text in charts.items() if text}
-    if not charts:
+    names = [
+        name for name, runs in data.curves.items() if any(len(charts.downsample(points)[0]) for points in runs.values())
+    ]
+    if not names:
         return ""
-    gap, title, height, width = 30, 24, 210, CHART_WIDTH
-    parts = []
-    for index, (quantity, drawing) in enumerate(charts.items()):
-        left, top = index % 2 * (width + gap), index // 2 * (height + title + gap)
-        unit = f'<tspan class="name" dx="6">{escape(_unit(data, quantity))}</tspan>'
-        parts.append(f'<text class="title" x="{left}" y="{top + 15}">{escape(quantity)}{unit}</text>')
-        placed = f'<svg x="{left}" y="{top + title}" width="{width}" height="{height}"'
-        parts.append(drawing.replace("<svg", placed, 1))
-    below = -(-len(charts) // 2) * (height + title + gap)
-    total = 2 * width + gap if len(charts) > 1 else width
-    legend, bottom = _svg_legend(data, below + 8, total)
-    box = f'viewBox="-8 -4 {total + 16} {bottom}" width="{total + 16}" height="{bottom}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {box} font-family="system-ui, Segoe UI, Helvetica, sans-serif">'
-        f"<style>{_svg_style()}</style>"
-        f'<rect class="card" x="-8" y="-4" width="100%" height="100%"/>{"".join(parts)}{legend}</svg>\n'
-    )
+    columns, rows = min(len(names), 2), -(-len(names) // 2)
+    width = columns * (CHART_WIDTH + 30)
+    keys = max(int(width // (48 + 8 * max(map(len, data.colors)))), 1)  # of the legend, side by side
+    height = rows * (charts.HEIGHT + 54) + -(-len(data.colors) // keys) * 20
+    with charts.page_look():
+        from matplotlib.lines import Line2D
 
-
-def _svg_style() -> str:
-    """What the drawing needs of the page's style: the colours, light and dark, and the rules for SVG."""
-    colors = re.search(r":root \{.*?\n(?=\*)", STYLE, re.S)[0]
-    drawn = (r"svg text", r"svg \.on", r"\.middle", r"\.grid", r"\.line", r"\.dot", r"\.band", r"\.s\d")
-    rules = [line for line in STYLE.splitlines() if re.match("|".join(drawn), line)]
-    return "\n".join((colors, *rules, LINE_STYLE, SVG_STYLE))
-
-
-def _svg_legend(data: AblationData, top: float, width: int) -> tuple[str, float]:
-    """A line and a name for every run, in columns; and where it ends."""
-    longest = max(map(len, data.colors))
-    columns = max(int(width // (48 + 8 * longest)), 1)
-    parts = []
-    for index, (name, color) in enumerate(data.colors.items()):
-        left, y = index % columns * (width / columns), top + index // columns * 20
-        parts.append(f'<path class="line s{color}" d="M{left:.0f} {y}h26"/>')
-        parts.append(f'<text class="name" x="{left + 34:.0f}" y="{y + 4}">{escape(name)}</text>')
-    return "".join(parts), top + -(-len(data.colors) // columns) * 20 + 8
+        sheet = charts.new_figure(width / 72, height / 72, layout="constrained", facecolor=charts.CARD)
+        panels = sheet.subplots(rows, columns, squeeze=False).flat
+        for axes, name in zip(panels, names, strict=False):
+            charts.draw_lines(axes, _series(data, name), percent=name in PERCENT)
+            axes.set_title(name, loc="left", size=14, weight="bold", color=LIGHT["ink"])
+            axes.set_title(_unit(data, name), loc="right", size=13)
+        for axes in panels[len(names) :]:
+            axes.remove()
+        lines = [Line2D([], [], label=name, **charts.line_look(style)) for name, style in data.colors.items()]
+        sheet.legend(handles=lines, loc="outside lower left", ncols=keys, fontsize=13)
+        return charts.as_svg(sheet, f"{', '.join(names)} by step", SVG_STYLE)
 
 
 def reconstruction_sheet(data: AblationData) -> Image.Image:

@@ -1,171 +1,199 @@
-"""Charts as inline SVG: no dependency, colours from the page's CSS variables (--ink, --grid, --s0 ... --s5)."""
+"""Charts drawn by matplotlib: SVG that takes its colours from the page's style sheet, light and dark, and PNG files.
 
+matplotlib is imported where something is drawn, for that takes half a second, and without its global state.
+"""
+
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
-from itertools import pairwise
+from io import StringIO
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
+from ibq.files import whole_file
 from ibq.reports.figures import short_number
+from ibq.reports.style import LIGHT
 
-HEIGHT = 210  # user units, about pixels: the page scales a drawing a little to fit its column
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HEIGHT = 210  # matplotlib's points, on a screen about pixels: the page scales a drawing a little to fit its column
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 38
 MAX_POINTS = 100  # longer series are averaged over neighbouring steps
 MAX_STEPS = 400  # of a histogram
 MARKED_POINTS = 16  # shorter series show every point
 NUM_COLORS = 6
+DASHES = ("solid", "dashed", "dotted")  # of the first six lines, the second six, the third six
+REFERENCES = ("dashed", "dotted", "dashdot")
+FONT_SIZE = 11.5
+SOFT, CARD = LIGHT["soft"], LIGHT["card"]
+LOOK = {
+    "font.size": FONT_SIZE, "text.color": SOFT, "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT,
+    "axes.edgecolor": SOFT, "axes.facecolor": "none", "axes.spines.left": False, "axes.spines.right": False,
+    "axes.spines.top": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
+    "grid.color": LIGHT["grid"], "ytick.major.size": 0, "ytick.major.pad": 7, "lines.linewidth": 2,
+    "lines.markersize": 4.5, "legend.frameon": False,
+    "svg.fonttype": "none", "svg.hashsalt": "ibq",  # text as text; the same names of shared parts at every run
+}  # fmt: skip
+# What the page does without, or says in its style sheet: fonts, names of groups, rotations by nothing, digits.
+NEEDLESS = rf'font-size: {FONT_SIZE}px; |font-family: [^;]*; |(?<=<g) id="[^"]*"| transform="rotate\(-0 [^"]*"'
+NEEDLESS += r"|(?<=\.\d\d)\d+|\n *"
 
 Points = Sequence[tuple[float, float]]
+Series = Mapping[str, tuple[int, Points]]  # name -> (number of the line's style, [(x, y)])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """Maps values to 0..1, linearly or by logarithm, and knows its ticks."""
-
-    low: float
-    high: float
-    log: bool = False
-    percent: bool = False
-
-    def place(self, value: float) -> float:
-        """Where a value lies on the axis: 0 at `low`, 1 at `high`; values outside are moved to the ends."""
-        value = min(max(value, self.low), self.high)
-        if self.log:
-            start = math.log(self.low)
-            return (math.log(value) - start) / (math.log(self.high) - start)
-        return (value - self.low) / (self.high - self.low)
-
-    def ticks(self, count: int = 5) -> list[float]:
-        """About `count` round values within the axis."""
-        if self.log:
-            return self._log_ticks(count)
-        step = nice_step(self.high - self.low, count)
-        first = math.ceil(self.low / step - 1e-9)
-        last = math.floor(self.high / step + 1e-9)
-        return [index * step for index in range(first, last + 1)]
-
-    def _log_ticks(self, count: int) -> list[float]:
-        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        mantissas = (1, 2, 5) if self.high / self.low < 500 else (1,)
-        stride = max(1, (last - first) // count)
-        candidates = [m * 10.0**e for e in range(first, last + 1, stride) for m in mantissas]
-        return [tick for tick in candidates if self.low * (1 - 1e-9) <= tick <= self.high * (1 + 1e-9)]
-
-    def label(self, value: float) -> str:
-        """A tick's text, with as many decimals as its neighbours need."""
-        if self.percent:
-            return f"{value * 100:.4g}%"
-        if self.log or max(abs(self.low), abs(self.high)) >= 10_000:
-            return short_number(value)
-        decimals = max(0, -math.floor(math.log10(nice_step(self.high - self.low, 5)) + 1e-9))
-        return f"{value + 0.0:,.{decimals}f}" if round(value, decimals) else "0"
+# --- Figures and files ---
 
 
-def nice_step(span: float, count: int) -> float:
-    """The step of 1, 2 or 5 times a power of ten that divides `span` into about `count` parts."""
-    raw = span / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    return next(factor * power for factor in (1, 2, 5, 10) if raw <= factor * power * (1 + 1e-9))
+def new_figure(width: float, height: float, **options) -> "Figure":
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), **options)
 
 
-def value_axis(values: Sequence[float], *, percent: bool = False, allow_log: bool = True) -> Axis:
-    """An axis that holds all values, with some room; logarithmic where positive values span a factor of 50."""
-    low, high = min(values), max(values)
-    if percent:
-        return Axis(low=0.0, high=max(1.0, high), percent=True)
-    if allow_log and low > 0 and high / low > 50:
-        return Axis(low=low / 1.15, high=high * 1.15, log=True)
-    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    return Axis(low=0.0 if low >= 0 and low - room < 0.25 * high else low - room, high=high + room)
+def save_png(figure: "Figure", path: Path) -> Path:
+    """Write a figure, whole or not at all; the path again."""
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")
+    return path
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bucket:
-    """Neighbouring points of a series."""
+@contextmanager
+def page_look() -> Iterator[None]:
+    """Figures made and saved within this context look like the page."""
+    import matplotlib
 
-    x: float
-    first: float
-    last: float
-    mean: float
-    low: float
-    high: float
+    with matplotlib.rc_context(LOOK):
+        yield
 
 
-def downsample(points: Points, limit: int = MAX_POINTS) -> list[Bucket]:
-    """At most `limit` buckets of finite points in order of x, each with mean, lowest and highest value."""
+def as_svg(figure: "Figure", description: str, style: str = "") -> str:
+    """An <svg> with a description for those who cannot see it, and perhaps with a style sheet of its own."""
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    head, _, drawing = text.getvalue().partition("</defs>")  # matplotlib's own style sheet ends there
+    size = re.search(r'width=.*viewBox="[^"]*"', head)[0].replace("pt", "")
+    names = {color: f"var(--{name})" for name, color in LIGHT.items()}
+    drawing = re.sub("#[0-9a-f]{6}", lambda found: names.get(found[0], found[0]), re.sub(NEEDLESS, "", drawing))
+    spoken = f'role="img" aria-label="{escape(description)}"' if description else ""
+    space = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f"<svg {space} {size} {spoken}>{style}{drawing}"
+
+
+# --- Parts of a chart ---
+
+
+def downsample(points: Points, limit: int = MAX_POINTS) -> np.ndarray:
+    """[4, n]: x, mean, lowest and highest y of at most `limit` groups of neighbours; values not finite are left out.
+
+    The first and the last group stand where the series begins and ends.
+    """
     clean = sorted((float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y))
-    count = min(limit, len(clean))
-    edges = [round(index * len(clean) / count) for index in range(count + 1)] if count else []
-    groups = [clean[start:stop] for start, stop in pairwise(edges)]
-    return [
-        Bucket(
-            x=sum(x for x, _ in group) / len(group),
-            first=group[0][0],
-            last=group[-1][0],
-            mean=sum(y for _, y in group) / len(group),
-            low=min(y for _, y in group),
-            high=max(y for _, y in group),
-        )
-        for group in groups
-    ]
+    if not clean:
+        return np.empty((4, 0))
+    groups = np.array_split(np.array(clean), min(limit, len(clean)))
+    found = np.array([(*group.mean(0), group[:, 1].min(), group[:, 1].max()) for group in groups]).T
+    found[0, [0, -1]] = clean[0][0], clean[-1][0]
+    return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Frame:
-    """A plot's size and two axes, and how values become coordinates."""
+def draw_lines(
+    axes: "Axes", series: Series, *, percent: bool = False, references: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, float]:
+    """Draw curves, the range of what was averaged as a band, and horizontal lines {name: y}; the curves' last values.
 
-    x: Axis
-    y: Axis
-    width: int
-    height: int = HEIGHT
+    Curves without any finite value are left out; without any such curve nothing is drawn.
+    """
+    from matplotlib.ticker import MaxNLocator
 
-    @property
-    def right(self) -> int:
-        """Horizontal coordinate of the plot's end."""
-        return self.width - RIGHT
+    curves = {name: downsample(points) for name, (_, points) in series.items()}
+    curves = {name: curve for name, curve in curves.items() if curve.size}
+    if not curves:
+        return {}
+    every = np.concatenate(list(curves.values()), axis=1)
+    first, last = every[0].min(), every[0].max()
+    start = 0.0 if 0 <= first < 0.3 * last else first
+    axes.set_xlim(start, last if last > start else start + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    axes.xaxis.set_major_formatter(_tick_text(last))
+    axes.set_xlabel("step")
+    _set_values(axes, np.array([*every[2], *every[3], *references.values()]), percent)
+    for name, (x, mean, low, high) in curves.items():
+        look = line_look(series[name][0])
+        if (low < high).any():
+            axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0)
+        axes.plot(x, mean, marker="o" if len(x) <= MARKED_POINTS else "", clip_on=False, **look)
+    for (name, y), dashes in zip(references.items(), itertools.cycle(REFERENCES), strict=False):
+        draw_level(axes, name, y, dashes, references.values())
+    return {name: float(curve[1, -1]) for name, curve in curves.items()}
 
-    @property
-    def bottom(self) -> int:
-        """Vertical coordinate of the horizontal axis."""
-        return self.height - BOTTOM
 
-    def point(self, x: float, y: float) -> str:
-        """Coordinates as SVG writes them."""
-        return f"{self.left(x):.1f},{self.top(y):.1f}"
+def line_look(style: int) -> dict[str, str]:
+    """Colour and dashes of a line: more lines than colours are told apart by dashes."""
+    return {"color": LIGHT[f"s{style % NUM_COLORS}"], "linestyle": DASHES[style // NUM_COLORS]}
 
-    def left(self, x: float) -> float:
-        """Horizontal coordinate of x."""
-        return LEFT + self.x.place(x) * (self.right - LEFT)
 
-    def top(self, y: float) -> float:
-        """Vertical coordinate of y (SVG counts downwards)."""
-        return self.bottom - self.y.place(y) * (self.bottom - TOP)
+def draw_level(axes: "Axes", name: str, y: float, dashes: str, others: Sequence[float] = ()) -> None:
+    """A horizontal line with its name at the right end: above it, or below where another line is close above."""
 
-    def level(self, name: str, y: float, style: str, *, below: bool = False) -> str:
-        """A dashed horizontal line with its name at the right end."""
-        top = self.top(y)
-        line = f'<path class="reference {style}" d="M{LEFT} {top:.1f}H{self.right}"/>'
-        return (
-            f'{line}<text x="{self.right}" y="{top + (13 if below else -5):.1f}" class="end on">{escape(name)}</text>'
-        )
+    def up(value: float) -> float:
+        return axes.transData.transform((0, value))[1]
 
-    def draw(self, body: str, *, x_label: str, description: str) -> str:
-        """The SVG: grid and ticks under `body`, a description for those who cannot see it."""
-        parts = [f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(description)}">']
-        for tick in self.y.ticks():
-            top = self.top(tick)
-            parts.append(f'<path class="grid" d="M{LEFT} {top:.1f}H{self.right}"/>')
-            parts.append(f'<text x="{LEFT - 7}" y="{top + 3.8:.1f}" class="end">{self.y.label(tick)}</text>')
-        for tick in self.x.ticks(6):
-            left = self.left(tick)
-            parts.append(f'<path class="tick" d="M{left:.1f} {self.bottom}v4"/>')
-            parts.append(f'<text x="{left:.1f}" y="{self.bottom + 16}" class="middle">{self.x.label(tick)}</text>')
-        parts += [body, f'<path class="axis" d="M{LEFT} {self.bottom}H{self.right}"/>']
-        middle = (LEFT + self.right) / 2
-        parts.append(f'<text x="{middle}" y="{self.height - 4}" class="middle soft">{escape(x_label)}</text></svg>')
-        return "".join(parts)
+    crowded = any(0 < up(other) - up(y) < 18 for other in others)
+    axes.axhline(y, color=SOFT, linewidth=1.5, linestyle=dashes)
+    place = {"xy": (1, y), "xycoords": ("axes fraction", "data"), "xytext": (0, -4 if crowded else 4)}
+    behind = {"facecolor": CARD, "edgecolor": "none", "pad": 1, "alpha": 0.8}
+    aligned = {"ha": "right", "va": "top" if crowded else "bottom"}
+    axes.annotate(name, textcoords="offset points", annotation_clip=False, bbox=behind, **place, **aligned)
+
+
+def _set_values(axes: "Axes", values: np.ndarray, percent: bool) -> None:
+    """Limits that hold all values, with some room; logarithmic where positive values span a factor of 50."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    low, high = float(values.min()), float(values.max())
+    if percent:
+        axes.set_ylim(0.0, max(1.0, high))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        return
+    if low > 0 and high / low > 50:
+        set_logarithmic(axes, low / 1.15, high * 1.15)
+        return
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    axes.set_ylim(0.0 if low >= 0 and low - room < 0.25 * high else low - room, high + room)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+    axes.yaxis.set_major_formatter(_tick_text(max(abs(low), abs(high))))
+
+
+def set_logarithmic(axes: "Axes", low: float, high: float) -> None:
+    """A logarithmic vertical axis with round numbers."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,), numticks=6))
+    axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
+    axes.minorticks_off()
+
+
+def _tick_text(largest: float):
+    """How the ticks of a linear axis are written."""
+    if largest >= 10_000:
+        return lambda value, _: short_number(value)
+    return lambda value, _: f"{round(value, 12) + 0.0:,.10g}"
+
+
+# --- Charts of the page ---
 
 
 def figure(title: str, legend: Sequence[str], drawing: str) -> str:
@@ -174,123 +202,93 @@ def figure(title: str, legend: Sequence[str], drawing: str) -> str:
     return f'<figure class="chart"><figcaption><b>{title}</b>{keys}</figcaption>{drawing}</figure>'
 
 
-def swatch(style: str, text: str) -> str:
-    """One entry of a legend; `style` is a CSS class such as "s0" or "r1"."""
-    return f'<li><i class="key {style}"></i>{text}</li>'
+def swatch(kind: str, color: str, text: str) -> str:
+    """One entry of a legend: a line ("solid", "dashed", ...) or an "area" in one of the page's colours."""
+    return f'<li><i class="key {kind}" style="--c: var(--{color})"></i>{text}</li>'
 
 
 def line_chart(
-    series: Mapping[str, tuple[int, Points]],
+    series: Series,
     *,
     title: str,
     unit: str = "",
-    x_label: str = "step",
     percent: bool = False,
-    references: Mapping[str, float] | None = None,
+    references: Mapping[str, float] = MappingProxyType({}),
     width: int = 320,
 ) -> str:
-    """Curves {name: (colour number, [(x, y)])} and dashed horizontal lines {name: y} in one plot.
+    """Curves over training steps, and horizontal lines {name: y}, in one plot.
 
     Values that are not finite are left out; without any finite value the result is "".
     """
-    curves = {name: (color, downsample(points)) for name, (color, points) in series.items()}
-    curves = {name: (color, buckets) for name, (color, buckets) in curves.items() if buckets}
-    lines = {name: float(y) for name, y in (references or {}).items() if math.isfinite(y)}
-    if not curves:
-        return ""
-    buckets = [bucket for _, found in curves.values() for bucket in found]
-    values = [y for bucket in buckets for y in (bucket.low, bucket.high)]
-    first, last = min(bucket.first for bucket in buckets), max(bucket.last for bucket in buckets)
-    start = 0.0 if 0 <= first < 0.3 * last else first
-    axis = Axis(low=start, high=last if last > start else start + 1)
-    frame = Frame(x=axis, y=value_axis([*values, *lines.values()], percent=percent), width=width)
-    body, legend, spoken = [], [], []
-    for name, (color, found) in curves.items():
-        text = f"{found[-1].mean:.1%}" if percent else f"{found[-1].mean:.4g}"
-        body.append(_curve(frame, found, color))
-        legend.append(swatch(f"s{color}", f"{escape(name)} <em>{text}</em>"))
-        spoken.append(f"{name} ends at {text}")
-    for index, (name, y) in enumerate(lines.items()):
-        crowded = any(0 < frame.top(y) - frame.top(other) < 18 for other in lines.values())
-        body.append(frame.level(name, y, f"r{index % 3}", below=crowded))
-        legend.append(swatch(f"reference r{index % 3}", f"{escape(name)} <em>{y:.4g}</em>"))
-        spoken.append(f"{name} is {y:.4g}")
-    scale = ", ".join(text for text in (unit, "logarithmic" if frame.y.log else "") if text)
-    heading = escape(title) + (f' <span class="soft">{escape(scale)}</span>' if scale else "")
-    description = f"{title} by {x_label}: {'; '.join(spoken)}"
-    return figure(heading, legend, frame.draw("".join(body), x_label=x_label, description=description))
+    levels = {name: float(y) for name, y in references.items() if math.isfinite(y)}
+    legend, spoken = [], []
+    with page_look():
+        axes = _single_axes(width, HEIGHT)
+        ends = draw_lines(axes, series, percent=percent, references=levels)
+        for name, end in ends.items():
+            text, style = f"{end:.1%}" if percent else f"{end:.4g}", series[name][0]
+            kind, color = DASHES[style // NUM_COLORS], f"s{style % NUM_COLORS}"
+            legend.append(swatch(kind, color, f"{escape(name)} <em>{text}</em>"))
+            spoken.append(f"{name} ends at {text}")
+        for (name, y), dashes in zip(levels.items(), itertools.cycle(REFERENCES), strict=False):
+            legend.append(swatch(dashes, "soft", f"{escape(name)} <em>{y:.4g}</em>"))
+            spoken.append(f"{name} is {y:.4g}")
+        drawing = as_svg(axes.figure, f"{title} by step: {'; '.join(spoken)}")
+    return figure(_heading(title, unit, axes), legend, drawing) if ends else ""
 
 
-def _curve(frame: Frame, buckets: Sequence[Bucket], color: int) -> str:
-    line = " ".join(frame.point(bucket.x, bucket.mean) for bucket in buckets)
-    drawn = ""
-    if any(bucket.low < bucket.high for bucket in buckets):
-        upper = [frame.point(bucket.x, bucket.high) for bucket in buckets]
-        lower = [frame.point(bucket.x, bucket.low) for bucket in reversed(buckets)]
-        drawn = f'<polygon class="band s{color}" points="{" ".join(upper + lower)}"/>'
-    drawn += f'<polyline class="line s{color}" points="{line}"/>'
-    if len(buckets) <= MARKED_POINTS:
-        for bucket in buckets:
-            left, top = frame.point(bucket.x, bucket.mean).split(",")
-            drawn += f'<circle class="dot s{color}" cx="{left}" cy="{top}" r="2.6"/>'
-    return drawn
+def _single_axes(width: int, height: int) -> "Axes":
+    """Axes in a figure of so many points."""
+    canvas = new_figure(width / 72, height / 72, facecolor="none")
+    size = ((width - LEFT - RIGHT) / width, (height - TOP - BOTTOM) / height)
+    return canvas.add_axes((LEFT / width, BOTTOM / height, *size))
+
+
+def _heading(title: str, unit: str, axes: "Axes") -> str:
+    scale = ", ".join(filter(None, (unit, "logarithmic" if axes.get_yscale() == "log" else "")))
+    return escape(title) + (f' <span class="soft">{escape(scale)}</span>' if scale else "")
 
 
 def rank_chart(counts: Tensor, *, title: str) -> str:
     """How often each code occurs (counts [K]), most frequent first, with the mean and the unused codes marked."""
-    ordered = counts.double().nan_to_num(0, 0, 0).sort(descending=True).values
+    ordered = counts.double().nan_to_num(0, 0, 0).sort(descending=True).values.numpy()
     num_codes, used = len(ordered), int((ordered > 0).sum())
     if not used:
         return ""
-    mean = float(ordered.sum() / num_codes)
-    drawn = min(used, MAX_STEPS)
-    positions = [round(index * (used - 1) / max(drawn - 1, 1)) for index in range(drawn)]
-    heights = [float(ordered[position]) for position in positions]
-    frame = Frame(x=Axis(low=0, high=num_codes), y=_count_axis(heights), width=620, height=250)
-    steps = [f"M{frame.point(0, frame.y.low)}"]
-    for position, following, height in zip(positions, [*positions[1:], used], heights, strict=True):
-        steps.append(f"L{frame.point(position, height)} {frame.point(following, height)}")
-    steps.append(f"L{frame.point(used, frame.y.low)}Z")
-    body = [f'<path class="area s0" d="{"".join(steps)}"/>']
-    left = frame.left(used)
-    if used < num_codes:
-        size = f'width="{frame.right - left:.1f}" height="{frame.bottom - TOP}"'
-        body.append(f'<rect class="unused" x="{left:.1f}" y="{TOP}" {size}/>')
-    body.append(frame.level("mean", mean, "r0"))
+    edges = np.unique(np.linspace(0, used, min(used, MAX_STEPS) + 1).round())
+    heights, mean = ordered[edges[:-1].astype(int)], float(ordered.mean())
+    with page_look():
+        axes = _single_axes(620, 250)
+        axes.set_xlim(0, num_codes)
+        axes.xaxis.set_major_formatter(_tick_text(num_codes))
+        axes.set_xlabel("codes, most frequent first")
+        if heights[0] > 50 * heights[-1]:
+            set_logarithmic(axes, heights[-1] / 1.5, heights[0] * 1.2)
+        else:
+            axes.set_ylim(0, heights[0] * 1.06)
+            axes.yaxis.set_major_formatter(_tick_text(heights[0]))
+        axes.stairs(heights, edges, baseline=axes.get_ylim()[0], fill=True, color=LIGHT["s0"], alpha=0.75)
+        axes.axvspan(used, num_codes, color=SOFT, alpha=0.14, linewidth=0)
+        draw_level(axes, "mean", mean, REFERENCES[0])
+        spoken = f"{used} of {num_codes} codes occur, from {heights[0]:.0f} down to {ordered[used - 1]:.0f} times"
+        drawing = as_svg(axes.figure, f"{title}: {spoken}")
     legend = [
-        swatch("area s0", f"in use <em>{used:,} of {num_codes:,} ({used / num_codes:.1%})</em>"),
-        swatch("reference r0", f"mean, if all were equally frequent <em>{mean:,.4g}</em>"),
+        swatch("area", "s0", f"in use <em>{used:,} of {num_codes:,} ({used / num_codes:.1%})</em>"),
+        *([swatch("area unused", "soft", f"never used <em>{num_codes - used:,}</em>")] if used < num_codes else []),
+        swatch(REFERENCES[0], "soft", f"mean, if all were equally frequent <em>{mean:,.4g}</em>"),
     ]
-    if used < num_codes:
-        legend.insert(1, swatch("unused", f"never used <em>{num_codes - used:,}</em>"))
-    x_label = "codes, most frequent first"
-    heading = escape(title) + (' <span class="soft">logarithmic</span>' if frame.y.log else "")
-    description = f"{title}: {used} of {num_codes} codes occur, from {heights[0]:.0f} down to {heights[-1]:.0f} times"
-    return figure(heading, legend, frame.draw("".join(body), x_label=x_label, description=description))
-
-
-def _count_axis(heights: Sequence[float]) -> Axis:
-    if heights[0] > 50 * heights[-1]:
-        return Axis(low=heights[-1] / 1.5, high=heights[0] * 1.2, log=True)
-    return Axis(low=0, high=heights[0] * 1.06)
+    return figure(_heading(title, "", axes), legend, drawing)
 
 
 def share_bar(parts: Mapping[str, float], *, title: str, labels: Mapping[str, str]) -> str:
     """One stacked bar of the parts' shares; `labels` gives each part's value as text."""
     shown = {name: float(value) for name, value in parts.items() if math.isfinite(value) and value > 0}
-    total = sum(shown.values())
-    if not shown:
-        return ""
-    width, gap, left, body, legend = 1000.0, 2.0, 0.0, [], []
+    pieces, legend, total = [], [], sum(shown.values())
     for index, (name, value) in enumerate(shown.items()):
-        color, extent = index % NUM_COLORS, width * value / total
-        tip = f"<title>{escape(name)}: {escape(labels[name])} ({value / total:.0%})</title>"
-        size = f'width="{max(extent - gap, 1):.1f}" height="26"'
-        body.append(f'<rect class="fill s{color}" x="{left:.1f}" y="0" {size}>{tip}</rect>')
-        text = f"{escape(name)} <em>{escape(labels[name])} · {value / total:.0%}</em>"
-        legend.append(swatch(f"area s{color}", text))
-        left += extent
+        color, text = f"s{index % NUM_COLORS}", f"{escape(name)} <em>{escape(labels[name])} · {value / total:.0%}</em>"
+        tip = escape(f"{name}: {labels[name]} ({value / total:.0%})")
+        pieces.append(f'<i style="flex: {value / total:.4f}; --c: var(--{color})" title="{tip}"></i>')
+        legend.append(swatch("area", color, text))
     spoken = "; ".join(f"{name} {labels[name]}" for name in shown)
-    drawing = f'<svg class="wide" viewBox="0 0 {width:.0f} 26" preserveAspectRatio="none" role="img"'
-    drawing += f' aria-label="{escape(f"{title}: {spoken}")}">{"".join(body)}</svg>'
-    return figure(escape(title), legend, drawing)
+    bar = f'<div class="bar" role="img" aria-label="{escape(f"{title}: {spoken}")}">{"".join(pieces)}</div>'
+    return figure(escape(title), legend, bar) if shown else ""

@@ -215,7 +215,7 @@ def _curve_chart(quantity: str, curves: Curves, references: Mapping[str, float],
     unit, percent, is_nll = _unit(quantity)
     series = {name: (int(name == "validation"), points) for name, points in curves.items()}
     title = quantity[:1].upper() + quantity[1:]
-    lines = references if is_nll else None
+    lines = references if is_nll else {}
     return line_chart(series, title=title, unit=unit, percent=percent, references=lines, width=width)
 
 

@@ -1,13 +1,23 @@
 """The report's style sheet: light and dark, narrow and wide, screen and paper."""
 
-STYLE = """
-:root { --page: #f6f7f9; --card: #fff; --ink: #1b2230; --soft: #5c6675; --line: #dfe3e9; --grid: #e9ecf0;
-  --good: #14794a; --bad: #b4391f; --accent: #2f6fd0; --code: #eef1f5;
-  --s0: #2f6fd0; --s1: #d9730d; --s2: #17906a; --s3: #9a56c4; --s4: #c43d5f; --s5: #7b8594; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --page: #11151b; --card: #191f28; --ink: #e7ebf1; --soft: #9aa6b6; --line: #2c3542; --grid: #262e39;
-    --good: #58c98f; --bad: #f08b72; --accent: #76aaf5; --code: #222a35;
-    --s0: #76aaf5; --s1: #f0a355; --s2: #4dc39c; --s3: #c493e6; --s4: #ee8aa2; --s5: #98a2b1; } }
+LIGHT = {
+    "page": "#f6f7f9", "card": "#ffffff", "ink": "#1b2230", "soft": "#5c6675", "line": "#dfe3e9", "grid": "#e9ecf0",
+    "good": "#14794a", "bad": "#b4391f", "code": "#eef1f5",
+    "s0": "#2f6fd0", "s1": "#d9730d", "s2": "#17906a", "s3": "#9a56c4", "s4": "#c43d5f", "s5": "#7b8594",
+}  # fmt: skip
+DARK = {
+    "page": "#11151b", "card": "#191f28", "ink": "#e7ebf1", "soft": "#9aa6b6", "line": "#2c3542", "grid": "#262e39",
+    "good": "#58c98f", "bad": "#f08b72", "code": "#222a35",
+    "s0": "#76aaf5", "s1": "#f0a355", "s2": "#4dc39c", "s3": "#c493e6", "s4": "#ee8aa2", "s5": "#98a2b1",
+}  # fmt: skip
+_LIGHT, _DARK = (" ".join(f"--{name}: {color};" for name, color in colors.items()) for colors in (LIGHT, DARK))
+COLORS = f"""
+:root {{ {_LIGHT} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
+"""
+STYLE = (
+    f"{COLORS}"
+    """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -22,7 +32,7 @@ section > p { margin: 0 0 16px; max-width: 85ch; }
 h3 { font-size: 14px; margin: 20px 0 8px; }
 .soft, em { color: var(--soft); font-style: normal; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 20px; font-size: 14px; }
-nav a { color: var(--accent); text-decoration: none; }
+nav a { color: var(--s0); text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 14px; margin: 26px 0 18px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px; }
@@ -57,26 +67,16 @@ figcaption b .soft { font-weight: 400; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0 16px; margin: 2px 0 0; padding: 0;
   font-size: 12.5px; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg.wide { height: 26px; border-radius: 5px; }
-svg text { font-size: 11.5px; fill: var(--soft); font-family: inherit; font-variant-numeric: tabular-nums; }
-svg .on { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
-.middle { text-anchor: middle; } .end { text-anchor: end; }
-.grid { stroke: var(--grid); } .axis, .tick { stroke: var(--soft); opacity: .7; fill: none; }
-.line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.dot { fill: var(--c); } .fill { fill: var(--c); } .band { fill: var(--c); opacity: .16; }
-svg .area { fill: var(--c); opacity: .75; }
-.unused { fill: var(--soft); opacity: .14; }
-.reference { fill: none; stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 6 4; }
-.reference.r1 { stroke-dasharray: 2 3; } .reference.r2 { stroke-dasharray: 10 3 2 3; }
-.s0 { --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3); } .s4 { --c: var(--s4); }
-.s5 { --c: var(--s5); }
-.key { display: inline-block; width: 16px; height: 3px; border-radius: 2px; background: var(--c); margin-right: 6px;
-  vertical-align: middle; }
-.key.area, .key.unused, .key.sampled, .key.found { width: 11px; height: 11px; }
-.key.sampled, .key.found { border: 2px solid var(--s0); margin-left: 8px; } .key.found { border-color: var(--s5); }
-.key.unused { background: var(--soft); }
-.key.reference { background: none; height: 0; width: 21px; border-radius: 0; border-top: 1.5px dashed var(--soft); }
-.key.r1 { border-top-style: dotted; }
+svg text { font-size: 11.5px; font-variant-numeric: tabular-nums; }
+.bar { display: flex; gap: 2px; height: 26px; border-radius: 5px; overflow: hidden; }
+.bar i { background: var(--c); min-width: 1px; }
+.key { display: inline-block; width: 16px; border-top: 3px solid var(--c); margin-right: 6px; vertical-align: middle; }
+.key.dashed, .key.dashdot { width: 21px; border-top-style: dashed; }
+.key.dotted { width: 21px; border-top-style: dotted; }
+.key.area, .key.sampled, .key.found { width: 11px; height: 11px; border: 0; background: var(--c); border-radius: 2px; }
+.key.sampled, .key.found { border: 2px solid var(--s0); margin-left: 8px; background: none; }
+.key.found { border-color: var(--s5); }
+.unused { opacity: .14; }
 .beside { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); gap: 30px; align-items: center; }
 .facts { list-style: none; margin: 0; padding: 0; color: var(--soft); font-size: 13.5px; }
 .facts li { padding: 10px 0; border-bottom: 1px solid var(--line); } .facts li:last-child { border: 0; }
@@ -109,3 +109,4 @@ code { font: inherit; }
   .card .value { font-size: 22px; } .value small { font-size: 11px; } .rows { grid-template-columns: 112px 1fr; }
   h2, h3, section > p { break-after: avoid; } .pairs { break-inside: avoid; } tr, .card, pre { break-inside: avoid; } }
 """
+)

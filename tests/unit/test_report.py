@@ -1,6 +1,7 @@
 import base64
 import io
 import math
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -44,7 +45,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def data():
     generator = torch.Generator().manual_seed(0)
 
@@ -77,9 +78,9 @@ def data():
     )
 
 
-@pytest.fixture
-def page(data, tmp_path):
-    return read(data, tmp_path)
+@pytest.fixture(scope="module")
+def page(data, tmp_path_factory):
+    return read(data, tmp_path_factory.mktemp("page"))
 
 
 def read(data, folder):
@@ -131,7 +132,7 @@ def test_a_worse_result_is_called_worse(data, tmp_path):
 
 
 def test_curves_of_one_quantity_share_a_chart(page):
-    labels = [drawing["aria-label"] for drawing in page.all("svg")]
+    labels = [drawing["aria-label"] for _, drawing in page.tags if drawing.get("role") == "img"]
     assert len(labels) == 3 + 1 + 1  # loss, PSNR, NLL; histogram; time
     nll = next(label for label in labels if label.startswith("NLL"))
     assert all(word in nll for word in ("train", "validation ends at 3.1", "unigram is 4", "bigram is 3.5"))
@@ -168,12 +169,12 @@ def test_images_of_the_wrong_kind_are_refused(data):
 def test_downsampling_keeps_ends_and_extremes():
     points = [(step, math.sin(step)) for step in range(100_000)]
     points[777] = (777, 50.0)
-    buckets = charts.downsample(points)
-    assert len(buckets) == charts.MAX_POINTS
-    assert buckets[0].first == 0 and buckets[-1].last == 99_999
-    assert max(bucket.high for bucket in buckets) == 50.0
-    short = charts.downsample([(2, 1.0), (1, 3.0), (3, math.nan)])
-    assert [(bucket.x, bucket.mean) for bucket in short] == [(1, 3.0), (2, 1.0)]
+    x, mean, low, high = charts.downsample(points)
+    assert len(x) == charts.MAX_POINTS and (low <= mean).all() and (mean <= high).all()
+    assert x[0] == 0 and x[-1] == 99_999
+    assert high.max() == 50.0
+    x, mean, _, _ = charts.downsample([(2, 1.0), (1, 3.0), (3, math.nan)])
+    assert [*zip(x, mean, strict=True)] == [(1, 3.0), (2, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -181,11 +182,22 @@ def test_downsampling_keeps_ends_and_extremes():
     [[0.0], [3.0, 3.0], [-1e-9, 1e9], [1e-6, 1.0], [5.1, 5.2], [-3.0, 4.0], [1e5, 2e5], [1e-300, 1e300]],
 )
 def test_axes_hold_their_values_and_have_distinct_round_ticks(values):
-    axis = charts.value_axis(values)
-    assert all(0 <= axis.place(value) <= 1 for value in values)
-    ticks = axis.ticks()
-    labels = [axis.label(tick) for tick in ticks]
-    assert 2 <= len(ticks) <= 14 and len(set(labels)) == len(labels), labels
+    axes = charts.new_figure(4, 3).add_subplot()
+    charts.draw_lines(axes, {"curve": (0, [*enumerate(values)])})
+    low, high = axes.get_ylim()
+    assert all(low <= value <= high for value in values)
+    axes.figure.canvas.draw()
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    labels = [label.get_text() for tick, label in ticks if low <= tick <= high]
+    assert 2 <= len(labels) <= 14 and len(set(labels)) == len(labels), labels
+    assert all(len(label) < 8 for label in labels), labels
+
+
+def test_drawings_are_the_same_every_time_and_take_their_colours_from_the_page():
+    one, other = (charts.line_chart({"a & b": (1, CURVE)}, title="<t>") for _ in range(2))
+    assert one == other and "var(--s1)" in one and "var(--soft)" in one
+    assert not re.search("#[0-9a-f]{6}[; ]", one), "a colour of its own"
+    assert "a &amp; b" in one and "<t>" not in one
 
 
 def test_a_large_codebook_stays_a_small_drawing():

@@ -96,8 +96,8 @@ def quickstart_start(repeats: int) -> dict:
         for number in range(repeats):
             output = Path(folder) / str(number)
             settings = quickstart.tokenizer_settings(place.overrides(), output, steps=1)
-            starts.append(_start([sys.executable, quickstart.TOKENIZER[0], "--config", quickstart.TOKENIZER[1],
-                                  *settings], output))  # fmt: skip
+            script, config = quickstart.STAGES["tokenizer"]
+            starts.append(_start([sys.executable, script, "--config", config, *settings], output))
     return sorted(starts, key=lambda start: start["seconds"])[len(starts) // 2]
 
 

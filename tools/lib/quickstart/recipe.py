@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,10 @@ STEP_LIMITS = {"tokenizer": (300, 4_000), "transformer": (200, 4_000)}
 SMOKE_STEPS = {"tokenizer": 12, "transformer": 12}
 SAMPLES_PER_CLASS, GUIDANCE, TOP_P = 8, 2.5, 0.9
 VIEWS = 4
-TOKENIZER = ("ibq/train_tokenizer.py", "yaml/quickstart/tokenizer.yaml")  # script and config
+STAGES = {  # script and config
+    "tokenizer": ("ibq/train_tokenizer.py", "yaml/quickstart/tokenizer.yaml"),
+    "transformer": ("ibq/train_ar.py", "yaml/quickstart/transformer.yaml"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +128,13 @@ class Quickstart:
             self.plan["precision"] = "bf16" if bf16_speedup() > 1.5 else "fp32"
         return self.plan["precision"]
 
-    def steps(self, stage: str, calibrate: Callable[[], tuple[float, float]], until: float) -> int:
+    def steps(self, stage: str, overrides: Sequence[str], until: float) -> int:
         """Training steps of a stage, such that it ends when the share `until` of the budget is spent."""
         if stage not in self.plan:
             if self.smoke:
                 self.plan[stage] = SMOKE_STEPS[stage]
             else:
-                per_step, fixed = calibrate()
+                per_step, fixed = measure(self, stage, overrides)
                 seconds = self.minutes * 60 * until - self.elapsed() - fixed
                 low, high = STEP_LIMITS[stage]
                 self.plan[stage] = int(min(max(seconds / per_step // 50 * 50, low), high))
@@ -157,28 +160,17 @@ def bf16_speedup() -> float:
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def measure(
-    quickstart: Quickstart, script: str, config: str, overrides: Sequence[str], gan: bool
-) -> tuple[float, float]:
-    """(seconds per step, seconds besides the steps) of a training command, by a short run of it."""
-    folder = quickstart.output / "calibration"
+def measure(quickstart: Quickstart, stage: str, overrides: Sequence[str]) -> tuple[float, float]:
+    """(seconds per step, seconds besides the steps) of a stage's training command, by a short run of it."""
+    folder, gan = quickstart.output / "calibration", stage == "tokenizer"
     shutil.rmtree(folder, ignore_errors=True)
     steps = 40
+    settings = [f"output={folder}", f"training.max_steps={steps}", "schedule.warmup_steps=1"]
+    settings += [f"training.log_every={steps // 4}"]
     # Half of the steps with the discriminator, all with the quantizer.
-    extra = [f"loss.gan.start_step={steps // 2}", "codebook_start.warmup_steps=0"] if gan else []
+    settings += [f"loss.gan.start_step={steps // 2}", "codebook_start.warmup_steps=0"] if gan else []
     start = time.perf_counter()
-    quickstart.run(
-        "measure the speed",
-        script,
-        "--config",
-        config,
-        *overrides,
-        *extra,
-        f"output={folder}",
-        f"training.max_steps={steps}",
-        "schedule.warmup_steps=1",
-        f"training.log_every={steps // 4}",
-    )
+    train(quickstart, "measure the speed", stage, *overrides, *settings)
     total = time.perf_counter() - start
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "seconds/step" in line]
@@ -189,20 +181,18 @@ def measure(
     return per_step, 2.0 * (total - sum(timed) * steps / 4)
 
 
+def train(quickstart: Quickstart, what: str, stage: str, *settings: str) -> None:
+    """Run the training command of a stage."""
+    script, config = STAGES[stage]
+    quickstart.run(what, script, "--config", config, *settings)
+
+
 def train_tokenizer(quickstart: Quickstart) -> None:
     """Stage 1."""
-    script, config = TOKENIZER
     overrides = [*quickstart.place.overrides(), f"precision={quickstart.precision()}"]
-    steps = quickstart.steps(
-        "tokenizer", lambda: measure(quickstart, script, config, overrides, gan=True), TOKENIZER_SHARE
-    )
-    quickstart.run(
-        "train the tokenizer",
-        script,
-        "--config",
-        config,
-        *tokenizer_settings(overrides, quickstart.output / "tokenizer", steps),
-    )
+    steps = quickstart.steps("tokenizer", overrides, TOKENIZER_SHARE)
+    settings = tokenizer_settings(overrides, quickstart.output / "tokenizer", steps)
+    train(quickstart, "train the tokenizer", "tokenizer", *settings)
 
 
 def tokenizer_settings(overrides: Sequence[str], output: Path, steps: int) -> list[str]:
@@ -231,48 +221,26 @@ def step_overrides(steps: int) -> list[str]:
 def evaluate_tokenizer(quickstart: Quickstart) -> None:
     """Reconstruction figures on the validation images."""
     output = quickstart.output
-    quickstart.run(
-        "evaluate the tokenizer",
-        "tools/evaluate.py",
-        "reconstruction",
-        "--tokenizer",
-        str(output / "tokenizer"),
-        *quickstart.place.options("validation"),
-        "--workers",
-        "0",
-        "--json",
-        str(output / "reconstruction.json"),
-        "--npz",
-        str(output / "reconstruction.npz"),
-    )
+    files = options(json=output / "reconstruction.json", npz=output / "reconstruction.npz")
+    images = [*quickstart.place.options("validation"), *options(workers=0)]
+    command = ["tools/evaluate.py", "reconstruction", *options(tokenizer=output / "tokenizer"), *images, *files]
+    quickstart.run("evaluate the tokenizer", *command)
 
 
 def encode(quickstart: Quickstart) -> None:
     """Images to codes."""
     for split in ("train", "validation"):
         views = VIEWS if split == "train" and not quickstart.smoke else 1
-        quickstart.run(
-            f"encode the {split} images",
-            "tools/encode_shards.py",
-            "--tokenizer",
-            str(quickstart.output / "tokenizer"),
-            *quickstart.place.options(split),
-            "--output",
-            str(quickstart.output / "codes" / split),
-            "--views",
-            str(views),
-            "--workers",
-            "0",
-            "--precision",
-            quickstart.precision(),
-        )
+        place = options(output=quickstart.output / "codes" / split)
+        how = options(views=views, workers=0, precision=quickstart.precision())
+        command = ["tools/encode_shards.py", *options(tokenizer=quickstart.output / "tokenizer")]
+        quickstart.run(f"encode the {split} images", *command, *quickstart.place.options(split), *place, *how)
 
 
 def train_transformer(quickstart: Quickstart) -> None:
     """Stage 2."""
     from ibq.data.codes import CodeDataset
 
-    script, config = "ibq/train_ar.py", "yaml/quickstart/transformer.yaml"
     codes = quickstart.output / "codes"
     meta = CodeDataset(codes / "train").meta
     overrides = [
@@ -283,33 +251,18 @@ def train_transformer(quickstart: Quickstart) -> None:
         f"model.tokens_per_side={meta.tokens_per_side}",
         f"model.num_classes={len(meta.classes)}",
     ]
-    steps = quickstart.steps(
-        "transformer", lambda: measure(quickstart, script, config, overrides, gan=False), TRANSFORMER_END
-    )
+    settings = step_overrides(quickstart.steps("transformer", overrides, TRANSFORMER_END))
     output = f"output={quickstart.output / 'transformer'}"
-    quickstart.run("train the transformer", script, "--config", config, *overrides, output, *step_overrides(steps))
+    train(quickstart, "train the transformer", "transformer", *overrides, output, *settings)
 
 
 def sample(quickstart: Quickstart) -> None:
     """A few images of every class."""
     output = quickstart.output
     shutil.rmtree(output / "samples", ignore_errors=True)
-    quickstart.run(
-        "generate images",
-        "tools/sample.py",
-        "--tokenizer",
-        str(output / "tokenizer"),
-        "--transformer",
-        str(output / "transformer"),
-        "--output",
-        str(output / "samples"),
-        "--count",
-        str(SAMPLES_PER_CLASS),
-        "--guidance-scale",
-        str(GUIDANCE),
-        "--top-p",
-        str(TOP_P),
-    )
+    models = options(tokenizer=output / "tokenizer", transformer=output / "transformer", output=output / "samples")
+    how = options(count=SAMPLES_PER_CLASS, guidance_scale=GUIDANCE, top_p=TOP_P)
+    quickstart.run("generate images", "tools/sample.py", *models, *how)
 
 
 def judge(quickstart: Quickstart) -> None:
@@ -317,20 +270,16 @@ def judge(quickstart: Quickstart) -> None:
     output, place = quickstart.output, quickstart.place
     if len(place.index("train").classes) < 2:
         return
-    own = ["--classifier-validation", place.validation] if place.validation is not None else []
-    own += ["--classifier-steps", "10"] if quickstart.smoke else []
-    quickstart.run(
-        "judge the generated images",
-        "tools/evaluate.py",
-        "generation",
-        "--samples",
-        str(output / "samples" / "samples.npz"),
-        "--classifier",
-        place.train,
-        *own,
-        "--json",
-        str(output / "generation.json"),
-    )
+    command = ["tools/evaluate.py", "generation", *options(samples=output / "samples" / "samples.npz")]
+    command += options(classifier=place.train)
+    command += options(classifier_validation=place.validation) if place.validation is not None else []
+    command += options(classifier_steps=10) if quickstart.smoke else []
+    quickstart.run("judge the generated images", *command, *options(json=output / "generation.json"))
+
+
+def options(**values: object) -> list[str]:
+    """Options of a command: --top-p 0.9 for top_p=0.9."""
+    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def report(quickstart: Quickstart) -> None:
