@@ -1,12 +1,13 @@
 """Files and folders that are either whole or absent."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -68,6 +69,19 @@ def keep_lines(path: Path, wanted: Callable[[dict], bool]) -> list[dict]:
     if kept != text:
         write_text(path, kept)
     return rows
+
+
+def lock(file: IO, *, wait: bool = False, of_process: bool = False) -> bool:
+    """Lock an open file until it is closed; False if another has it. OSError on a file system without locks.
+
+    The lock is that of this opening: processes forked from here hold it too, and a second opening, even in the same
+    process, does not get it. With `of_process` it is this process's alone, and ends with it while forked ones live on.
+    """
+    try:
+        (fcntl.lockf if of_process else fcntl.flock)(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """The bytes of shards: local files, or URLs through a cache of bounded size, with retries."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 
 from ibq.config import UserError
 from ibq.data.index import NO_CHECKSUM, ImageEntry, sha256_of
+from ibq.files import lock
 
 T = TypeVar("T")
 OPEN_FILES = 256  # kept open per process
@@ -195,16 +195,12 @@ class ShardStore:
     def _is_abandoned(self, part: Path) -> bool:
         """Whether the process that was fetching a shard is no more: it would hold the lock."""
         with open(self.cache / f"{part.stem}.tar.lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-        return True
+            return lock(file)
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         with open(self.cache / f"{name}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
             yield
 
 

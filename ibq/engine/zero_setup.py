@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import copy
 import ctypes
-import fcntl
 import importlib
 import io
 import logging
@@ -26,6 +25,7 @@ from ibq import dist
 from ibq.config import UserError
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
+from ibq.files import lock
 
 if TYPE_CHECKING:
     from ibq.engine.configs import ZeroEngineConfig
@@ -152,7 +152,7 @@ class NvmeFolder:
             self._lock_path = self._parent / f"{PREFIX}{socket.gethostname()}-{uuid.uuid4().hex[:12]}.lock"
             self._lock = open(self._lock_path, "w")  # noqa: SIM115 (held for as long as the folder)
             # A sweep of another process may have come in between, and taken the file away.
-            if _lock(self._lock) and self._lock_path.exists():
+            if lock(self._lock) and self._lock_path.exists():
                 break
             self._lock.close()
         self.path = self._lock_path.with_suffix("")
@@ -163,7 +163,7 @@ class NvmeFolder:
         for path in self._parent.glob(f"{PREFIX}{socket.gethostname()}-*.lock"):
             try:
                 with open(path, "r+") as file:
-                    if _lock(file):
+                    if lock(file):
                         shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                         path.unlink()
             except OSError:
@@ -195,14 +195,6 @@ def check_direct_io(folder: Path) -> None:
     handle.free_cpu_locked_tensor(buffer)
     if not same:
         raise UserError(f"engine.nvme_path: direct I/O does not work in {folder.parent}; name a folder on a local disk")
-
-
-def _lock(file: Any) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import ctypes
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 
 from ibq import dist
 from ibq.config import UserError, dump_config, load_config
-from ibq.files import remove
+from ibq.files import lock, remove
 from ibq.progress import say
 from ibq.training import bad_samples, provenance, startup
 from ibq.training.loop import Task, TrainingConfig, train
@@ -67,7 +66,7 @@ def run_folder(output: str, fresh: bool) -> Iterator[Path]:
     A restart by torchrun or Slurm repeats the command line and must not wipe what it is to go on from: it ignores
     `fresh`.
     """
-    folder, lock, problem = Path(output), None, ""
+    folder, locked, problem = Path(output), None, ""
     # The counts of torchrun's agents differ: the host on which a rank died has counted, the others have not.
     if fresh and dist.largest(max(int(os.environ.get(count, "0")) for count in RESTART_COUNTS)):
         fresh = False
@@ -75,7 +74,7 @@ def run_folder(output: str, fresh: bool) -> Iterator[Path]:
             say("--fresh: ignored, since this is a restart of the run, which goes on from its last checkpoint")
     if dist.is_main():
         try:
-            lock = _lock(folder)
+            locked = _lock(folder)
             if fresh:
                 remove(folder, RUN_FILES)
         except UserError as error:
@@ -85,8 +84,8 @@ def run_folder(output: str, fresh: bool) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if lock is not None:
-            lock.close()
+        if locked is not None:
+            locked.close()
 
 
 def train_in_folder(
@@ -124,13 +123,10 @@ def _lock(folder: Path) -> IO:
         file = open(folder / LOCK_FILE, "w")  # noqa: SIM115 (it is open as long as the run)
     except OSError as error:
         raise UserError(f"output: '{folder}' cannot be written ({error}); give another folder") from error
-    try:
-        # Ends with the process that took it, however that ends; forked workers do not hold it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"output: another run is writing to '{folder}'; wait for its end, or give another") from error
-    except OSError:  # a file system without locks
-        return file
+    with contextlib.suppress(OSError):  # a file system without locks
+        if not lock(file, of_process=True):  # workers may outlive a run that is killed
+            file.close()
+            raise UserError(f"output: another run is writing to '{folder}'; wait for its end, or give another")
     return file
 
 

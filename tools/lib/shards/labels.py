@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ from ibq.config import UserError
 from ibq.data.index import IMAGE_SUFFIXES
 from ibq.data.order import shuffled
 from ibq.data.shards import CLASSES_FILE, images_below, parse_classes
+from ibq.files import lock
 from ibq.progress import progress_bar, say
 
 HEADER_NAMES = {"file", "file_name", "filename", "id", "image", "image_id", "imageid", "name", "path"}
@@ -401,14 +401,10 @@ def check_plan(plan: Plan) -> None:
 def alone(plan: Plan) -> Iterator[None]:
     """Hold the plan file, so that a second run does not take this one's files for stale ones."""
     with open(plan.file, "rb") as file:
-        for attempt in range(20):  # processes of a run that was killed end in a moment
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 19:
-                    raise UserError(f"another run is making {plan.prefix}-*.tar in {plan.out}; let it end") from None
+        with contextlib.suppress(OSError):  # a file system without locks
+            tries = 20  # processes of a run that was killed end in a moment
+            while not lock(file):
+                if not (tries := tries - 1):
+                    raise UserError(f"another run is making {plan.prefix}-*.tar in {plan.out}; let it end")
                 time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
         yield
