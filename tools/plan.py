@@ -24,10 +24,10 @@ from ibq.models.transformer import TransformerConfig
 from ibq.scaling.hardware import GIB, GPUS, Gpu
 from ibq.scaling.layouts import Layout, Training
 from ibq.scaling.networks import TokenizerLosses
-from ibq.scaling.plan import Machine, Stage, TokenizerStage, TransformerStage, layouts, plan, recommend
+from ibq.scaling.plan import Machine, Stage, TokenizerStage, TransformerStage, layouts, plan
 from ibq.training.loop import TrainingConfig
 from ibq.training.tokenizer_task import TokenizerLossConfig
-from tools.lib.scaling.plan_table import as_json, as_text
+from tools.lib.scaling.plan_table import Answer, as_json, as_text
 
 IMAGENET = 1_281_167
 EPILOG = """\
@@ -234,10 +234,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices = [choice for choice in choices if run.batch_size % choice.data == 0]
     rows = plan(stage, training, machine, choices)
     steps = run.total_steps(arguments.images / run.batch_size)
-    facts = {"stage": stage, "training": training, "machine": machine, "rows": rows, "own": own, "steps": steps}
-    print(as_text(**facts, best=recommend(rows), source=arguments.config))
+    facts = {"source": arguments.config, "stage": stage, "training": training, "machine": machine}
+    answer = Answer(**facts, rows=rows, own=own, steps=steps)
+    print(as_text(answer))
     if arguments.json is not None:
-        write_text(arguments.json, as_json(**facts, best=recommend(rows)))
+        write_text(arguments.json, as_json(answer))
 
 
 if __name__ == "__main__":

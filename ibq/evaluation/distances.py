@@ -88,15 +88,6 @@ class Moments:
         return Gaussian(mean=self.mean.numpy(), covariance=(self.scatter / (self.count - 1)).numpy())
 
 
-def gaussian_of(features: Tensor | np.ndarray) -> Gaussian:
-    """Mean and covariance of features [N, D]."""
-    features = torch.as_tensor(features)
-    moments = Moments(features.shape[1])
-    for rows in features.split(FOLD):
-        moments.add(rows)
-    return moments.gaussian()
-
-
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """|m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)) (Heusel et al., 2017).
 

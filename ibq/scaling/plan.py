@@ -1,9 +1,9 @@
 """Which layouts a run could use on given GPUs, what each needs, and which to take."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from ibq.models.tokenizer import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
@@ -26,32 +26,38 @@ EXACT = Numerics(stream=4, compute=4, root=4)
 LARGEST = 2**16  # micro-batch that is looked at
 
 
-class Stage(Protocol):
+class Stage(ABC):
     """What the planner must know of a stage."""
 
     num_tokens: int  # per image
 
+    @abstractmethod
     def parameters(self) -> dict[str, int]:
         """Parameters by part."""
 
+    @abstractmethod
     def flops(self) -> dict[str, Flops]:
         """FLOPs of one image by part."""
 
+    @abstractmethod
     def network(self, layout: Layout, training: Training) -> Network:
         """What a micro-batch puts on a GPU."""
 
     def tensor_bytes(self, layout: Layout, training: Training) -> float:
         """Bytes of activations that tensor parallelism sends per rank and step."""
+        return 0.0
 
     def rank_flops(self, layout: Layout) -> float:
         """FLOPs of a rank for one image, recomputed ones too."""
+        return sum(part.textbook + part.recomputed for part in self.flops().values())
 
     def tensor_sizes(self) -> dict[str, int]:
         """What tensor parallelism must divide; empty where it cannot be used."""
+        return {}
 
 
 @dataclass(frozen=True)
-class TransformerStage:
+class TransformerStage(Stage):
     """Training of a transformer on codes."""
 
     config: TransformerConfig
@@ -91,7 +97,7 @@ class TransformerStage:
 
 
 @dataclass(frozen=True)
-class TokenizerStage:
+class TokenizerStage(Stage):
     """Training of a tokenizer against LPIPS and a discriminator."""
 
     config: TokenizerConfig
@@ -127,18 +133,6 @@ class TokenizerStage:
     def network(self, layout: Layout, training: Training) -> Network:
         """See `Stage`."""
         return tokenizer_network(self.config, self.losses, layout, training)
-
-    def tensor_bytes(self, layout: Layout, training: Training) -> float:
-        """See `Stage`."""
-        return 0.0
-
-    def rank_flops(self, layout: Layout) -> float:
-        """See `Stage`."""
-        return sum(part.textbook + part.recomputed for part in self.flops().values())
-
-    def tensor_sizes(self) -> dict[str, int]:
-        """See `Stage`."""
-        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,14 +220,10 @@ def _row(stage: Stage, layout: Layout, training: Training, machine: Machine) -> 
     chosen = replace(training, micro_batch=micro_batch)
     traffic = parameter_traffic(stage.network(layout, chosen), layout, chosen)
     traffic = replace(traffic, tensor=stage.tensor_bytes(layout, chosen))
-    compute = step_flops(stage, layout, chosen) / (machine.gpu.flops * machine.mfu)
+    flops = training.batch_size / layout.data * stage.rank_flops(layout)  # of a rank in one step
+    compute = flops / (machine.gpu.flops * machine.mfu)
     seconds = compute + exposed_seconds(traffic, layout, machine.gpu, compute)
     return Row(layout=layout, memory=found, largest=largest, micro_batch=micro_batch, traffic=traffic, seconds=seconds)
-
-
-def step_flops(stage: Stage, layout: Layout, training: Training) -> float:
-    """FLOPs of a rank in one step, recomputed ones too."""
-    return training.batch_size / layout.data * stage.rank_flops(layout)
 
 
 def _largest(stage: Stage, layout: Layout, training: Training, usable: float) -> int:

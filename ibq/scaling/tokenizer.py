@@ -7,11 +7,14 @@ counts 4 S^2 C and twice that. Everything else counts none, as in torch.utils.fl
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
 
 from ibq.config import UserError
 from ibq.models.discriminator import DiscriminatorConfig
 from ibq.models.tokenizer import TokenizerConfig
-from ibq.quantizers import IBQConfig, LinearProjectorConfig, QuantizerConfig, SimVQConfig, VQBridgeConfig, VQConfig
+from ibq.quantizers import IBQConfig, QuantizerConfig, SimVQConfig, VQConfig, build_quantizer
 from ibq.scaling.transformer import Flops, Numerics
 
 # LPIPS: the channels of VGG-16's convolutions before each tap; a 2 x 2 pooling lies between two of them.
@@ -196,28 +199,11 @@ def _decoder(config: TokenizerConfig, numerics: Numerics) -> Iterator[Part]:
 # --- Quantizer ------------------------------------------------------------------------------------
 
 
+@lru_cache
 def quantizer_parameters(config: QuantizerConfig) -> int:
     """Trained elements: the codebook, if there is one, and the projector."""
-    match config:
-        case SimVQConfig():
-            return config.dim * config.dim + config.dim
-        case IBQConfig() | VQConfig():
-            return config.num_codes * config.dim + _projector_parameters(config)
-        case _:
-            return 0
-
-
-def _projector_parameters(config: IBQConfig | VQConfig) -> int:
-    dim, projector = config.dim, config.projector
-    match projector:
-        case LinearProjectorConfig():
-            return dim * dim + dim
-        case VQBridgeConfig():
-            width, features = projector.width, projector.group * dim
-            block = 4 * width + 4 * (width * width + width) + 8 * width * width + 5 * width
-            edges = features * width + width + width * features + features + 2 * width
-            return edges + config.num_codes // projector.group * width + projector.blocks * block
-    return 0
+    with torch.device("meta"):  # shapes are enough
+        return sum(parameter.numel() for parameter in build_quantizer(config).parameters())
 
 
 def quantizer_flops(config: QuantizerConfig, tokens: int) -> Flops:

@@ -15,7 +15,6 @@ from ibq.evaluation.distances import (
     Gaussian,
     Moments,
     frechet_distance,
-    gaussian_of,
     inception_score,
     nearest,
     precision_recall,
@@ -35,6 +34,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def gaussian_of(features) -> Gaussian:
+    moments = Moments(features.shape[1])
+    for rows in torch.as_tensor(features).split(100):
+        moments.add(rows)
+    return moments.gaussian()
 
 
 def fid(kind: str, count: int | None = None) -> float:

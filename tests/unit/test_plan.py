@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import ROOT
 from support.golden import golden_json
+from support.peak_memory import peak_of_step
 from support.processes import run_ranks
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +32,6 @@ from ibq.quantizers import (
     build_quantizer,
 )
 from ibq.scaling.layouts import Layout, Training, numerics, rules
-from ibq.scaling.measure import peak_of_step
 from ibq.scaling.memory import peak_memory
 from ibq.scaling.networks import TokenizerLosses, tokenizer_network, transformer_network
 from ibq.scaling.plan import TransformerStage

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from support.peak_memory import peak_of_step
 
 from ibq import dist
 from ibq.config import exit_on_user_error, parse_config
@@ -30,7 +31,6 @@ from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.perceptual import PerceptualConfig, build_perceptual
 from ibq.models.tokenizer import Tokenizer, TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
-from ibq.scaling.measure import peak_of_step
 from ibq.training.metrics import Stopwatch
 from ibq.training.tokenizer_task import GanConfig, TokenizerLossConfig, TokenizerTask
 

@@ -4,41 +4,52 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ibq.scaling.hardware import CPU_ADAM_ELEMENTS, DISK_BYTES, GIB, HOST_BYTES
 from ibq.scaling.layouts import Layout, Training, numerics
 from ibq.scaling.memory import KINDS
-from ibq.scaling.plan import Machine, Row, Stage, tensor_divisors
+from ibq.scaling.plan import Machine, Row, Stage, recommend, tensor_divisors
 
 NAME, WIDTH = 36, 118  # columns of a layout's name, and of everything
 
 
-def as_text(
-    *,
-    stage: Stage,
-    training: Training,
-    machine: Machine,
-    rows: Sequence[Row],
-    own: Layout,
-    steps: int,
-    best: Row | None,
-    source: str,
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A plan and what it is of."""
+
+    source: str  # the config file
+    stage: Stage
+    training: Training
+    machine: Machine
+    rows: Sequence[Row]
+    own: Layout  # the config's
+    steps: int
+
+    @property
+    def best(self) -> Row | None:
+        """What is recommended."""
+        return recommend(self.rows)
+
+    def days(self, row: Row) -> float:
+        """Of the whole run."""
+        return row.seconds * self.steps / 86400
+
+    def tokens_per_second(self, row: Row) -> float:
+        """Of all GPUs together."""
+        return self.training.batch_size * self.stage.num_tokens / row.seconds
+
+
+def as_text(answer: Answer) -> str:
     """All tables, and the recommendation."""
+    machine, training = answer.machine, answer.training
     gpu = machine.gpu
     head = (
-        f"{source}: {machine.gpus} x {gpu.name} ({gpu.memory_gib:g} GiB, {gpu.flops / 1e12:g} TFLOP/s), "
-        f"{training.precision}, batch {training.batch_size}, {steps:,} steps"
+        f"{answer.source}: {machine.gpus} x {gpu.name} ({gpu.memory_gib:g} GiB, {gpu.flops / 1e12:g} TFLOP/s), "
+        f"{training.precision}, batch {training.batch_size}, {answer.steps:,} steps"
     )
-    parts = [
-        head,
-        _sizes(stage),
-        _memory_table(rows, own, training),
-        _speed_table(rows, own, training, stage, machine, steps),
-        _notes(stage, training, machine),
-        recommendation(best, rows, own, machine),
-    ]
-    return "\n\n".join(parts)
+    tables = [_memory_table(answer), _speed_table(answer)]
+    return "\n\n".join([head, _sizes(answer.stage), *tables, _notes(answer.stage, machine), recommendation(answer)])
 
 
 def _sizes(stage: Stage) -> str:
@@ -70,58 +81,39 @@ def flops_per_image(stage: Stage) -> tuple[int, int, int]:
     )
 
 
-def _label(row: Row, own: Layout) -> str:
-    return f"{'*' if row.layout == own else ' '} {row.layout.name}"
-
-
-def _memory_table(rows: Sequence[Row], own: Layout, training: Training) -> str:
-    title = f"GiB per GPU, micro-batch {training.micro_batch}"
+def _memory_table(answer: Answer) -> str:
     names = ("weights", "gradients", "optimizer", "EMA", "activations", "head", "buffers", "total")
-    widths = [max(len(name), 7) for name in names]
-    lines = [f"{title:{NAME}s} " + " ".join(f"{name:>{w}s}" for name, w in zip(names, widths, strict=True))]
-    for row in rows:
-        figures = [row.memory.kinds[kind] for kind in KINDS] + [row.memory.total]
-        cells = " ".join(f"{figure / GIB:{w}.2f}" for figure, w in zip(figures, widths, strict=True))
-        lines.append(f"{_label(row, own):{NAME}s} {cells}")
-    return "\n".join(lines)
+    cells = [
+        [f"{figure / GIB:.2f}" for figure in (*(row.memory.kinds[kind] for kind in KINDS), row.memory.total)]
+        for row in answer.rows
+    ]
+    return _table(f"GiB per GPU, micro-batch {answer.training.micro_batch}", names, 7, answer, cells)
 
 
-def _speed_table(
-    rows: Sequence[Row], own: Layout, training: Training, stage: Stage, machine: Machine, steps: int
-) -> str:
+def _speed_table(answer: Answer) -> str:
     names = ("fits up to", "micro-batch", "sent GiB", "to host GiB", "s per step", "tokens/s", "days")
-    widths = [max(len(name), 8) for name in names]
-    title = "largest micro-batch that divides"
-    lines = [f"{title:{NAME}s} " + " ".join(f"{name:>{w}s}" for name, w in zip(names, widths, strict=True))]
-    for row in rows:
-        if row.traffic is None:
-            cells = [f"{'no':>{widths[0]}s}"]
-        else:
-            values = (
-                f"{row.largest}",
-                f"{row.micro_batch}",
-                f"{row.traffic.sent / GIB:,.1f}",
-                f"{(row.traffic.host + row.traffic.disk) / GIB:,.1f}",
-                f"{row.seconds:.3g}",
-                f"{tokens_per_second(row, stage, training):,.0f}",
-                f"{days(row, steps):,.1f}",
-            )
-            cells = [f"{value:>{w}s}" for value, w in zip(values, widths, strict=True)]
-        lines.append(f"{_label(row, own):{NAME}s} " + " ".join(cells))
+    return _table("largest micro-batch that divides", names, 8, answer, [_speed(answer, row) for row in answer.rows])
+
+
+def _speed(answer: Answer, row: Row) -> list[str]:
+    if row.traffic is None:
+        return ["no"]
+    sent, host = row.traffic.sent, row.traffic.host + row.traffic.disk
+    rates = (f"{row.seconds:.3g}", f"{answer.tokens_per_second(row):,.0f}", f"{answer.days(row):,.1f}")
+    return [f"{row.largest}", f"{row.micro_batch}", f"{sent / GIB:,.1f}", f"{host / GIB:,.1f}", *rates]
+
+
+def _table(title: str, names: Sequence[str], least: int, answer: Answer, cells: Sequence[Sequence[str]]) -> str:
+    """A line for every layout, the config's own marked; columns as wide as their names, or so many characters."""
+    labels = [f"{'*' if row.layout == answer.own else ' '} {row.layout.name}" for row in answer.rows]
+    lines = []
+    for label, texts in zip((title, *labels), (names, *cells), strict=True):
+        figures = (text.rjust(max(len(name), least)) for text, name in zip(texts, names, strict=False))
+        lines.append(f"{label:{NAME}s} {' '.join(figures)}")
     return "\n".join(lines)
 
 
-def tokens_per_second(row: Row, stage: Stage, training: Training) -> float:
-    """Of all GPUs together."""
-    return training.batch_size * stage.num_tokens / row.seconds
-
-
-def days(row: Row, steps: int) -> float:
-    """Of the whole run."""
-    return row.seconds * steps / 86400
-
-
-def _notes(stage: Stage, training: Training, machine: Machine) -> str:
+def _notes(stage: Stage, machine: Machine) -> str:
     gpu = machine.gpu
     paragraphs = [
         f"Assumed: {machine.mfu:.0%} of the GPU's rate for all FLOPs (--mfu); {machine.reserve / GIB:g} GiB left free "
@@ -152,13 +144,14 @@ def _numbers(whole: int) -> str:
     return ", ".join(found) or (str(whole) if whole > 1 else "nothing")
 
 
-def recommendation(best: Row | None, rows: Sequence[Row], own: Layout, machine: Machine) -> str:
+def recommendation(answer: Answer) -> str:
     """One sentence: what to take and why."""
+    best, rows = answer.best, answer.rows
     if best is None:
         least = min(rows, key=lambda row: row.memory.total)
         return (
-            f"Recommended: none. Even {least.layout.name} needs more than the {machine.usable / GIB:.1f} GiB of a GPU; "
-            "take more or larger GPUs, or recompute (model.gradient_checkpointing=true)."
+            f"Recommended: none. Even {least.layout.name} needs more than the {answer.machine.usable / GIB:.1f} GiB "
+            "of a GPU; take more or larger GPUs, or recompute (model.gradient_checkpointing=true)."
         )
     simpler = rows[: rows.index(best)]
     too_large = [row.layout.name for row in simpler if not row.fits]
@@ -193,44 +186,33 @@ def settings(row: Row) -> str:
     return " ".join([*items, f"training.micro_batch={row.micro_batch}"])
 
 
-def as_json(
-    *,
-    stage: Stage,
-    training: Training,
-    machine: Machine,
-    rows: Sequence[Row],
-    own: Layout,
-    steps: int,
-    best: Row | None,
-) -> str:
+def as_json(answer: Answer) -> str:
     """Everything; memory and traffic in bytes."""
+    stage, machine, best = answer.stage, answer.machine, answer.best
     forward, both, again = flops_per_image(stage)
     content = {
         "parameters": stage.parameters(),
-        "flops_per_image": {
-            name: {"forward": part.forward, "backward": part.backward, "recomputed": part.recomputed}
-            for name, part in stage.flops().items()
-        },
+        "flops_per_image": {name: vars(part) for name, part in stage.flops().items()},
         "flops_per_token": {
             "forward": forward / stage.num_tokens,
             "forward_and_backward": both / stage.num_tokens,
             "recomputed": again / stage.num_tokens,
         },
         "tokens_per_image": stage.num_tokens,
-        "training": vars(training),
+        "training": vars(answer.training),
         "machine": {**vars(machine), "gpu": vars(machine.gpu), "usable_bytes": machine.usable},
-        "steps": steps,
-        "layouts": [_row_json(row, stage, training, steps, own) for row in rows],
+        "steps": answer.steps,
+        "layouts": [_row_json(row, answer) for row in answer.rows],
         "recommended": None if best is None else {"name": best.layout.name, "settings": settings(best)},
     }
     return json.dumps(content, indent=1) + "\n"
 
 
-def _row_json(row: Row, stage: Stage, training: Training, steps: int, own: Layout) -> dict:
-    values = numerics(row.layout, training)
+def _row_json(row: Row, answer: Answer) -> dict:
+    values = numerics(row.layout, answer.training)
     result = {
         "name": row.layout.name,
-        "own": row.layout == own,
+        "own": row.layout == answer.own,
         "layout": vars(row.layout),
         "activation_bytes": {"stream": values.stream, "products": values.compute, "ends": values.root},
         "memory_bytes": {**row.memory.kinds, "total": row.memory.total},
@@ -240,5 +222,5 @@ def _row_json(row: Row, stage: Stage, training: Training, steps: int, own: Layou
     }
     if row.traffic is None:
         return result
-    rates = {"tokens_per_second": tokens_per_second(row, stage, training), "days": days(row, steps)}
+    rates = {"tokens_per_second": answer.tokens_per_second(row), "days": answer.days(row)}
     return result | {"traffic": vars(row.traffic), "seconds_per_step": row.seconds} | rates
