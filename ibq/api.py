@@ -19,7 +19,8 @@ from ibq.decoding import Decoder
 from ibq.engine.state_files import StateReader, index_file
 from ibq.interop.families import SUFFIXES, read_published
 from ibq.interop.published import Hints
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.sampling import SamplerConfig, sample_codes
 

@@ -22,8 +22,9 @@ from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
 from ibq.data.shards import ImageDataConfig
-from ibq.engine.build import EngineConfig, EngineSettings, LocalEngineConfig, OptimizerConfig, build_engine
-from ibq.engine.configs import check_tensor_parallel
+from ibq.engine.base import EngineSettings, OptimizerConfig
+from ibq.engine.build import build_engine
+from ibq.engine.configs import EngineConfig, LocalEngineConfig, check_tensor_parallel
 from ibq.engine.heartbeat import HeartbeatConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig

@@ -22,18 +22,14 @@ import torch
 from ibq import dist
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.shards import ImageDataConfig
-from ibq.engine.build import (
-    EngineConfig,
-    EngineSettings,
-    LocalEngineConfig,
-    OptimizerConfig,
-    ZeroEngineConfig,
-    build_engine,
-)
+from ibq.engine.base import EngineSettings, OptimizerConfig
+from ibq.engine.build import build_engine
+from ibq.engine.configs import EngineConfig, LocalEngineConfig, ZeroEngineConfig
 from ibq.engine.heartbeat import HeartbeatConfig
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.perceptual import build_perceptual
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.training.checkpoint import CheckpointConfig
 from ibq.training.loop import TrainingConfig
 from ibq.training.run import (

@@ -16,10 +16,16 @@ if __name__ == "__main__":
 
 from ibq.config import UserError, exit_on_user_error, load_config
 from ibq.config_yaml import read_layers
-from ibq.engine.build import EngineConfig, FsdpEngineConfig, LocalEngineConfig, OptimizerConfig, ZeroEngineConfig
-from ibq.engine.configs import check_tensor_parallel
+from ibq.engine.base import OptimizerConfig
+from ibq.engine.configs import (
+    EngineConfig,
+    FsdpEngineConfig,
+    LocalEngineConfig,
+    ZeroEngineConfig,
+    check_tensor_parallel,
+)
 from ibq.files import write_text
-from ibq.models.tokenizer import TokenizerConfig
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.scaling.hardware import GIB, GPUS, Gpu
 from ibq.scaling.layouts import Layout, Training

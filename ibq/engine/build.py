@@ -1,20 +1,8 @@
-"""Engines, chosen in a config by `kind`."""
+"""The engine that a config names by its `kind`."""
 
-from ibq.engine.base import Engine, EngineSettings, OptimizerConfig
+from ibq.engine.base import Engine, EngineSettings
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.configs import EngineConfig, FsdpEngineConfig, LocalEngineConfig, ZeroEngineConfig
-
-__all__ = [
-    "Blueprint",
-    "Engine",
-    "EngineConfig",
-    "EngineSettings",
-    "FsdpEngineConfig",
-    "LocalEngineConfig",
-    "OptimizerConfig",
-    "ZeroEngineConfig",
-    "build_engine",
-]
 
 
 def build_engine(config: EngineConfig, blueprint: Blueprint, settings: EngineSettings) -> Engine:

@@ -22,9 +22,9 @@ from ibq.engine.base import EngineSettings, Reader
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.compilation import compile_units, units_of
 from ibq.engine.configs import FsdpEngineConfig
+from ibq.engine.local import Held, TorchEngine
 from ibq.engine.pieces import Piece, part, take, whole
 from ibq.engine.tensor_parallel import apply_tensor_parallel, partial_gradients, tensor_piece
-from ibq.engine.torch_engine import Held, TorchEngine
 
 DIMENSIONS = ("replicate", "shard", "tensor")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ibq.interop.lightning_tokenizer import Weights
 from ibq.interop.published import Hints, Published, require_config, require_settings
 from ibq.interop.reference_tensors import count_numbered, read_file, shape_of, table_of
-from ibq.models.tokenizer import TokenizerConfig
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import VQConfig
 
 CODEBOOK, REFERENCE_CODEBOOK = "quantizer.codebook", "quantize.embedding.weight"

@@ -21,7 +21,8 @@ from ibq.interop.lightning_tokenizer import (
 )
 from ibq.interop.published import Hints, Published, require_config, require_settings
 from ibq.interop.reference_tensors import TRANSFORMER, count_numbered, read_state, shape_of
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import LFQConfig
 
 TOKENIZER_PARTS = ("encoder.", "decoder.")

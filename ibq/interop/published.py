@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ibq.config import config_to_dict
 from ibq.interop.reference_tensors import require_same_tensors
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 
 ModelConfig = TokenizerConfig | TransformerConfig

@@ -42,7 +42,8 @@ from ibq.interop.seed_voken_transformer import (
     transformer_of,
     transformer_state,
 )
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer
 from ibq.quantizers import IBQConfig
 

@@ -6,15 +6,11 @@ before every level of the decoder a group normalization whose scale and shift fo
 are those of the published checkpoints.
 """
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.vqgan import Level, ResBlock, norm
 from ibq.ops.group_norm_silu import group_norm_silu
-
-if TYPE_CHECKING:
-    from ibq.models.tokenizer import TokenizerConfig
 
 EPS = 1e-6
 
@@ -40,7 +36,7 @@ class DepthToSpace(nn.Module):
 class AdaptiveGroupNorm(nn.Module):
     """Group normalization scaled by the latents' standard deviation and shifted by their mean, each through a layer."""
 
-    def __init__(self, latent_channels: int, channels: int, config: "TokenizerConfig"):
+    def __init__(self, latent_channels: int, channels: int, config: TokenizerConfig):
         super().__init__()
         self.gn = nn.GroupNorm(config.norm_groups, channels, eps=EPS, affine=False)
         self.gamma = nn.Linear(latent_channels, channels)
@@ -58,14 +54,14 @@ class AdaptiveGroupNorm(nn.Module):
         return scale[:, :, None, None], shift[:, :, None, None]
 
 
-def _middle(channels: int, config: "TokenizerConfig") -> nn.ModuleList:
+def _middle(channels: int, config: TokenizerConfig) -> nn.ModuleList:
     return nn.ModuleList(ResBlock(channels, channels, config, bias=False) for _ in range(config.res_blocks))
 
 
 class Encoder(nn.Module):
     """Image [B, 3, H, W] -> latents [B, latent_channels, h, w]."""
 
-    def __init__(self, config: "TokenizerConfig"):
+    def __init__(self, config: TokenizerConfig):
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1, bias=False)
@@ -95,7 +91,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents [B, latent_channels, h, w] -> image [B, 3, H, W]."""
 
-    def __init__(self, config: "TokenizerConfig"):
+    def __init__(self, config: TokenizerConfig):
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)

@@ -1,19 +1,15 @@
 """VQGAN's encoder and decoder (arXiv 2012.09841), and the blocks that other networks share with them."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.ops.group_norm_silu import group_norm_silu
 
-if TYPE_CHECKING:
-    from ibq.models.tokenizer import TokenizerConfig
 
-
-def norm(channels: int, config: "TokenizerConfig") -> nn.GroupNorm:
+def norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
     """The group normalization of all blocks."""
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
 
@@ -25,7 +21,7 @@ class ResBlock(nn.Module):
     it is selective, all but the convolutions.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, config: "TokenizerConfig", bias: bool = True):
+    def __init__(self, in_channels: int, out_channels: int, config: TokenizerConfig, bias: bool = True):
         super().__init__()
         self.recompute = config.gradient_checkpointing
         self.selective = config.checkpoint_selective
@@ -64,7 +60,7 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions of a level."""
 
-    def __init__(self, channels: int, config: "TokenizerConfig"):
+    def __init__(self, channels: int, config: TokenizerConfig):
         super().__init__()
         self.norm = norm(channels, config)
         self.q = nn.Conv2d(channels, channels, 1)
@@ -116,7 +112,7 @@ class Level(nn.Module):
         out_channels: int,
         blocks: int,
         attention: bool,
-        config: "TokenizerConfig",
+        config: TokenizerConfig,
         bias: bool = True,
     ):
         super().__init__()
@@ -139,7 +135,7 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """ResBlock, attention, ResBlock at the lowest resolution."""
 
-    def __init__(self, channels: int, config: "TokenizerConfig"):
+    def __init__(self, channels: int, config: TokenizerConfig):
         super().__init__()
         self.block_1 = ResBlock(channels, channels, config)
         self.attn_1 = AttnBlock(channels, config)
@@ -158,7 +154,7 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Image [B, 3, H, W] -> features [B, latent_channels, h, w]."""
 
-    def __init__(self, config: "TokenizerConfig"):
+    def __init__(self, config: TokenizerConfig):
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
@@ -188,7 +184,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features [B, latent_channels, h, w] -> image [B, 3, H, W]."""
 
-    def __init__(self, config: "TokenizerConfig"):
+    def __init__(self, config: TokenizerConfig):
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ibq.models.discriminator import DiscriminatorConfig
-from ibq.models.tokenizer import TokenizerConfig
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.scaling.layouts import Layout, Training, numerics
 from ibq.scaling.memory import Block, Network

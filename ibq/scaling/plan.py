@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ibq.models.tokenizer import TokenizerConfig
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.scaling.hardware import GIB, Gpu
 from ibq.scaling.layouts import Layout, Training, rules

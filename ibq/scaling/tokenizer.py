@@ -13,7 +13,7 @@ import torch
 
 from ibq.config import UserError
 from ibq.models.discriminator import DiscriminatorConfig
-from ibq.models.tokenizer import TokenizerConfig
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig, QuantizerConfig, SimVQConfig, VQConfig, build_quantizer
 from ibq.scaling.transformer import Flops, Numerics
 

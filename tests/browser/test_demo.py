@@ -26,7 +26,8 @@ from support.training import picture, png, write_best
 from ibq.api import decode_in_blocks, generate
 from ibq.config import UserError, parse_config
 from ibq.data.transforms import to_unit_range
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.quantizers import BSQConfig, FSQConfig, IBQConfig, LFQConfig, VQConfig, build_quantizer
 from tools import demo

@@ -37,7 +37,8 @@ from ibq.interop.seed_voken import (
     tokenizer_config_from_reference,
 )
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig
 
 NAME = "tokenizer_small"

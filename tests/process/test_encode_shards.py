@@ -14,7 +14,8 @@ import ibq
 from ibq.config import exit_on_user_error
 from ibq.data.codes import CodeDataset
 from ibq.data.transforms import AugmentConfig, random_square, square, to_unit_range
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig
 from ibq.training.checkpoint import weights_hash
 

@@ -16,7 +16,8 @@ from ibq.evaluation.classifier import ClassifierConfig, LabelledImages, evaluate
 from ibq.evaluation.features import Inception
 from ibq.evaluation.image_sets import NpzImages
 from ibq.models.perceptual import BACKBONES, build_lpips
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from tools import evaluate
 

@@ -16,7 +16,8 @@ from ibq.config import UserError
 from ibq.interop import seed_voken
 from ibq.interop.catalogue import CATALOGUE
 from ibq.interop.families import FAMILIES
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.quantizers import IBQConfig
 from tools import convert, evaluate, published, sample

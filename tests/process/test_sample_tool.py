@@ -15,7 +15,8 @@ from support.training import CLASSES, CODES, SIDE, write_best
 
 from ibq.config import parse_config
 from ibq.data.shards import ImageDataConfig, open_split
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 
 TOKENIZER = {

@@ -12,7 +12,7 @@ from support.training import CODES, checkpoint_tensors, make_workplace, scalars,
 
 import ibq
 from ibq.config import load_config
-from ibq.models.tokenizer import TokenizerConfig
+from ibq.models.tokenizer_config import TokenizerConfig
 
 STAGES = ("tokenizer", "transformer")
 WORKER = "tests/workers/train_worker.py"
@@ -110,7 +110,7 @@ def test_a_bad_step_is_skipped_by_all_ranks(place, tmp_path):
 def test_a_bad_step_is_skipped(place, tmp_path, name, monkeypatch, capsys):
     import workers.train_worker as worker
 
-    from ibq.engine.torch_engine import TorchEngine
+    from ibq.engine.local import TorchEngine
     from ibq.training import loop
 
     stage = "transformer" if name == "transformer" else "tokenizer"

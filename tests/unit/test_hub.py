@@ -22,7 +22,8 @@ import yaml
 from ibq import hub
 from ibq.config import UserError, config_to_dict
 from ibq.hub import CardFacts, from_pretrained, push_folder, push_to_hub, save_pretrained
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.quantizers import FSQConfig, IBQConfig, LFQConfig, QuantizerConfig
 from ibq.training.checkpoint import weights_hash

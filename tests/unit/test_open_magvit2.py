@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ibq.config import UserError, config_to_dict, parse_config
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig, LFQConfig
 from ibq.scaling.tokenizer import tokenizer_flops
 

@@ -13,7 +13,8 @@ from support.training import write_best
 from torch.distributed.run import get_args_parser
 
 from ibq.config import ConfigError, load_config
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.quantizers import IBQConfig
 from ibq.train_ar import ARRunConfig

@@ -17,7 +17,8 @@ from ibq.config import exit_on_user_error, load_section, parse_config
 from ibq.engine.tensor_parallel import tensor_piece
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.perceptual import PerceptualConfig, build_perceptual
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.ops import textbook
 from ibq.quantizers import (

@@ -29,7 +29,8 @@ from ibq.interop import llamagen, open_magvit2, seed_voken
 from ibq.interop.families import family_of, read_published
 from ibq.interop.reference_tensors import read_file
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer
 from ibq.quantizers import IBQConfig, LFQConfig, VQConfig
 from tools import convert

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from ibq import load_tokenizer
 from ibq.config import config_to_dict, dump_config, parse_config
 from ibq.evaluation.reconstruction import CodeUsage, effective_rank
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import QuantizerConfig, build_quantizer
 from ibq.quantizers.base import Quantizer
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from ibq.config import parse_config
 from ibq.models.tiling import Tiles, decode_tiled, encode_tiled, reconstruct
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig
 
 SMALL = {"resolution": 64, "channels": 32, "channel_multipliers": (1, 2, 2), "res_blocks": 2}

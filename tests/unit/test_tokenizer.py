@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig
 
 CONFIG = TokenizerConfig(

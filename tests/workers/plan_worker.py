@@ -17,19 +17,14 @@ from support.peak_memory import peak_of_step
 
 from ibq import dist
 from ibq.config import exit_on_user_error, parse_config
-from ibq.engine.base import GroupHyper
-from ibq.engine.build import (
-    Blueprint,
-    EngineSettings,
-    FsdpEngineConfig,
-    LocalEngineConfig,
-    OptimizerConfig,
-    ZeroEngineConfig,
-    build_engine,
-)
+from ibq.engine.base import EngineSettings, GroupHyper, OptimizerConfig
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.build import build_engine
+from ibq.engine.configs import FsdpEngineConfig, LocalEngineConfig, ZeroEngineConfig
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.perceptual import PerceptualConfig, build_perceptual
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.metrics import Stopwatch
 from ibq.training.tokenizer_task import GanConfig, TokenizerLossConfig, TokenizerTask

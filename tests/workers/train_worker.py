@@ -17,7 +17,7 @@ import torch.distributed as torch_dist
 from support.training import train_here
 
 from ibq import dist
-from ibq.engine.torch_engine import TorchEngine
+from ibq.engine.local import TorchEngine
 from ibq.training import loop
 
 reduce_scatter = torch_dist.reduce_scatter_single

@@ -13,7 +13,8 @@ import torch
 
 from ibq.config import load_config
 from ibq.files import write_text
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.reports.ablation import COLUMNS, AblationData, cell, head, write_ablation
 from ibq.reports.figures import as_number

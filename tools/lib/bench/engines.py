@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from ibq.config import UserError, config_to_dict, load_section
-from ibq.engine.build import ZeroEngineConfig
+from ibq.engine.configs import ZeroEngineConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.progress import progress_bar
 from ibq.scaling.hardware import GPUS

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ibq.config import load_section
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.progress import progress_bar
 from tools.lib.bench.process import extra_peak_gib, median_seconds, run_apart
 

@@ -21,7 +21,8 @@ from ibq.engine.configs import LocalEngineConfig
 from ibq.engine.local import LocalEngine
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.perceptual import build_lpips
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.ops import textbook
 from ibq.progress import progress_bar
 from ibq.quantizers import IBQConfig

@@ -6,7 +6,9 @@ from torch import Tensor
 from ibq import dist
 from ibq.config import parse_config
 from ibq.engine.base import EngineSettings, GroupHyper, OptimizerConfig
-from ibq.engine.build import Blueprint, EngineConfig, build_engine
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.build import build_engine
+from ibq.engine.configs import EngineConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.ar_task import ARTask
 from ibq.training.metrics import Stopwatch

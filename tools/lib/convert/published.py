@@ -21,7 +21,8 @@ from ibq.interop import llamagen, open_magvit2, seed_voken
 from ibq.interop.families import FAMILIES, SUFFIXES, read_published
 from ibq.interop.published import Hints, ModelConfig, Published
 from ibq.interop.reference_tensors import DAMAGED, DOWNLOAD_AGAIN, damaged_record, read_file
-from ibq.models.tokenizer import Tokenizer, TokenizerConfig
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.progress import say
 from ibq.tensor_file import TensorFile

@@ -12,7 +12,8 @@ from torch import Tensor
 from ibq.config import UserError
 from ibq.data.transforms import decode_rgb, square, to_uint8, to_unit_range
 from ibq.evaluation.reconstruction import CodeUsage, psnr
-from ibq.models.tokenizer import SMALLEST_IMAGE, Tokenizer
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import SMALLEST_IMAGE
 from ibq.quantizers.base import Quantizer
 
 UPLOAD_MB, UPLOAD_MEGAPIXELS = 20, 40
