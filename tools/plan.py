@@ -32,7 +32,7 @@ from ibq.scaling.layouts import Layout, Training
 from ibq.scaling.networks import TokenizerLosses
 from ibq.scaling.plan import Machine, Stage, TokenizerStage, TransformerStage, layouts, plan
 from ibq.training.loop import TrainingConfig
-from ibq.training.tokenizer_task import TokenizerLossConfig
+from ibq.training.tokenizer_config import TokenizerLossConfig
 from tools.lib.scaling.plan_table import Answer, as_json, as_text
 
 IMAGENET = 1_281_167

@@ -1,8 +1,6 @@
 """Stage 2: one step of the class-conditional autoregressive transformer."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,57 +14,6 @@ from ibq.models.transformer import Transformer
 from ibq.training.checkpoint import save_pretrained
 from ibq.training.loop import Batch, StepOutcome, Validation
 from ibq.training.metrics import Stopwatch
-from ibq.training.schedule import ar_schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class ARScheduleConfig:
-    """The reference's schedule: linear warm-up, 5% plateau, linear decay; weight decay on a cosine of its own."""
-
-    warmup_epochs: float | None = None  # give either; both None means no warm-up
-    warmup_steps: int | None = None
-    warmup_start: float = 0.005  # first learning rate as a share of the peak
-    end: float = 0.01  # last learning rate as a share of the peak
-    end_weight_decay: float = 0.0  # 0 keeps the weight decay constant
-    decay_all_parameters: bool = True  # the reference's schedule also decays norms and biases
-
-    def __post_init__(self):
-        if self.warmup_epochs is not None and self.warmup_steps is not None:
-            raise ValueError("warmup_epochs: give either `warmup_epochs` or `warmup_steps`, not both")
-        for name in ("warmup_epochs", "warmup_steps"):
-            if not 0 <= (getattr(self, name) or 0) < math.inf:
-                raise ValueError(f"{name}: must be finite and not negative, got {getattr(self, name)}; 0: no warm-up")
-        for name in ("warmup_start", "end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: must lie in [0, 1], got {getattr(self, name)}; it is a share of the peak")
-        if not 0 <= self.end_weight_decay < math.inf:
-            given = self.end_weight_decay
-            raise ValueError(f"end_weight_decay: must be finite and not negative, got {given}; 0 keeps it constant")
-
-    def warmup(self, steps_per_epoch: float) -> int:
-        """Warm-up in steps."""
-        if self.warmup_steps is not None:
-            return self.warmup_steps
-        return round((self.warmup_epochs or 0) * steps_per_epoch)
-
-    def hyper(
-        self, step: int, *, peak: float, weight_decay: float, steps_per_epoch: float, total_steps: int
-    ) -> dict[str, GroupHyper]:
-        """Learning rate and weight decay of both parameter groups at a step, from 0."""
-        rate, decay = ar_schedule(
-            step,
-            peak_lr=peak,
-            warmup_steps=self.warmup(steps_per_epoch),
-            max_steps=total_steps,
-            warmup_start=self.warmup_start,
-            end=self.end,
-            weight_decay=weight_decay,
-            end_weight_decay=self.end_weight_decay,
-        )
-        return {
-            "decay": GroupHyper(learning_rate=rate, weight_decay=decay),
-            "no_decay": GroupHyper(learning_rate=rate, weight_decay=decay if self.decay_all_parameters else 0.0),
-        }
 
 
 class ARTask:

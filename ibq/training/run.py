@@ -1,4 +1,4 @@
-"""What the entry scripts share: the command line, the run folder, equal initial weights."""
+"""What the entry scripts share: the command line, the engines, the run folder."""
 
 import argparse
 import contextlib
@@ -7,17 +7,22 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
+from torch import nn
 
 from ibq import dist
 from ibq.config import UserError, dump_config, load_config
+from ibq.engine.base import Engine, EngineSettings
+from ibq.engine.build import build_engine
+from ibq.engine.configs import EngineConfig
 from ibq.files import lock, remove
 from ibq.progress import say
 from ibq.training import bad_samples, provenance, startup
-from ibq.training.loop import Task, TrainingConfig, train
+from ibq.training.loop import Task, train
 from ibq.training.run_data import RunData
+from ibq.training.startup import StartUp, TimedBlueprint
 from ibq.training.stopping import STATUS_FILE
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
@@ -59,6 +64,98 @@ def parse_arguments(kind: type, description: str, example: str, argv: Sequence[s
     return Arguments(config=config, source=arguments.config, fresh=arguments.fresh)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What an entry script is told to do, on which device, and the clock of its start."""
+
+    config: Any
+    source: str  # the config file, for error messages
+    fresh: bool
+    device: torch.device
+    start_up: StartUp
+
+    @classmethod
+    def begin(cls, kind: type, description: str, example: str, argv: Sequence[str] | None) -> "Command":
+        """Read the command line (`parse_arguments`), set PyTorch up, and join the other ranks."""
+        start_up = StartUp()
+        arguments = parse_arguments(kind, description, example, argv)
+        set_up_torch(training=True)
+        return cls(**vars(arguments), device=dist.setup(arguments.config.device), start_up=start_up)
+
+    def bind(self, data: RunData) -> None:
+        """Set how a run's data is batched; UserError when batch, micro-batch and world size do not fit."""
+        training = self.config.training
+        try:
+            data.bind(training.batch_size, training.micro_batch, training.validation_images, self.device)
+        except ValueError as error:
+            section = "data" if str(error).startswith("streams:") else "training"
+            raise UserError(f"{self.source}: {section}.{error}") from error
+        if data.order.size is None and training.max_steps is None:
+            problem = "training.epochs: the size of unindexed data is not known; give training.max_steps instead"
+            raise UserError(f"{self.source}: {problem}")
+
+    def check_schedule(self, schedule: Callable[[int], object]) -> None:
+        """UserError before the run starts if its schedule cannot be computed."""
+        try:
+            schedule(0)
+        except ValueError as error:
+            raise UserError(f"{self.source}: schedule.{error}") from error
+
+    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """This context belongs to a part of the start."""
+        return self.start_up.part(name)
+
+    def engine(
+        self,
+        name: str,
+        build: Callable[[], nn.Module],
+        data: RunData,
+        config: EngineConfig,
+        *,
+        ema_decay: float | None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Engine:
+        """The engine that trains the module of `build` on batches of `data`; `ema_decay` None keeps no average."""
+        return build_engine(
+            config,
+            TimedBlueprint(name=name, build=build, seed=self.config.seed, start_up=self.start_up),
+            EngineSettings(
+                optimizer=self.config.optimizer,
+                device=self.device,
+                precision=self.config.precision,
+                accumulation=data.batching.accumulation,
+                ema_decay=ema_decay,
+                ema_warmup=self.config.ema_warmup,
+                memory_format=memory_format,
+            ),
+        )
+
+    def train(self, task: Task, data: RunData, title: str) -> int:
+        """Train in the run's folder as the config says, and leave the process group; the exit code."""
+        config = self.config
+        try:
+            with run_folder(config.output, self.fresh) as folder:
+                code = train(
+                    task,
+                    data,
+                    folder=folder,
+                    config=config.training,
+                    checkpoint=config.checkpoint,
+                    heartbeat=config.heartbeat,
+                    config_text=dump_config(config),
+                    total_steps=config.training.total_steps(data.steps_per_epoch),
+                    seed=config.seed,
+                    device=self.device,
+                    title=title,
+                    start_up=self.start_up,
+                )
+        finally:
+            for engine in task.engines.values():  # a process of several ends without the interpreter's clean-up
+                engine.close()
+        dist.shutdown()
+        return code
+
+
 @contextlib.contextmanager
 def run_folder(output: str, fresh: bool) -> Iterator[Path]:
     """The run folder, emptied if `fresh`, and locked against a second run; every rank calls it.
@@ -88,33 +185,6 @@ def run_folder(output: str, fresh: bool) -> Iterator[Path]:
             locked.close()
 
 
-def train_in_folder(
-    task: Task, data: RunData, config, fresh: bool, device: torch.device, title: str, start_up: startup.StartUp
-) -> int:
-    """Train in the run's folder as its config says, and leave the process group; the exit code."""
-    try:
-        with run_folder(config.output, fresh) as folder:
-            code = train(
-                task,
-                data,
-                folder=folder,
-                config=config.training,
-                checkpoint=config.checkpoint,
-                heartbeat=config.heartbeat,
-                config_text=dump_config(config),
-                total_steps=config.training.total_steps(data.steps_per_epoch),
-                seed=config.seed,
-                device=device,
-                title=title,
-                start_up=start_up,
-            )
-    finally:
-        for engine in task.engines.values():  # a process of several ends without the interpreter's clean-up
-            engine.close()
-    dist.shutdown()
-    return code
-
-
 def _lock(folder: Path) -> IO:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: '{folder}' is a file; give a folder")
@@ -128,19 +198,6 @@ def _lock(folder: Path) -> IO:
             file.close()
             raise UserError(f"output: another run is writing to '{folder}'; wait for its end, or give another")
     return file
-
-
-def bind_data(data: RunData, training: TrainingConfig, device: torch.device, source: str) -> None:
-    """Set how a run's data is batched; UserError when batch, micro-batch and world size do not fit."""
-    try:
-        data.bind(training.batch_size, training.micro_batch, training.validation_images, device)
-    except ValueError as error:
-        section = "data" if str(error).startswith("streams:") else "training"
-        raise UserError(f"{source}: {section}.{error}") from error
-    if data.order.size is None and training.max_steps is None:
-        raise UserError(
-            f"{source}: training.epochs: the size of unindexed data is not known; give training.max_steps instead"
-        )
 
 
 def check_seed_and_average(seed: int, ema_decay: float | None) -> None:
@@ -158,14 +215,6 @@ def naming(source: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-
-
-def check_schedule(schedule: Callable[[int], object], source: str) -> None:
-    """Raise UserError before the run starts if its schedule cannot be computed."""
-    try:
-        schedule(0)
-    except ValueError as error:
-        raise UserError(f"{source}: schedule.{error}") from error
 
 
 def set_up_torch(*, training: bool) -> None:

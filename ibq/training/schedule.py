@@ -1,11 +1,14 @@
-"""Learning-rate and weight-decay schedules as pure functions of the step or epoch.
+"""Learning-rate and weight-decay schedules as pure functions of the step or epoch, and their configs.
 
 Source: the public reference code of IBQ (arXiv 2412.02692), whose AR schedule follows VAR (arXiv 2404.02905).
 """
 
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ibq.engine.base import GroupHyper
 
 PEAK_FRACTION = 0.05  # of the steps after warm-up that the AR schedule stays at its peak
 
@@ -76,3 +79,103 @@ def _check_steps(step: int, warmup_steps: int, max_steps: int) -> None:
         raise ValueError(f"max_steps: {max_steps} is no training; give at least 1")
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps: {warmup_steps} is negative; give 0 for no warm-up")
+
+
+# --- Configs ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiStepScheduleConfig:
+    """Learning rate of both networks: constant, with drops after some epochs; the paper's."""
+
+    kind: Literal["multi_step"] = "multi_step"
+    warmup_steps: int = 0
+    drop_epochs: tuple[int, ...] = ()  # epochs (from 1) after which the rate is multiplied by drop_rate
+    drop_rate: float = 0.1
+
+    def __post_init__(self):
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: must not be negative, got {self.warmup_steps}; 0 means no warm-up")
+        if min(self.drop_epochs, default=1) < 1 or sorted(set(self.drop_epochs)) != list(self.drop_epochs):
+            raise ValueError(f"drop_epochs: must be epochs from 1 in ascending order, got {list(self.drop_epochs)}")
+        if not 0 < self.drop_rate <= 1:
+            raise ValueError(f"drop_rate: must lie in (0, 1], got {self.drop_rate}; 0.1 divides the rate by ten")
+
+    def learning_rate(self, peak: float, step: int, steps_per_epoch: float, _total_steps: int) -> float:
+        """The learning rate of a step, from 0."""
+        rate = multi_step_lr(int(step // steps_per_epoch), peak, self.drop_epochs, self.drop_rate)
+        return rate * linear_warmup(step, warmup_steps=self.warmup_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineScheduleConfig:
+    """Learning rate of both networks: warm-up, then a cosine to `end` x peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: int = 0
+    end: float = 0.0  # last learning rate as a share of the peak
+
+    def __post_init__(self):
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: must not be negative, got {self.warmup_steps}; 0 means no warm-up")
+        if not 0 <= self.end <= 1:
+            raise ValueError(f"end: must lie in [0, 1], got {self.end}; it is a share of the peak")
+
+    def learning_rate(self, peak: float, step: int, _steps_per_epoch: float, total_steps: int) -> float:
+        """The learning rate of a step, from 0."""
+        return peak * linear_warmup_cosine(
+            step, warmup_steps=self.warmup_steps, max_steps=total_steps, minimum=self.end
+        )
+
+
+TokenizerScheduleConfig = MultiStepScheduleConfig | CosineScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARScheduleConfig:
+    """The reference's schedule: linear warm-up, 5% plateau, linear decay; weight decay on a cosine of its own."""
+
+    warmup_epochs: float | None = None  # give either; both None means no warm-up
+    warmup_steps: int | None = None
+    warmup_start: float = 0.005  # first learning rate as a share of the peak
+    end: float = 0.01  # last learning rate as a share of the peak
+    end_weight_decay: float = 0.0  # 0 keeps the weight decay constant
+    decay_all_parameters: bool = True  # the reference's schedule also decays norms and biases
+
+    def __post_init__(self):
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ValueError("warmup_epochs: give either `warmup_epochs` or `warmup_steps`, not both")
+        for name in ("warmup_epochs", "warmup_steps"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"{name}: must be finite and not negative, got {getattr(self, name)}; 0: no warm-up")
+        for name in ("warmup_start", "end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must lie in [0, 1], got {getattr(self, name)}; it is a share of the peak")
+        if not 0 <= self.end_weight_decay < math.inf:
+            given = self.end_weight_decay
+            raise ValueError(f"end_weight_decay: must be finite and not negative, got {given}; 0 keeps it constant")
+
+    def warmup(self, steps_per_epoch: float) -> int:
+        """Warm-up in steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((self.warmup_epochs or 0) * steps_per_epoch)
+
+    def hyper(
+        self, step: int, *, peak: float, weight_decay: float, steps_per_epoch: float, total_steps: int
+    ) -> dict[str, GroupHyper]:
+        """Learning rate and weight decay of both parameter groups at a step, from 0."""
+        rate, decay = ar_schedule(
+            step,
+            peak_lr=peak,
+            warmup_steps=self.warmup(steps_per_epoch),
+            max_steps=total_steps,
+            warmup_start=self.warmup_start,
+            end=self.end,
+            weight_decay=weight_decay,
+            end_weight_decay=self.end_weight_decay,
+        )
+        return {
+            "decay": GroupHyper(learning_rate=rate, weight_decay=decay),
+            "no_decay": GroupHyper(learning_rate=rate, weight_decay=decay if self.decay_all_parameters else 0.0),
+        }

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,128 +13,15 @@ from ibq.config import UserError
 from ibq.data.transforms import to_unit_range
 from ibq.engine.base import Engine, GroupHyper, snapshot
 from ibq.evaluation.reconstruction import CodeUsage, evaluate_reconstruction
-from ibq.models.discriminator import DiscriminatorConfig
-from ibq.models.perceptual import PerceptualConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.ops.kmeans import kmeans
 from ibq.progress import say
 from ibq.training.checkpoint import OWN, save_pretrained
 from ibq.training.loop import Batch, StepOutcome, Validation
 from ibq.training.metrics import Stopwatch
-from ibq.training.schedule import linear_warmup, linear_warmup_cosine, multi_step_lr
+from ibq.training.tokenizer_config import CodebookStartConfig, TokenizerLossConfig
 
 GRID_IMAGES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class GanConfig:
-    """The discriminator and its losses."""
-
-    enabled: bool = True
-    start_step: int = 0  # steps before it train without the discriminator
-    weight: float = 0.1  # of the generator loss, or of the adaptive weight
-    adaptive: bool = False  # balance the gradients of the last layer (VQGAN, which takes `weight: 0.4`)
-    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
-    lecam_weight: float = 0.05
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-
-    def __post_init__(self):
-        for name in ("start_step", "weight", "lecam_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
-
-    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The chosen loss of patch logits."""
-        match self.loss:
-            case "hinge":
-                return losses.hinge_discriminator_loss(real, fake)
-            case "vanilla":
-                return losses.vanilla_discriminator_loss(real, fake)
-            case "non_saturating":
-                return losses.non_saturating_discriminator_loss(real, fake)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerLossConfig:
-    """Weights of the losses: L1 + LPIPS + GAN + quantization + entropy."""
-
-    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    quantization_weight: float = 1.0
-    entropy_weight: float = 0.05
-    gan: GanConfig = field(default_factory=GanConfig)
-
-    def __post_init__(self):
-        for name in ("quantization_weight", "entropy_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: must be finite and not negative, got {getattr(self, name)}; 0 leaves it out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultiStepScheduleConfig:
-    """Learning rate of both networks: constant, with drops after some epochs; the paper's."""
-
-    kind: Literal["multi_step"] = "multi_step"
-    warmup_steps: int = 0
-    drop_epochs: tuple[int, ...] = ()  # epochs (from 1) after which the rate is multiplied by drop_rate
-    drop_rate: float = 0.1
-
-    def __post_init__(self):
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps: must not be negative, got {self.warmup_steps}; 0 means no warm-up")
-        if min(self.drop_epochs, default=1) < 1 or sorted(set(self.drop_epochs)) != list(self.drop_epochs):
-            raise ValueError(f"drop_epochs: must be epochs from 1 in ascending order, got {list(self.drop_epochs)}")
-        if not 0 < self.drop_rate <= 1:
-            raise ValueError(f"drop_rate: must lie in (0, 1], got {self.drop_rate}; 0.1 divides the rate by ten")
-
-    def learning_rate(self, peak: float, step: int, steps_per_epoch: float, _total_steps: int) -> float:
-        """The learning rate of a step, from 0."""
-        rate = multi_step_lr(int(step // steps_per_epoch), peak, self.drop_epochs, self.drop_rate)
-        return rate * linear_warmup(step, warmup_steps=self.warmup_steps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CosineScheduleConfig:
-    """Learning rate of both networks: warm-up, then a cosine to `end` x peak."""
-
-    kind: Literal["cosine"] = "cosine"
-    warmup_steps: int = 0
-    end: float = 0.0  # last learning rate as a share of the peak
-
-    def __post_init__(self):
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps: must not be negative, got {self.warmup_steps}; 0 means no warm-up")
-        if not 0 <= self.end <= 1:
-            raise ValueError(f"end: must lie in [0, 1], got {self.end}; it is a share of the peak")
-
-    def learning_rate(self, peak: float, step: int, _steps_per_epoch: float, total_steps: int) -> float:
-        """The learning rate of a step, from 0."""
-        return peak * linear_warmup_cosine(
-            step, warmup_steps=self.warmup_steps, max_steps=total_steps, minimum=self.end
-        )
-
-
-TokenizerScheduleConfig = MultiStepScheduleConfig | CosineScheduleConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodebookStartConfig:
-    """Initialise the codebook from latents instead of at random.
-
-    For the first `warmup_steps` the decoder sees the latents unquantized; then the codebook becomes the k-means centres
-    of the latents of `images` training images.
-    """
-
-    kmeans: bool = False
-    warmup_steps: int = 0
-    images: int = 1_024
-    iterations: int = 8
-
-    def __post_init__(self):
-        for name, least in (("warmup_steps", 0), ("images", 1), ("iterations", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
-        if self.warmup_steps and not self.kmeans:
-            raise ValueError("warmup_steps: makes sense only with kmeans: true")
 
 
 class TokenizerTask:

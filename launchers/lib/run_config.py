@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,9 +14,12 @@ from ibq.engine.configs import check_tensor_parallel
 from launchers.lib import ROOT
 from launchers.lib.executor import in_code
 
-# The training scripts, by their path in the project, and the config class that each reads.
-CONFIG_CLASSES: Mapping[str, str] = MappingProxyType(
-    {"ibq/train_tokenizer.py": "TokenizerRunConfig", "ibq/train_ar.py": "ARRunConfig"}
+# The training scripts, by their path in the project, and where the class of the config is that each reads.
+CONFIG_CLASSES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "ibq/train_tokenizer.py": ("ibq.training.tokenizer_config", "TokenizerRunConfig"),
+        "ibq/train_ar.py": ("ibq.training.ar_config", "ARRunConfig"),
+    }
 )
 
 
@@ -33,8 +36,10 @@ def config_class(script: str) -> type:
     name = _in_project(script)
     if name not in CONFIG_CLASSES:
         raise UserError(f"{script}: is no training script; take {' or '.join(CONFIG_CLASSES)}")
-    module = importlib.import_module(".".join(PurePosixPath(name).with_suffix("").parts))
-    return getattr(module, CONFIG_CLASSES[name])
+    module, kind = CONFIG_CLASSES[name]
+    return getattr(
+        importlib.import_module(module), kind
+    )  # reads PyTorch, for which a launcher's --help should not wait
 
 
 def load_run(script: str, argv: Sequence[str]) -> Any:

@@ -352,7 +352,7 @@ def test_mistakes_on_the_command_line_end_with_2(tmp_path):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "yaml/ablations").glob("*.yaml")), ids=lambda file: file.stem)
 def test_sweeps_that_come_with_the_project(file, tmp_path, monkeypatch):
-    from ibq.train_tokenizer import TokenizerRunConfig
+    from ibq.training.tokenizer_config import TokenizerRunConfig
 
     monkeypatch.chdir(ROOT)
     if file.stem == "tokenizer":

@@ -11,7 +11,7 @@ from ibq import train_ar, train_tokenizer
 from ibq.config import ConfigError, exit_on_user_error, load_config, load_section
 from ibq.config_yaml import MOVED
 from ibq.models.transformer import TransformerConfig
-from ibq.train_tokenizer import TokenizerRunConfig
+from ibq.training.tokenizer_config import TokenizerRunConfig
 from launchers import sweep
 from launchers.lib.sweep.grid import SweepConfig, runs_of
 from tools import plan

@@ -17,8 +17,8 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.quantizers import IBQConfig
-from ibq.train_ar import ARRunConfig
-from ibq.train_tokenizer import TokenizerRunConfig
+from ibq.training.ar_config import ARRunConfig
+from ibq.training.tokenizer_config import TokenizerRunConfig
 from launchers import job, slurm
 from launchers.lib.sweep.grid import SweepConfig
 from tools.lib.quickstart import recipe

@@ -457,12 +457,12 @@ def test_traffic_of_tensor_parallelism():
 
 def test_configs_are_read_whole():
     """Each key of a run is either used or known to be of no account."""
-    import ibq.train_ar
-    import ibq.train_tokenizer
+    from ibq.training.ar_config import ARRunConfig
+    from ibq.training.tokenizer_config import TokenizerRunConfig
 
     for run, planned in (
-        (ibq.train_ar.ARRunConfig, TransformerPlan),
-        (ibq.train_tokenizer.TokenizerRunConfig, TokenizerPlan),
+        (ARRunConfig, TransformerPlan),
+        (TokenizerRunConfig, TokenizerPlan),
     ):
         assert {field.name for field in fields(run)} == {field.name for field in fields(planned)}
 

@@ -8,8 +8,8 @@ from support.golden import golden_json
 from ibq.config import load_config
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
-from ibq.train_ar import ARRunConfig
-from ibq.train_tokenizer import TokenizerRunConfig
+from ibq.training.ar_config import ARRunConfig
+from ibq.training.tokenizer_config import TokenizerRunConfig
 
 YAML = ROOT / "yaml"
 

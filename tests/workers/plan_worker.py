@@ -27,7 +27,8 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.training.metrics import Stopwatch
-from ibq.training.tokenizer_task import GanConfig, TokenizerLossConfig, TokenizerTask
+from ibq.training.tokenizer_config import GanConfig, TokenizerLossConfig
+from ibq.training.tokenizer_task import TokenizerTask
 
 KINDS = {"local": LocalEngineConfig, "fsdp": FsdpEngineConfig, "zero": ZeroEngineConfig}
 HYPER = {name: GroupHyper(learning_rate=1e-4) for name in ("decay", "no_decay")}

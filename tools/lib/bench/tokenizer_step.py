@@ -29,7 +29,8 @@ from ibq.quantizers import IBQConfig
 from ibq.scaling.tokenizer import discriminator_flops, perceptual_flops, quantizer_flops, tokenizer_flops
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
-from ibq.training.tokenizer_task import TokenizerLossConfig, TokenizerTask
+from ibq.training.tokenizer_config import TokenizerLossConfig
+from ibq.training.tokenizer_task import TokenizerTask
 from tools.lib.bench import step as bench_step
 from tools.lib.bench.process import run_apart
 

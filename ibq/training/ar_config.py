@@ -1,0 +1,51 @@
+"""Everything that the config of a transformer run says: stage 2."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ibq.data.codes import CodeDataConfig
+from ibq.data.shards import ImageDataConfig
+from ibq.engine.base import OptimizerConfig
+from ibq.engine.configs import EngineConfig, LocalEngineConfig
+from ibq.engine.heartbeat import HeartbeatConfig
+from ibq.models.transformer import TransformerConfig
+from ibq.training.checkpoint import CheckpointConfig
+from ibq.training.loop import TrainingConfig
+from ibq.training.run import check_seed_and_average
+from ibq.training.schedule import ARScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedImagesConfig(ImageDataConfig):
+    """Images that a frozen tokenizer turns into codes at every step."""
+
+    kind: Literal["images"] = "images"
+    tokenizer: str  # what ibq.load_tokenizer reads
+    allow_other_tokenizer: bool = False  # go on with another tokenizer than the run began with
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARRunConfig:
+    """Everything about one transformer run."""
+
+    output: str = "runs/ar"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    ema_decay: float | None = 0.9999  # null keeps no average: saves memory, and validates the raw weights
+    ema_warmup: bool = False  # average over fewer steps at first: for short runs
+    data: CodeDataConfig | TokenizedImagesConfig
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            kind="adamw", betas=(0.9, 0.95), weight_decay=0.05, clip_norm=1.0, scale_learning_rate=True
+        )
+    )
+    schedule: ARScheduleConfig = field(default_factory=ARScheduleConfig)
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=LocalEngineConfig)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+
+    def __post_init__(self):
+        check_seed_and_average(self.seed, self.ema_decay)

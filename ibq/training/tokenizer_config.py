@@ -1,0 +1,124 @@
+"""Everything that the config of a tokenizer run says: stage 1."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from ibq import losses
+from ibq.data.shards import ImageDataConfig
+from ibq.engine.base import OptimizerConfig
+from ibq.engine.configs import EngineConfig, LocalEngineConfig, ZeroEngineConfig
+from ibq.engine.heartbeat import HeartbeatConfig
+from ibq.models.discriminator import DiscriminatorConfig
+from ibq.models.perceptual import PerceptualConfig
+from ibq.models.tokenizer_config import TokenizerConfig
+from ibq.training.checkpoint import CheckpointConfig
+from ibq.training.loop import TrainingConfig
+from ibq.training.run import check_seed_and_average
+from ibq.training.schedule import MultiStepScheduleConfig, TokenizerScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GanConfig:
+    """The discriminator and its losses."""
+
+    enabled: bool = True
+    start_step: int = 0  # steps before it train without the discriminator
+    weight: float = 0.1  # of the generator loss, or of the adaptive weight
+    adaptive: bool = False  # balance the gradients of the last layer (VQGAN, which takes `weight: 0.4`)
+    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    lecam_weight: float = 0.05
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+    def __post_init__(self):
+        for name in ("start_step", "weight", "lecam_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The chosen loss of patch logits."""
+        match self.loss:
+            case "hinge":
+                return losses.hinge_discriminator_loss(real, fake)
+            case "vanilla":
+                return losses.vanilla_discriminator_loss(real, fake)
+            case "non_saturating":
+                return losses.non_saturating_discriminator_loss(real, fake)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerLossConfig:
+    """Weights of the losses: L1 + LPIPS + GAN + quantization + entropy."""
+
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    quantization_weight: float = 1.0
+    entropy_weight: float = 0.05
+    gan: GanConfig = field(default_factory=GanConfig)
+
+    def __post_init__(self):
+        for name in ("quantization_weight", "entropy_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: must be finite and not negative, got {getattr(self, name)}; 0 leaves it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookStartConfig:
+    """Initialise the codebook from latents instead of at random.
+
+    For the first `warmup_steps` the decoder sees the latents unquantized; then the codebook becomes the k-means centres
+    of the latents of `images` training images.
+    """
+
+    kmeans: bool = False
+    warmup_steps: int = 0
+    images: int = 1_024
+    iterations: int = 8
+
+    def __post_init__(self):
+        for name, least in (("warmup_steps", 0), ("images", 1), ("iterations", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        if self.warmup_steps and not self.kmeans:
+            raise ValueError("warmup_steps: makes sense only with kmeans: true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRunConfig:
+    """Everything about one tokenizer run."""
+
+    output: str = "runs/tokenizer"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"  # the quantizer always runs in fp32
+    statistics: Literal["rank", "world"] = (
+        "rank"  # of batch normalization, batch entropy and LeCAM; "world" gives the same
+    )
+    # training for every world size with the same world size x micro-batch
+    ema_decay: float = 0.999
+    ema_warmup: bool = False  # average over fewer steps at first: for short runs
+    usage_alarm: float = 0.1  # share of the reachable codes under which the codebook counts as collapsed
+    data: ImageDataConfig
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    codebook_start: CodebookStartConfig = field(default_factory=CodebookStartConfig)
+    loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: TokenizerScheduleConfig = field(default_factory=MultiStepScheduleConfig)
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=LocalEngineConfig)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+
+    def __post_init__(self):
+        check_seed_and_average(self.seed, self.ema_decay)
+        if self.model.in_channels != 3:
+            raise ValueError(f"model.in_channels: images have 3 channels, not {self.model.in_channels}")
+        if isinstance(self.engine, ZeroEngineConfig):
+            raise ValueError("engine.kind: zero is for the transformer; set engine.kind to local or fsdp")
+        gan = self.loss.gan
+        if gan.enabled and self.model.resolution < gan.discriminator.smallest_side:
+            raise ValueError(
+                f"loss.gan.discriminator.layers: {gan.discriminator.layers} layers need images of at least "
+                f"{gan.discriminator.smallest_side} pixels, not {self.model.resolution}; take fewer layers"
+            )
