@@ -1,9 +1,23 @@
 """Losses of the tokenizer's GAN: pure functions of tensors."""
 
+from typing import Literal
+
 from torch import Tensor
 from torch.nn import functional as F
 
 LECAM_DECAY = 0.999
+DiscriminatorLoss = Literal["hinge", "vanilla", "non_saturating"]
+
+
+def discriminator_loss(kind: DiscriminatorLoss, real: Tensor, fake: Tensor) -> Tensor:
+    """The loss of that kind of the discriminator's patch logits."""
+    match kind:
+        case "hinge":
+            return hinge_discriminator_loss(real, fake)
+        case "vanilla":
+            return vanilla_discriminator_loss(real, fake)
+        case "non_saturating":
+            return non_saturating_discriminator_loss(real, fake)
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -26,7 +26,10 @@ register_dataclass(TokenizerOutput)
 
 
 class Tokenizer(nn.Module):
-    """Images [B, 3, H, W] in [-1, 1] <-> codes [B, h, w]."""
+    """Images [B, 3, H, W] in [-1, 1] <-> codes [B, h, w].
+
+    `downsampling`: pixels per token along a side; `tokens_per_side`: at the nominal resolution.
+    """
 
     # Besides `forward`, for engines that gather weights for a call: (path of a module, method).
     forward_methods = (("", "encode_latents"), ("", "encode"), ("", "decode"))
@@ -34,6 +37,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
+        self.downsampling, self.tokens_per_side = config.downsampling, config.tokens_per_side
         network = vqgan if config.network == "vqgan" else open_magvit2
         self.encoder = network.Encoder(config)
         self.decoder = network.Decoder(config)
@@ -43,16 +47,6 @@ class Tokenizer(nn.Module):
             self.post_quant_conv = nn.Conv2d(self.quantizer.dim, config.latent_channels, 1)
         else:
             self.quant_conv = self.post_quant_conv = nn.Identity()
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per token along a side."""
-        return self.config.downsampling
-
-    @property
-    def tokens_per_side(self) -> int:
-        """Tokens along a side at the nominal resolution."""
-        return self.config.tokens_per_side
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from ibq.ops.index_backprop import BetaWeighs, Precision, best_codes, index_backprop
-from ibq.quantizers.base import QuantizerOutput, require_choice, require_not_negative, require_positive
-from ibq.quantizers.codebook import CodebookQuantizer, Init
+from ibq.quantizers.base import (
+    CodebookQuantizer,
+    Init,
+    QuantizerOutput,
+    require_choice,
+    require_not_negative,
+    require_positive,
+)
 from ibq.quantizers.projector import ProjectorConfig, build_projector, check_projector
 
 

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from ibq.ops.index_backprop import BetaWeighs, best_codes, softmax_entropies
 from ibq.quantizers.base import (
+    CodebookQuantizer,
+    Init,
     QuantizerOutput,
     require_choice,
     require_not_negative,
@@ -16,7 +18,6 @@ from ibq.quantizers.base import (
     straight_through,
     to_grid,
 )
-from ibq.quantizers.codebook import CodebookQuantizer, Init
 from ibq.quantizers.projector import ProjectorConfig, build_projector, check_projector
 
 Normalize = Literal["none", "search", "vectors"]

@@ -1,4 +1,4 @@
-"""Scalars of a run: averaged over an interval, written to TensorBoard and to a JSONL file by rank 0."""
+"""What a run tells of itself: the means of its metrics and its rates, in TensorBoard and in a JSONL file."""
 
 import math
 import os
@@ -16,7 +16,106 @@ from torch import Tensor
 from ibq import dist
 from ibq.files import append_line, keep_lines
 from ibq.progress import say
-from ibq.training.checkpoint import OWN
+from ibq.training.bad_samples import BadSamples
+from ibq.training.checkpoint import OWN, TrainingState
+from ibq.training.run_data import RunData
+from ibq.training.startup import StartUp
+
+
+class RunLog:
+    """Collects the figures of a run's steps and writes them; every rank calls the same methods.
+
+    `state` is the run's, which the steps change. `mark` is told what begins, each part of a step included.
+    """
+
+    def __init__(
+        self, folder: Path, data: RunData, state: TrainingState, device: torch.device, mark: Callable[[str], None]
+    ):
+        self.folder = folder
+        self.stopwatch = Stopwatch(device, entered=mark)
+        self.bad_samples = BadSamples(folder, data.order.size, data.max_bad_fraction)
+        self._data, self._state, self._device, self._mark = data, state, device, mark
+        self._means = RunningMeans(device)
+        self._since, self._started = 0, time.perf_counter()  # of the interval between two logs
+        self._aside = 0.0  # seconds of it that are no part of the steps
+        self._summary: dict[str, float] = {}
+        self._logger: MetricLogger
+
+    def open(self) -> None:
+        """Go on with the log where the checkpoint is."""
+        self._logger = MetricLogger(self.folder, self._state.step)
+        self._since, self._started = self._state.step, time.perf_counter()
+
+    @contextmanager
+    def besides_steps(self) -> Iterator[None]:
+        """What happens in this context does not count in the time per step."""
+        start = time.perf_counter()
+        yield
+        self._aside += time.perf_counter() - start
+
+    def note_start(self, start_up: StartUp) -> None:
+        """Say how long it took until the first step was done."""
+        with self.besides_steps():
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # once: until now the step may only have been queued
+            start_up.finish(self.folder)
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add the detached scalars of a good step."""
+        self._means.add(metrics)
+
+    def bad_step(self) -> None:
+        """Log that there is one more."""
+        self._logger.scalars(self._state.step, {"bad_steps": self._state.bad_steps})
+
+    def reduce_bad_samples(self) -> None:
+        """Learn of the other ranks' bad samples; UserError where they are too many."""
+        self.bad_samples.reduce(self._state.step, self._state.position)
+
+    def steps(self, batch_size: int, interval_metrics: Callable[[int], dict[str, float]]) -> None:
+        """Log the means since the last log with rates, memory and the task's own figures."""
+        state = self._state
+        self._mark("log")
+        self.reduce_bad_samples()
+        steps = state.step - self._since
+        seconds = (time.perf_counter() - self._started - self._aside) / steps
+        values = self._means.means() | self.stopwatch.means(steps) | {"seconds/step": seconds}
+        images = batch_size / seconds
+        values["images_per_second"] = images
+        values["peak_memory_gib"] = peak_memory_gib(self._device)
+        values["bad_steps"] = state.bad_steps
+        values["data/bad_samples"] = self.bad_samples.total
+        if self._data.order.size:
+            values["data/epoch"] = state.position / self._data.order.size
+        values |= interval_metrics(state.step)
+        if "tokens_per_image" in values:
+            values["tokens_per_second"] = images * values.pop("tokens_per_image")
+        self._logger.scalars(state.step, values)
+        self._summary |= {"loss": values.get("loss/total", math.nan)}
+        self._since, self._started, self._aside = state.step, time.perf_counter(), 0.0
+
+    def validation(self, metrics: Mapping[str, float], images: Mapping[str, Tensor]) -> None:
+        """Log what a validation has found."""
+        step = self._state.step
+        self._logger.scalars(step, {f"validation/{name}": value for name, value in metrics.items()})
+        for name, rows in images.items():
+            self._logger.images(step, name, rows)
+
+    def note_best(self) -> None:
+        """Show the best validation so far beside the progress bar."""
+        self._summary["best"] = math.nan if self._state.best_score is None else self._state.best_score
+
+    def summary(self) -> str:
+        """The few figures beside the progress bar."""
+        return " ".join(f"{name} {value:.3f}" for name, value in self._summary.items())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has been added since the last log, for the checkpoint."""
+        return self._means.tensors()
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with what a checkpoint holds."""
+        self._means.load_tensors(tensors)
 
 
 class MetricLogger:

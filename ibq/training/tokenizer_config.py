@@ -4,13 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import Tensor
-
-from ibq import losses
 from ibq.data.shards import ImageDataConfig
 from ibq.engine.base import OptimizerConfig
 from ibq.engine.configs import EngineConfig, LocalEngineConfig, ZeroEngineConfig
 from ibq.engine.heartbeat import HeartbeatConfig
+from ibq.losses import DiscriminatorLoss
 from ibq.models.discriminator import DiscriminatorConfig
 from ibq.models.perceptual import PerceptualConfig
 from ibq.models.tokenizer_config import TokenizerConfig
@@ -28,7 +26,7 @@ class GanConfig:
     start_step: int = 0  # steps before it train without the discriminator
     weight: float = 0.1  # of the generator loss, or of the adaptive weight
     adaptive: bool = False  # balance the gradients of the last layer (VQGAN, which takes `weight: 0.4`)
-    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    loss: DiscriminatorLoss = "hinge"
     lecam_weight: float = 0.05
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
@@ -36,16 +34,6 @@ class GanConfig:
         for name in ("start_step", "weight", "lecam_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
-
-    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The chosen loss of patch logits."""
-        match self.loss:
-            case "hinge":
-                return losses.hinge_discriminator_loss(real, fake)
-            case "vanilla":
-                return losses.vanilla_discriminator_loss(real, fake)
-            case "non_saturating":
-                return losses.non_saturating_discriminator_loss(real, fake)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,7 +165,7 @@ class TokenizerTask:
                 real_logits = engine(real).float()
                 fake_logits = engine(fake).float()
                 self._update_lecam(real_logits, fake_logits)
-                loss = gan.discriminator_loss(real_logits, fake_logits)
+                loss = losses.discriminator_loss(gan.loss, real_logits, fake_logits)
                 lecam = losses.lecam_regularizer(real_logits, fake_logits, self.lecam["real"], self.lecam["fake"])
                 engine.backward(loss + gan.lecam_weight * lecam)
             _add(metrics, "gan/discriminator", loss, share)

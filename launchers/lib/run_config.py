@@ -37,9 +37,7 @@ def config_class(script: str) -> type:
     if name not in CONFIG_CLASSES:
         raise UserError(f"{script}: is no training script; take {' or '.join(CONFIG_CLASSES)}")
     module, kind = CONFIG_CLASSES[name]
-    return getattr(
-        importlib.import_module(module), kind
-    )  # reads PyTorch, for which a launcher's --help should not wait
+    return getattr(importlib.import_module(module), kind)
 
 
 def load_run(script: str, argv: Sequence[str]) -> Any:
