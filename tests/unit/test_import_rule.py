@@ -135,6 +135,58 @@ def test_everyone_imports_whom_they_may():
     assert not found, "\n".join(found)
 
 
+def modules_read_with(tree, path, known):
+    """The modules of ibq that a module imports, for types alone too, but for imports inside functions."""
+    within = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for inner in ast.walk(node)
+    }
+    outside = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    outside = [node for node in outside if id(node) not in within]
+    names = {name for _, name, _ in imported(ast.Module(body=outside, type_ignores=[]), path)}
+    return {part for name in names for part in (name, name.rpartition(".")[0]) if part in known}
+
+
+def circle_in(graph):
+    """The first circle of imports, as a list of modules that begins and ends with the same one; None without any."""
+    done = set()
+
+    def search(module, way):
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module not in done:
+            for other in sorted(graph[module]):
+                if found := search(other, [*way, module]):
+                    return found
+        done.add(module)
+        return None
+
+    return next((found for module in sorted(graph) if (found := search(module, []))), None)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    paths = {".".join(path.with_suffix("").parts): path for path in sources() if path.name != "__init__.py"}
+    graph = {
+        name: modules_read_with(ast.parse((ROOT / path).read_text("utf-8")), path.as_posix(), paths)
+        for name, path in paths.items()
+    }
+    assert sum(map(len, graph.values())) > 300, "the imports were not found"
+    found = circle_in(graph)
+    assert found is None, " -> ".join(found)
+
+
+def test_circles_are_found():
+    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ibq.b import x"
+    known = {"ibq.a", "ibq.b", "ibq.c"}
+    first = modules_read_with(ast.parse(source), "ibq/a.py", known)
+    assert first == {"ibq.b"}
+    assert modules_read_with(ast.parse("def f():\n    import ibq.a"), "ibq/c.py", known) == set()
+    assert circle_in({"ibq.a": first, "ibq.b": {"ibq.c"}, "ibq.c": set()}) is None
+    assert circle_in({"ibq.a": first, "ibq.b": {"ibq.c"}, "ibq.c": {"ibq.b"}}) == ["ibq.b", "ibq.c", "ibq.b"]
+
+
 @pytest.mark.parametrize(
     "path, source",
     [
