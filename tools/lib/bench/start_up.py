@@ -33,7 +33,7 @@ SUBCOMMANDS = {
     "tools/evaluate.py": ("reconstruction", "generation", "verify"),
 }
 SLOWEST = 5  # that the table names
-MAIN, PARSES = re.compile(r"^if __name__ ==", re.M), re.compile(r"parse_args|parse_arguments|parse_job|def parse\b")
+MAIN, PARSES = re.compile(r"^if __name__ ==", re.M), re.compile(r"parse_args|Command\.begin|parse_job|def parse\b")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +174,7 @@ def help_commands() -> list[str]:
     from tools.bench import BENCHES
 
     found = []
-    for file in sorted(path for part in ("ibq", "launchers", "tools") for path in (ROOT / part).glob("*.py")):
+    for file in sorted(path for part in ("ibq", "launchers", "tools") for path in (ROOT / part).rglob("*.py")):
         text = file.read_text("utf-8")
         if MAIN.search(text) and PARSES.search(text):
             script = file.relative_to(ROOT).as_posix()
