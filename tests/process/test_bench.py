@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
+from functools import partial
 
 import pytest
-from support import ROOT
+from support.processes import run_script
 
 from tools.lib.bench import quantizer as bench_quantizer
 
@@ -16,9 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/bench.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+bench = partial(run_script, "tools/bench.py", timeout=600)
 
 
 def test_quantizer(tmp_path):
@@ -74,7 +71,7 @@ loss: {gan: {discriminator: {channels: 8, layers: 2}}}
 def test_training_steps(name, config, rate, tmp_path):
     (tmp_path / "run.yaml").write_text(config)
     size = ("--config", str(tmp_path / "run.yaml"), "--batch", "2", "--steps", "1")
-    done = bench(name, *size, "--json", str(tmp_path / "s.json"), OMP_NUM_THREADS="1")
+    done = bench(name, *size, "--json", str(tmp_path / "s.json"))
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "s.json").read_text())
     ours, plain = figures["ours"], figures["plain"]
@@ -153,7 +150,7 @@ def test_xxl_step_in_small(tmp_path):
         *small,
     )
     arguments = (*arguments, "optimizer.learning_rate=1e-2", "--json", str(file))
-    done = bench("xxl-step", *arguments, OMP_NUM_THREADS="1")  # small products wait for each other's threads
+    done = bench("xxl-step", *arguments)
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
     assert len(figures["losses"]) == 3 and len(figures["resumed_losses"]) == 2

@@ -2,14 +2,13 @@
 
 import gzip
 import json
-import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
+from support.processes import run_script
 
 from ibq.config import UserError
 from ibq.scaling.transformer import transformer_flops, transformer_parameters
@@ -28,9 +27,7 @@ model: {vocab_size: 1024, num_classes: 10, tokens_per_side: 4, depth: 4, width: 
 STEPS = 2  # timed ones; three come before
 
 
-def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/bench.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+bench = partial(run_script, "tools/bench.py", timeout=600)
 
 
 # --- Engines ---

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.models import TOKENIZER, TRANSFORMER
 from support.processes import run_ranks, run_script
 from support.training import CLASSES, CODES, write_best, write_images
-from test_sample_tool import TOKENIZER, TRANSFORMER
 
 from ibq.config import UserError, parse_config
 from ibq.data.shards import open_images

@@ -10,27 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.models import TOKENIZER, TRANSFORMER
 from support.processes import DEVNULL, run_ranks, run_script, start_script
-from support.training import CLASSES, CODES, SIDE, write_best
+from support.training import CLASSES, write_best
 
 from ibq.config import parse_config
 from ibq.data.shards import ImageDataConfig, open_split
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
-
-TOKENIZER = {
-    **{"resolution": 16, "channels": 32, "channel_multipliers": [1, 1, 1], "res_blocks": 1, "latent_channels": 16},
-    **{"attention_resolutions": [], "quantizer": {"kind": "ibq", "num_codes": CODES, "dim": 16}},
-}
-TRANSFORMER = {
-    "vocab_size": CODES,
-    "num_classes": CLASSES,
-    "tokens_per_side": SIDE,
-    "depth": 2,
-    "heads": 2,
-    "width": 32,
-}
 
 
 @pytest.fixture(scope="module")

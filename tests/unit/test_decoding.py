@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_bench import bench
-from test_transformer import VARIANTS, small_transformer
+from support.models import VARIANTS, small_transformer
+from support.processes import run_script
 from torch import nn
 
 from ibq.decoding import Decoder
@@ -208,7 +208,7 @@ def test_bench(tmp_path):
         " width: 64, heads: 2}\n"
     )
     size = ("--config", str(tmp_path / "t.yaml"), "--images", "2", "--rounds", "1")
-    done = bench("sample", *size, "--json", str(tmp_path / "s.json"))
+    done = run_script("tools/bench.py", "sample", *size, "--json", str(tmp_path / "s.json"))
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "s.json").read_text())
     rate, ratio = figures["tokens_per_second"], figures["ratio"]
@@ -216,5 +216,5 @@ def test_bench(tmp_path):
     assert ratio["speedup_fp32"] == pytest.approx(rate["fp32"] / rate["textbook fp32"])
     assert 0 < figures["kl_from_fp32_nats"]["bf16"] < 1e-2 and figures["share_of_bandwidth"]["fp32"] > 0
     assert "KL from fp32" in done.stdout
-    done = bench("sample", *size, "--tokens", "17")
+    done = run_script("tools/bench.py", "sample", *size, "--tokens", "17")
     assert done.returncode == 2 and "--tokens: 1 to 16" in done.stderr

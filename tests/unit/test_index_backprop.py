@@ -1,13 +1,13 @@
 """The lean index backpropagation against the textbook form, in values, gradients, rounding errors and memory."""
 
+import inspect
 import json
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
-from support import ROOT
+from support.processes import run_script
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -242,10 +242,11 @@ def test_a_frozen_codebook_and_unused_outputs():
 
 
 MEASURE = """
-import json, sys, torch
-sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/unit"]  # others have a package `tests` too
-from test_index_backprop import loss_of
+import json, torch
+from torch import Tensor
+from ibq.ops.index_backprop import index_backprop
 from tools.lib.bench.process import extra_peak_gib
+{loss_of}
 loss_of(torch.randn(4, 4).requires_grad_(), torch.randn(4, 4).requires_grad_()).backward()
 z, codebook = torch.randn({tokens}, 8).requires_grad_(), torch.randn({codes}, 8).requires_grad_()
 print(json.dumps(extra_peak_gib(lambda: torch.autograd.grad(loss_of(z, codebook), (z, codebook)))))
@@ -254,8 +255,9 @@ print(json.dumps(extra_peak_gib(lambda: torch.autograd.grad(loss_of(z, codebook)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from Linux's /proc")
 def test_memory_does_not_grow_with_tokens_times_codes():
-    code = MEASURE.format(root=str(ROOT), tokens=2048, codes=65_536)  # one table would be half a GiB
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    # One table would be half a GiB.
+    code = MEASURE.format(loss_of=inspect.getsource(loss_of), tokens=2048, codes=65_536)
+    done = run_script("-c", code, fresh=True)
     assert 0.05 < json.loads(done.stdout.splitlines()[-1]) < 0.25
 
 

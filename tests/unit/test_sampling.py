@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_transformer import VARIANTS, small_transformer
+from support.models import VARIANTS, small_transformer
 from torch import Tensor
 
 from ibq.models.transformer import Transformer

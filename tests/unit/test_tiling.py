@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from PIL import Image
+from support.models import TOKENIZER
 from support.processes import run_script
 from support.training import write_best
-from test_sample_tool import TOKENIZER
 from torch import nn
 from torch.nn import functional as F
 

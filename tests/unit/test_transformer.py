@@ -5,30 +5,10 @@ import math
 
 import pytest
 import torch
+from support.models import SMALL, VARIANTS, small_transformer
 from torch import Tensor
 
 from ibq.models.transformer import Transformer, TransformerConfig
-
-SMALL = {"vocab_size": 50, "num_classes": 5, "tokens_per_side": 4, "depth": 2, "heads": 4, "width": 32}
-VARIANTS = {
-    "plain": {},
-    "grouped": {"kv_heads": 2},
-    "one_kv_head": {"kv_heads": 1},
-    "shared": {"shared_adaln": True},
-    "shared_grouped": {"shared_adaln": True, "kv_heads": 2},
-}
-
-
-def small_transformer(seed: int = 0, **overrides) -> Transformer:
-    """A small transformer with every parameter random, so that every part matters."""
-    transformer = Transformer(TransformerConfig(**(SMALL | overrides)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            parameter.normal_(0.0, 0.3, generator=generator)
-            if "norm" in name and name.endswith("norm.weight"):
-                parameter.add_(1.0)
-    return transformer.eval()
 
 
 def random_batch(rows: int, config: TransformerConfig, seed: int = 1) -> tuple[Tensor, Tensor]:
