@@ -12,8 +12,8 @@ from ibq.engine.base import Engine, GroupHyper
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.training.checkpoint import save_pretrained
-from ibq.training.loop import Batch, StepOutcome, Validation
 from ibq.training.metrics import Stopwatch
+from ibq.training.task import Batch, StepOutcome, Validation
 
 
 class ARTask:

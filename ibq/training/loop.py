@@ -3,31 +3,27 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ibq import dist
 from ibq.config import UserError
 from ibq.data.images import BadSample
-from ibq.engine.base import Engine
 from ibq.engine.heartbeat import Heartbeat, HeartbeatConfig
 from ibq.files import write_text
 from ibq.progress import progress_bar, say
 from ibq.training import provenance
 from ibq.training.checkpoint import CheckpointConfig, TrainingState
-from ibq.training.metrics import RunLog, Stopwatch
+from ibq.training.metrics import RunLog
 from ibq.training.run_data import RunData
 from ibq.training.saving import Saver, StoppedError
 from ibq.training.startup import StartUp
 from ibq.training.stopping import StopSignals, write_status
-
-Batch = tuple[Tensor, Tensor]
+from ibq.training.task import Batch, StepOutcome, Task, Validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,47 +55,6 @@ class TrainingConfig:
     def total_steps(self, steps_per_epoch: float) -> int:
         """Optimizer steps of the whole run: enough for every sample of every epoch."""
         return self.max_steps if self.max_steps is not None else math.ceil(self.epochs * steps_per_epoch)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOutcome:
-    """One step of a task: detached scalars, and whether the update was skipped because something was not finite."""
-
-    metrics: dict[str, Tensor]
-    skipped: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """A task's figures on the validation set; the checkpoint with the highest score is the best."""
-
-    metrics: dict[str, float]
-    score: float
-    images: dict[str, Tensor] = field(default_factory=dict)  # uint8 grids [rows, columns, 3, H, W]
-
-
-class Task(Protocol):
-    """What is trained."""
-
-    engines: dict[str, Engine]
-
-    def step(self, step: int, batches: list[Batch], stopwatch: Stopwatch) -> StepOutcome:
-        """Train on the micro-batches of one step."""
-
-    def interval_metrics(self, step: int) -> dict[str, float]:
-        """Figures over the steps since the last call; every rank calls it."""
-
-    def validate(self, batches: Iterable[Batch]) -> Validation:
-        """Evaluate with averaged weights; every rank calls it."""
-
-    def rank_tensors(self) -> dict[str, Tensor]:
-        """State that each rank keeps for itself, for the checkpoint; `own/...` is for the very rank that kept it."""
-
-    def load_rank_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore it."""
-
-    def save_pretrained(self, folder: Path, info: Mapping) -> None:
-        """Write the averaged weights for use, and where they come from."""
 
 
 class BadStepsError(UserError):

@@ -20,10 +20,11 @@ from ibq.engine.configs import EngineConfig
 from ibq.files import lock, remove
 from ibq.progress import say
 from ibq.training import bad_samples, provenance, startup
-from ibq.training.loop import Task, train
+from ibq.training.loop import train
 from ibq.training.run_data import RunData
 from ibq.training.startup import StartUp, TimedBlueprint
 from ibq.training.stopping import STATUS_FILE
+from ibq.training.task import Task
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best", STATUS_FILE, bad_samples.FILE,

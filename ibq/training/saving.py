@@ -19,6 +19,7 @@ from ibq.training.checkpoint import (
 from ibq.training.metrics import RunLog
 from ibq.training.run_data import RunData
 from ibq.training.stopping import write_status
+from ibq.training.task import Task
 
 
 class StoppedError(UserError):
@@ -36,7 +37,7 @@ class Saver:
         self,
         folder: Path,
         config: CheckpointConfig,
-        task,
+        task: Task,
         data: RunData,
         state: TrainingState,
         log: RunLog,

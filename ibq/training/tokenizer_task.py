@@ -17,8 +17,8 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.ops.kmeans import kmeans
 from ibq.progress import say
 from ibq.training.checkpoint import OWN, save_pretrained
-from ibq.training.loop import Batch, StepOutcome, Validation
 from ibq.training.metrics import Stopwatch
+from ibq.training.task import Batch, StepOutcome, Validation
 from ibq.training.tokenizer_config import CodebookStartConfig, TokenizerLossConfig
 
 GRID_IMAGES = 8
