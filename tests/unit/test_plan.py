@@ -329,7 +329,7 @@ TOKENIZER_ACTIVATIONS = {
 TOKENIZER_SIZES = {
     "tokenizer's weights": (TOKENIZER_WEIGHTS, "fp32", 1, 1),
     "tokenizer's activations": (TOKENIZER_ACTIVATIONS, "bf16", 4, 1),
-    "tokenizer's activations, recomputed": ({**TOKENIZER_ACTIVATIONS, "gradient_checkpointing": True}, "fp32", 4, 2),
+    "tokenizer's activations, recomputed": ({**TOKENIZER_ACTIVATIONS, "gradient_checkpointing": True}, "fp32", 2, 2),
 }
 CASES = {f"{engine}: {size}": case(engine, size) for engine in ENGINES for size in SIZES}
 CASES |= {f"{engine}: {size}": case(engine, size) for engine in ("local", "fsdp") for size in TOKENIZER_SIZES}
