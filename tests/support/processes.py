@@ -26,7 +26,7 @@ from support import ROOT
 
 # What may differ from the forking parent's: read when a script runs, not when modules are imported.
 FREE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")
-FREE += ("SLURM_", "IBQ_", "PYTEST_", "PATH", "VIRTUAL_ENV")
+FREE += ("SLURM_", "IBQ_", "PYTEST_", "PATH", "VIRTUAL_ENV", "DS_ACCELERATOR")  # DeepSpeed is not imported yet
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
 
