@@ -22,7 +22,8 @@ from ibq.interop.published import Hints
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
-from ibq.sampling import SamplerConfig, sample_codes
+from ibq.sampler import SamplerConfig
+from ibq.sampling import sample_codes
 
 Weights = Literal["ema", "raw"]
 MODEL_PLACES = (
@@ -114,7 +115,7 @@ def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device, we
         config = load_config(config_kind, folder / "config.yaml")
     except ConfigError as error:
         raise UserError(f"not a model of this kind: {error}") from error
-    return _ready(kind, config, _tensors(folder / "model.safetensors"), device, folder)
+    return _ready(kind, config, read_tensors(folder / "model.safetensors"), device, folder)
 
 
 def _from_checkpoint(kind: type, config_kind: type, path: Path, weights: Weights) -> tuple:
@@ -130,21 +131,31 @@ def _from_checkpoint(kind: type, config_kind: type, path: Path, weights: Weights
 
 def _from_file(kind: type, config_kind: type, path: Path) -> tuple:
     """(config, weights) of a file that `tools/convert.py` has written."""
-    try:
-        with safe_open(path, "pt") as file:
-            model = json.loads((file.metadata() or {})["model"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a file of tools/convert.py ({error}); write it again") from error
+    _, model = read_metadata(path)
     if model["kind"] != kind.__name__:
         raise UserError(f"{path}: holds a {model['kind']}, not a {kind.__name__}")
-    return parse_config(config_kind, model["config"], str(path)), _tensors(path)
+    return parse_config(config_kind, model["config"], str(path)), read_tensors(path)
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def read_metadata(path: Path) -> tuple[dict[str, str], dict]:
+    """The metadata of a .safetensors file, and the model's `kind` and `config` in it; UserError for another file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        model = json.loads(metadata["model"])
+        if not isinstance(model, dict) or not {"kind", "config"} <= model.keys():
+            raise ValueError("`model` is not a table of kind and config")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a model of this project ({error}); write it again by tools/convert.py") from error
+    return metadata, model
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file; UserError where it cannot be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy or train it again") from error
+        raise UserError(f"{path}: cannot be read ({error}); copy it or write it again") from error
 
 
 def _ready(kind: type[nn.Module], config, state: dict[str, Tensor], device, source: str | Path) -> nn.Module:
@@ -189,7 +200,7 @@ def generate(
     """One uint8 image [3, H, W] per entry of `classes`: [N, 3, H, W], on the CPU.
 
     Image i is drawn with seed `seed` + i, or with `seed`[i], and depends on (weights, class, that seed, settings)
-    alone, on a given device. `settings` are those of `ibq.sampling.SamplerConfig`: guidance_scale, temperature, top_k,
+    alone, on a given device. `settings` are those of `ibq.sampler.SamplerConfig`: guidance_scale, temperature, top_k,
     top_p, precision, ... `progress` is called with (images done, images). Raises ValueError for classes or settings out
     of range.
     """

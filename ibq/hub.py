@@ -11,10 +11,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ibq.api import load_tokenizer, load_transformer
+from ibq.api import load_tokenizer, load_transformer, read_metadata
 from ibq.config import UserError
 from ibq.engine.state_files import describe
 from ibq.files import sync_folder, write_text
@@ -71,10 +70,15 @@ def from_pretrained(
     folder = Path(repository_or_folder)
     if not folder.is_dir():
         folder = _downloaded(str(repository_or_folder), revision, token)
-    kind = json.loads(origin_of(folder / WEIGHTS)["model"]).get("kind")
-    if kind not in LOADERS:
-        raise UserError(f"{folder / WEIGHTS}: holds a {kind}, which is no model of this project; give another")
-    return LOADERS[kind](folder / WEIGHTS, device=device)
+    return load_file(folder / WEIGHTS, device)[0]
+
+
+def load_file(path: Path, device: torch.device | str) -> tuple[nn.Module, dict[str, str]]:
+    """The Tokenizer or Transformer of a .safetensors file, and the file's metadata; UserError for another file."""
+    origin, model = read_metadata(path)
+    if model["kind"] not in LOADERS:
+        raise UserError(f"{path}: holds a {model['kind']}, which is no model of this project; give another")
+    return LOADERS[model["kind"]](path, device=device), origin
 
 
 def push_to_hub(
@@ -113,18 +117,6 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False, t
     except Exception as error:
         raise _explained(repository, error, "log in with `hf auth login`, with a token that may write") from error
     return commit.commit_url
-
-
-def origin_of(path: Path) -> dict[str, str]:
-    """The metadata of a .safetensors file of this project; UserError for another file."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        if not isinstance(json.loads(metadata["model"]), dict):
-            raise ValueError("`model` is not a table")
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a model of this project ({error}); save it with save_pretrained") from error
-    return metadata
 
 
 def _downloaded(repository: str, revision: str | None, token: str | None) -> Path:

@@ -1,67 +1,20 @@
 """Sampling codes from the transformer: cached decoding, classifier-free guidance, top-k and top-p."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ibq.decoding import PRECISIONS, Decoder, Precision
-from ibq.guidance import Schedule, guidance_scales
+from ibq.decoding import Decoder
 from ibq.models.transformer import Transformer
+from ibq.sampler import SamplerConfig, check_filter
 
 LARGEST_SEED = 2**63 - 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How codes are drawn.
-
-    `guidance_scale` s gives the logits uncond + s * (cond - uncond) (arXiv 2207.12598); 1.0 is no guidance
-    and costs half. `temperature` 0 takes the likeliest code; `top_k` 0 and `top_p` 1.0 are off.
-    `guidance_schedule` changes s over the codes of an image, see `ibq/guidance.py`. `rows_per_block` images are decoded
-    together, the last block padded: more is faster per image and takes more memory; another number may round
-    differently. `precision` is that of the weights, see `ibq/decoding.py`; `compile` compiles the step.
-    Errors: ValueError for values out of range.
-    """
-
-    guidance_scale: float = 2.0
-    guidance_schedule: Schedule = "constant"
-    guidance_power: float = 2.75
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    rows_per_block: int = 16
-    precision: Precision = "fp32"
-    compile: bool = False
-
-    def __post_init__(self):
-        if not 0.0 <= self.guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale: {self.guidance_scale} is out of range; use 1 (off) or more")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: {self.temperature} is out of range; use 0 (greedy) or more")
-        if self.rows_per_block < 1:
-            raise ValueError(f"rows_per_block: {self.rows_per_block} is out of range; use at least 1")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: {self.precision!r} does not exist; use one of {', '.join(PRECISIONS)}")
-        _check_filter(self.top_k, self.top_p)
-        self.scales(1)
-
-    def scales(self, tokens: int) -> list[float]:
-        """The guidance of each code of an image."""
-        power, interval = self.guidance_power, self.guidance_interval
-        return guidance_scales(self.guidance_schedule, self.guidance_scale, tokens, power=power, interval=interval)
-
-    @property
-    def guided(self) -> bool:
-        """Whether the model without class is needed."""
-        return self.guidance_scale != 1.0
-
-    def decoder(self, transformer: Transformer) -> Decoder:
-        """What draws with these settings, for several calls of `sample_codes`."""
-        rows = self.rows_per_block * (2 if self.guided else 1)
-        return Decoder(transformer, self.precision, rows, compile_step=self.compile)
+def decoder_for(transformer: Transformer, config: SamplerConfig) -> Decoder:
+    """What draws with these settings, for several calls of `sample_codes`."""
+    return Decoder(transformer, config.precision, config.rows, compile_step=config.compile)
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -72,7 +25,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     code comes first.
     Errors: ValueError for a negative top_k or a top_p outside [0, 1].
     """
-    _check_filter(top_k, top_p)
+    check_filter(top_k, top_p)
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -97,12 +50,12 @@ def sample_codes(
 
     An image depends on weights, class, seed and `config` only (on one device), never on the images it is drawn with:
     blocks have a fixed number of rows, and every image has its own noise. Runs on the device of the weights. A
-    transformer is made ready first, which takes a while for a large one: `config.decoder(transformer)` does it once for
-    many calls. `progress` is called with (images done, images) after every block.
+    transformer is made ready first, which takes a while for a large one: `decoder_for` does it once for many
+    calls. `progress` is called with (images done, images) after every block.
     Errors: ValueError for classes or seeds out of range, or not one seed per class.
     """
     _check_request(transformer, classes, seeds)
-    decoder = transformer if isinstance(transformer, Decoder) else config.decoder(transformer)
+    decoder = transformer if isinstance(transformer, Decoder) else decoder_for(transformer, config)
     blocks = [torch.empty(0, decoder.config.num_tokens, dtype=torch.int64, device="cpu")]
     for start in range(0, len(classes), config.rows_per_block):
         stop = min(start + config.rows_per_block, len(classes))
@@ -128,7 +81,7 @@ def sample_rows(
     _check_request(transformer, classes, seeds)
     if not 0 < len(classes) <= config.rows_per_block:
         raise ValueError(f"classes: {len(classes)} images are not one block; give 1 to {config.rows_per_block}")
-    decoder = transformer if isinstance(transformer, Decoder) else config.decoder(transformer)
+    decoder = transformer if isinstance(transformer, Decoder) else decoder_for(transformer, config)
     side = decoder.config.tokens_per_side
     for count, codes in enumerate(_sample_steps(decoder, classes, seeds, config), start=1):
         if count % side == 0:
@@ -192,10 +145,3 @@ def _check_request(transformer: Transformer | Decoder, classes: Sequence[int], s
     for seed in seeds:
         if not 0 <= seed <= LARGEST_SEED:
             raise ValueError(f"seeds: {seed} is out of range; use 0 to {LARGEST_SEED}")
-
-
-def _check_filter(top_k: int, top_p: float) -> None:
-    if top_k < 0:
-        raise ValueError(f"top_k: {top_k} is negative; use 0 (off) or more")
-    if not 0.0 <= top_p <= 1.0:
-        raise ValueError(f"top_p: {top_p} is not a probability; use 0 to 1 (off)")

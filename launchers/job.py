@@ -222,7 +222,7 @@ def parse_job(argv: Sequence[str] | None, doc: str, add_options: Callable | None
     )
     add = parser.add_argument
     if add_options is not None:
-        add_options(add)
+        add_options(parser)
     add("--launcher", choices=["srun", "torchrun", "deepspeed"], default="srun",
         help="who starts the ranks; only srun passes signals on and names no process in between (default)")  # fmt: skip
     add("--retries", type=int, default=3, metavar="N", help="failures in a row, without a new checkpoint (default: 3)")
@@ -252,7 +252,8 @@ def job_of(arguments: argparse.Namespace, ranks: int | None = None) -> Job:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run as the command line says."""
-    arguments = parse_job(argv, __doc__, lambda add: add("--ranks", type=int, metavar="N", help="without Slurm"))
+    ranks = {"type": int, "metavar": "N", "help": "without Slurm"}
+    arguments = parse_job(argv, __doc__, lambda parser: parser.add_argument("--ranks", **ranks))
     return job_of(arguments, arguments.ranks)()
 
 

@@ -16,8 +16,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,22 +29,29 @@ from launchers.job import Job, SubmittedJob, job_of, parse_job, usable_nodes
 from launchers.lib import ROOT
 from launchers.lib.run_config import is_training_script, load_run
 from launchers.lib.snapshot import take_snapshot
+from tools.lib.options import add_settings, settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """What is asked of Slurm."""
 
-    nodes: str = "1"  # N, or MIN-MAX: the job goes on with fewer after a node has died
-    gpus_per_node: int = 8  # each gets a rank; 0: one rank on the CPUs of each node
-    timeout_h: float = 24.0
-    cpus_per_gpu: int | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    name: str | None = None  # of the job; None: of the script
-    signal_s: int = 300  # that the ranks are told before the time limit
-    more: tuple[str, ...] = ()  # other options of sbatch, as NAME=VALUE
+    # N, or MIN-MAX: the job goes on with fewer after a node has died
+    nodes: str = field(default="1", metadata={"metavar": "N", "help": "N or MIN-MAX (default: 1)"})
+    # Each gets a rank; 0: one rank on the CPUs of each node.
+    gpus_per_node: int = field(default=8, metadata={"metavar": "N", "help": "0: a CPU rank on each node (default: 8)"})
+    timeout_h: float = field(default=24.0, metadata={"metavar": "H", "help": "time limit in hours (default: 24)"})
+    cpus_per_gpu: int | None = field(default=None, metadata={"metavar": "N", "help": "cores of each rank"})
+    partition: str | None = field(default=None, metadata={"metavar": "NAME"})
+    account: str | None = field(default=None, metadata={"metavar": "NAME"})
+    qos: str | None = field(default=None, metadata={"metavar": "NAME"})
+    name: str | None = field(default=None, metadata={"metavar": "NAME", "help": "of the job (default: of the config)"})
+    signal_s: int = field(
+        default=300, metadata={"metavar": "S", "help": "time to save in before the limit (default: 300)"}
+    )
+    more: tuple[str, ...] = field(
+        default=(), metadata={"option": "--sbatch", "metavar": "NAME=VALUE", "help": "another option of sbatch"}
+    )
 
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", self.nodes):
@@ -164,18 +171,10 @@ def check_partition(name: str) -> None:
         raise UserError(f"--partition: Slurm has no partition {name!r}; choose one of {', '.join(known) or 'none'}")
 
 
-def add_options(add: Callable) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `Resources`, and of this command."""
-    add("--nodes", default="1", metavar="N", help="N or MIN-MAX (default: 1)")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="0: a CPU rank on each node (default: 8)")
-    add("--timeout-h", type=float, default=24.0, metavar="H", help="time limit in hours (default: 24)")
-    add("--cpus-per-gpu", type=int, metavar="N", help="cores of each rank")
-    add("--partition", metavar="NAME")
-    add("--account", metavar="NAME")
-    add("--qos", metavar="NAME")
-    add("--name", metavar="NAME", help="of the job (default: of the config)")
-    add("--signal-s", type=int, default=300, metavar="S", help="time to save in before the limit (default: 300)")
-    add("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="another option of sbatch")
+    add_settings(parser, Resources)
+    add = parser.add_argument
     add("--executor", choices=["slurm", "local"], default="slurm", help="(default: slurm)")
     add("--dry-run", action="store_true", help="check everything and print the batch script; nothing is submitted")
 
@@ -183,18 +182,7 @@ def add_options(add: Callable) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Submit as the command line says."""
     arguments: argparse.Namespace = parse_job(argv, __doc__, add_options)
-    resources = Resources(
-        nodes=arguments.nodes,
-        gpus_per_node=arguments.gpus_per_node,
-        timeout_h=arguments.timeout_h,
-        cpus_per_gpu=arguments.cpus_per_gpu,
-        partition=arguments.partition,
-        account=arguments.account,
-        qos=arguments.qos,
-        name=arguments.name,
-        signal_s=arguments.signal_s,
-        more=tuple(arguments.sbatch),
-    )
+    resources = settings_of(Resources, arguments)
     local = arguments.executor == "local"
     job = job_of(arguments, ranks=max(arguments.gpus_per_node, 1) if local else None)
     if arguments.dry_run:

@@ -6,23 +6,17 @@ python tools/bench.py loader --json loader.json
 import argparse
 import importlib
 import json
-import os
-import platform
-import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import exit_on_user_error
 from ibq.files import write_text
-from ibq.training.provenance import git_state
-from tools.lib import ROOT
+from tools.lib.bench.record import file_of, origin
 
 # Each has the module tools/lib/bench/NAME.py, which is read only when it is asked for: most read PyTorch.
 BENCHES = {
@@ -55,24 +49,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             bench = bench_module(name)
             command.description = bench.__doc__
             bench.add_options(command)
-            command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+            command.add_argument("--json", type=Path, metavar="PLACE", help="write the figures to this file, or folder")
     return parser.parse_args(argv)
-
-
-def origin(argv: Sequence[str]) -> dict[str, Any]:
-    """What a file of figures says of where they come from: command, code, versions and machine."""
-    import torch  # most benches have read it; --help should not wait for it
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return {
-        "command": shlex.join(["python", "tools/bench.py", *argv]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **git_state(ROOT),
-        "torch": torch.__version__,
-        "cpu": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
     bench = bench_module(arguments.name)
+    if arguments.json:
+        arguments.json = file_of(arguments.json, arguments)
     figures = bench.measure(arguments)
     print(bench.table(figures))
     if arguments.json:

@@ -17,7 +17,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error
+from ibq.sampler import SamplerConfig
 from tools.lib import ROOT
+from tools.lib.options import add_device_option, add_settings
 
 # PyTorch and Gradio are imported where they are needed: --help and mistakes in the options should not wait for them.
 
@@ -60,10 +62,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", default=EXAMPLES, help="pictures to try, tar shards or a folder (default: the bundled emoji)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     add("--port", type=int, help=f"port to listen on (default: the first free one from {FIRST_PORT}; 0: any)")
-    add("--rows", type=int, default=16, help="images drawn together (default: 16); others may round differently")
-    # As in tools/lib/options.py, which imports PyTorch.
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
-    add("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help="of the networks; codes stay exact")
+    add_settings(parser, SamplerConfig, "rows_per_block", "precision")
+    add_device_option(parser)
     return parser.parse_args(argv)
 
 

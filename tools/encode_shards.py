@@ -22,14 +22,13 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import ibq
 from ibq import dist
 from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import META_FILE, CodesMeta, code_files, write_code_shard, write_codes_meta
-from ibq.data.images import BadSample, ImageDataset
+from ibq.data.images import BadSample, ImageDataset, Subset
 from ibq.data.index import ImageIndex
 from ibq.data.loader import validation_batches
 from ibq.data.shards import ImageDataConfig
@@ -40,7 +39,15 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import weights_hash
 from ibq.training.run import set_up_torch
-from tools.lib.options import add_device_options, add_image_options, autocast_of, device_of, open_images_of
+from tools.lib.options import (
+    add_device_options,
+    add_image_options,
+    autocast_of,
+    check_least,
+    device_of,
+    open_images_of,
+)
+from tools.lib.ranks import on_main
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = 1
@@ -83,10 +90,7 @@ def check(arguments: argparse.Namespace) -> None:
     """UserError for options that are impossible."""
     if arguments.ten_crop and (arguments.views is not None or arguments.flip):
         raise UserError("--ten-crop: is ten views, five of them mirrored; leave out --views and --flip")
-    for name, least in (("views", 1), ("rows_per_shard", 1), ("seed", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    check_least(arguments, views=1, rows_per_shard=1, seed=0)
     if not 1 <= arguments.max_zoom < math.inf:
         raise UserError(f"--max-zoom must be at least 1, got {arguments.max_zoom}; 1 crops at full size")
     if not 0 <= arguments.max_bad_fraction <= 1:
@@ -103,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(arguments.tokenizer, device=device)
     job = Job(tokenizer, dist.main_first(lambda: open_usable(arguments)), arguments)
     with explained(arguments.output):
-        if not on_main(lambda: prepare(job, fresh=arguments.fresh)):
+        if on_main(lambda: prepare(job, fresh=arguments.fresh)):
             check_plan(job)
             encode_own_shards(job)
             wait_for_all(job)
@@ -145,22 +149,6 @@ def explained(output: Path) -> Iterator[None]:
         raise UserError(f"--output {output}: {error}; the same command goes on when that is solved") from error
     except torch.OutOfMemoryError as error:
         raise UserError("--batch-size: the device has too little memory for it; lower it") from error
-
-
-def on_main(action: Callable[[], str]) -> str:
-    """Rank 0's result on every rank; an error of rank 0 ends all of them, and it alone says so."""
-    result, problem = "", None
-    if dist.is_main():
-        try:
-            result = action()
-        except Exception as caught:
-            problem = caught
-    result, failed = json.loads(dist.text_from_main(json.dumps([result, problem is not None])))
-    if problem is not None:
-        raise problem
-    if failed:
-        raise SystemExit(2)
-    return result
 
 
 # --- What there is to do ---
@@ -242,8 +230,8 @@ class Job:
 # --- The folder ---
 
 
-def prepare(job: Job, *, fresh: bool) -> str:
-    """Make the folder ready for this job, or say that it is finished; UserError if it holds another one's codes."""
+def prepare(job: Job, *, fresh: bool) -> bool:
+    """Make the folder ready for this job; whether anything is left to do. UserError if it holds another one's codes."""
     folder = job.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file; give a folder")
@@ -257,8 +245,8 @@ def prepare(job: Job, *, fresh: bool) -> str:
         remove(folder, [META_FILE])
     elif (folder / META_FILE).exists():
         say(f"{folder}: is finished already; --fresh starts over")
-        return "finished"
-    return ""
+        return False
+    return True
 
 
 def own_files(folder: Path) -> list[str]:
@@ -315,29 +303,6 @@ class LeftOut:
                 raise too_many(sample, len(self._known), len(self.job.index), self.job.arguments)
 
 
-class Chunk:
-    """Consecutive images of a set, in the form that `validation_batches` takes."""
-
-    def __init__(self, dataset: ImageDataset, numbers: range):
-        self.dataset, self.numbers = dataset, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """Of an image as `fill` writes it."""
-        return self.dataset.sample_shape
-
-    def batch(self, places: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        """What `ImageDataset.batch` gives for the images at these places of the chunk."""
-        return self.dataset.batch([self.numbers[place] for place in places])
-
-    def fill(self, places: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
-        """The same for `ImageDataset.fill`."""
-        return self.dataset.fill([self.numbers[place] for place in places], out)
-
-
 def encode_own_shards(job: Job) -> None:
     """Write this rank's shards that are missing, with a progress bar on rank 0."""
     own = job.shards[dist.rank() :: dist.world_size()]
@@ -367,7 +332,7 @@ def encode_shard(
     codes = [torch.empty(0, job.meta.tokens_per_side**2, dtype=torch.int32, device=device)]
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
     for images, classes in validation_batches(
-        Chunk(dataset, job.images(shard)),
+        Subset(dataset, job.images(shard)),
         job.arguments.batch_size,
         workers=job.arguments.workers,
         device=device,
@@ -388,7 +353,7 @@ def wait_for_all(job: Job) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def finish(job: Job) -> str:
+def finish(job: Job) -> None:
     """Check that all views hold the same images, and write the meta data."""
     rows = rows_of_views(job)
     count, kept = len(job.index), int(rows[0].sum())
@@ -401,7 +366,6 @@ def finish(job: Job) -> str:
     made_by = {**job.plan, "images_left_out": count - kept, "ibq": ibq.__version__, "torch": str(torch.__version__)}
     write_codes_meta(job.folder, replace(job.meta, rows=rows.flatten().tolist(), made_by=made_by))
     say(f"{job.folder}: {len(rows)} view(s) of {kept:,} images, {count - kept:,} left out")
-    return ""
 
 
 def rows_of_views(job: Job) -> np.ndarray:

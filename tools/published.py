@@ -22,6 +22,7 @@ from ibq.config import UserError, exit_on_user_error
 from ibq.interop.catalogue import CATALOGUE, Entry
 from ibq.progress import say
 from tools.lib import ROOT
+from tools.lib.options import add_device_option, check_least, words_of
 
 SAMPLES = 50_000  # of the published FID: 50 of each class
 
@@ -40,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--reference", help="transformers: ADM's statistics of ImageNet; without them no figures")
     add("--total", type=int, default=SAMPLES, help="transformers: images to draw (default: %(default)s)")
     add("--processes", type=int, default=1, help="that share sampling and evaluation, one a GPU")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add_device_option(parser)
     add("--dry-run", action="store_true", help="print the commands, and run none")
     return parser.parse_args(argv)
 
@@ -67,11 +68,10 @@ def _reconstruction(model: Path, arguments: argparse.Namespace) -> Iterator[list
 
 
 def _generation(entry: Entry, model: Path, arguments: argparse.Namespace) -> Iterator[list[str]]:
-    samples, sampler = model.with_name(f"{arguments.name}-samples"), entry.sampler
+    samples = model.with_name(f"{arguments.name}-samples")
     draw = ["--tokenizer", str(model.with_suffix(".tokenizer.safetensors")), "--transformer", str(model)]
     draw += ["--total", str(arguments.total), "--output", str(samples), "--files", "none"]
-    draw += ["--guidance-scale", str(sampler.guidance_scale), "--temperature", str(sampler.temperature)]
-    draw += ["--top-k", str(sampler.top_k), "--top-p", str(sampler.top_p), "--device", arguments.device]
+    draw += [*words_of(entry.sampler), "--device", arguments.device]
     yield [*_script("tools/sample.py", arguments), *draw]
     if arguments.reference:
         figures = model.with_suffix(".json")
@@ -113,9 +113,7 @@ def check(arguments: argparse.Namespace) -> None:
     for option, value in others.items():
         if value is not None:
             raise UserError(f"{option}: {arguments.name} has no use for it; see --help")
-    for option, value in (("--total", arguments.total), ("--processes", arguments.processes)):
-        if value < 1:
-            raise UserError(f"{option}: must be at least 1, got {value}")
+    check_least(arguments, total=1, processes=1)
 
 
 def run(command: list[str]) -> None:

@@ -7,8 +7,14 @@
 """
 
 import argparse
+import io
+import json
+import shutil
 import sys
-from collections.abc import Sequence
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,22 +23,26 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ibq import dist
 from ibq.api import decode_in_blocks, load_tokenizer, load_transformer, trained_on
 from ibq.config import UserError, exit_on_user_error
-from ibq.guidance import SCHEDULES
+from ibq.files import remove, whole_file, write_array, write_text
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.progress import progress_bar, say
-from ibq.sampling import LARGEST_SEED, SamplerConfig, sample_codes
+from ibq.sampler import SamplerConfig
+from ibq.sampling import LARGEST_SEED, decoder_for, sample_codes
 from ibq.training.checkpoint import weights_hash
 from ibq.training.provenance import git_state
 from ibq.training.run import set_up_torch
 from tools.lib import ROOT
-from tools.lib.options import add_device_options, device_of
-from tools.lib.sample import files as sample_files
+from tools.lib.options import add_device_option, add_settings, device_of, settings_of
+from tools.lib.ranks import on_main
 
+PIECES, PLAN_FILE, SET_FILE, INFO_FILE = ".pieces", ".pieces/plan.json", "samples.npz", "samples.json"
+SHARD_ROWS = 10_000  # images of a tar shard
 MOST_PNG = 1_000  # images that are written as files of their own unless --files says so
 EPILOG = """\
 Image i of a class is drawn with seed SEED + i. On a given device and precision it depends on the checkpoints, class,
@@ -55,19 +65,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--count", type=int, help="images per class (default: 8)")
     amount.add_argument("--total", type=int, help="images in all, equally many of every class")
-    add("--guidance-scale", type=float, default=2.0, help="classifier-free guidance; 1 switches it off (default: 2)")
-    add("--guidance-schedule", choices=SCHEDULES, default="constant", help="over the image's codes; ibq/guidance.py")
-    add("--guidance-power", type=float, default=2.75, help="of power-cosine (default: 2.75)")
-    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("A", "B"), help="of interval")
-    add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--top-k", type=int, default=0, help="only the k likeliest codes; 0 allows all")
-    add("--top-p", type=float, default=1.0, help="only the likeliest codes up to this probability")
+    add_settings(parser, SamplerConfig)
     add("--seed", type=int, default=0)
-    add("--rows", type=int, default=16, help="images drawn together (default: 16); others may round differently")
-    add("--compile", action="store_true", help="compile the step: minutes at first, faster then on a GPU")
     add("--files", choices=["png", "shards", "none"], help=f"beside the .npz (default: png up to {MOST_PNG:,} images)")
     add("--fresh", action="store_true", help="start over: remove what this tool has written to OUTPUT before")
-    add_device_options(parser, precisions=("fp32", "bf16", "int8"))
+    add_device_option(parser)
     return parser.parse_args(argv)
 
 
@@ -95,7 +97,7 @@ class Request:
         return slice(number * self.piece, min((number + 1) * self.piece, len(self.labels)))
 
 
-def request_of(arguments: argparse.Namespace, num_classes: int) -> Request:
+def request_of(arguments: argparse.Namespace, sampler: SamplerConfig, num_classes: int) -> Request:
     """The images that the options name; UserError for impossible ones."""
     classes = list(arguments.classes if arguments.classes is not None else range(num_classes))
     count = 8 if arguments.count is None else arguments.count
@@ -118,33 +120,14 @@ def request_of(arguments: argparse.Namespace, num_classes: int) -> Request:
     return Request(
         labels=tuple(label for label in classes for _ in range(count)),
         seeds=tuple(arguments.seed + i for _ in classes for i in range(count)),
-        piece=max(1, 256 // arguments.rows) * arguments.rows if arguments.rows > 0 else 1,
+        piece=max(1, 256 // sampler.rows_per_block) * sampler.rows_per_block,
     )
-
-
-def sampler_of(arguments: argparse.Namespace) -> SamplerConfig:
-    """The sampler that the options describe; UserError for impossible ones."""
-    try:
-        return SamplerConfig(
-            guidance_scale=arguments.guidance_scale,
-            guidance_schedule=arguments.guidance_schedule,
-            guidance_power=arguments.guidance_power,
-            guidance_interval=tuple(arguments.guidance_interval),
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            rows_per_block=arguments.rows,
-            precision=arguments.precision,
-            compile=arguments.compile,
-        )
-    except ValueError as error:
-        raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate as the command line says."""
     arguments = parse(argv)
-    sampler = sampler_of(arguments)
+    sampler = settings_of(SamplerConfig, arguments)
     device_of(arguments)  # names the option if the device is not there
     set_up_torch(training=False)
     device = dist.setup(arguments.device)
@@ -152,13 +135,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformer = load_transformer(arguments.transformer, device=device)
     hashes = {"tokenizer": weights_hash(tokenizer.state_dict()), "transformer": weights_hash(transformer.state_dict())}
     check_pair(arguments, tokenizer, transformer, hashes["tokenizer"])
-    request = request_of(arguments, transformer.config.num_classes)
+    request = request_of(arguments, sampler, transformer.config.num_classes)
     plan = {**hashes, "sampler": asdict(sampler), "labels_sha256": weights_hash(_as_tensors(request))}
     plan |= {"images": len(request.labels), "piece": request.piece}
-    on_main(lambda: sample_files.begin(arguments.output, plan, fresh=arguments.fresh))
-    if (arguments.output / sample_files.PIECES).exists():
-        draw(request, tokenizer, transformer, sampler, arguments.output)
-        on_main(lambda: finish(request, arguments, plan))
+    with explained():
+        if on_main(lambda: begin(arguments.output, plan, fresh=arguments.fresh)):
+            draw(request, tokenizer, transformer, sampler, arguments.output)
+            on_main(lambda: finish(request, arguments, plan))
     dist.barrier()
     if dist.is_main():
         print(f"{len(request.labels)} images in {arguments.output}")
@@ -180,10 +163,10 @@ def check_pair(arguments: argparse.Namespace, tokenizer: Tokenizer, transformer:
 def draw(request: Request, tokenizer: Tokenizer, transformer: Transformer, sampler: SamplerConfig, folder: Path):
     """Draw this rank's share of the missing pieces; each is a file that is whole or absent."""
     dist.barrier()  # all see the same pieces before the first is added
-    missing = sample_files.missing_pieces(folder, request.pieces)
+    missing = [number for number in range(request.pieces) if not piece_file(folder, number).exists()]
     dist.barrier()
     own = missing[dist.rank() :: dist.world_size()]
-    decoder = sampler.decoder(transformer) if own else None
+    decoder = decoder_for(transformer, sampler) if own else None
     device = next(tokenizer.parameters()).device
     images = sum(len(request.labels[request.part(number)]) for number in own)
     with progress_bar("sample", images, "image", disable=not dist.is_main()) as progress:
@@ -198,49 +181,114 @@ def draw(request: Request, tokenizer: Tokenizer, transformer: Transformer, sampl
             )
             with torch.autocast(device.type, torch.bfloat16, enabled=sampler.precision != "fp32"):
                 pixels = decode_in_blocks(tokenizer, codes)
-            sample_files.write_piece(folder, number, pixels.permute(0, 2, 3, 1).numpy())
+            write_array(piece_file(folder, number), pixels.permute(0, 2, 3, 1).numpy())
     dist.barrier()
 
 
 def finish(request: Request, arguments: argparse.Namespace, plan: dict) -> None:
-    """Put the pieces together."""
-    count = len(request.labels)
+    """Put the pieces together, as samples.npz and PNG files or shards; then they are removed."""
+    folder, count = arguments.output, len(request.labels)
     form = arguments.files or ("png" if count <= MOST_PNG else "shards")
+    with progress_bar("write", (1 if form == "none" else 2) * count, "image") as progress:
+        images = read_pieces(folder, request, progress.update)
+        if form == "png":
+            for name, image in zip(request.names, images, strict=True):
+                Image.fromarray(image).save(folder / f"{name}.png")
+        if form == "shards":
+            write_shards(folder, request, images)
+        write_npz(folder, request, progress.update)
     info = {"plan": plan, "tokenizer": plan["tokenizer"], "transformer": plan["transformer"]}
     info |= {"sampler": plan["sampler"], "seed": arguments.seed, "classes": len(set(request.labels)), "count": count}
     info |= {"precision": arguments.precision, "git": git_state(ROOT), "torch": torch.__version__}
     info |= {"tokenizer_path": str(arguments.tokenizer), "transformer_path": str(arguments.transformer)}
-    names = [str(number) for number in range(max(request.labels) + 1)]
-    with progress_bar("write", (1 if form == "none" else 2) * count, "image") as progress:
-        sample_files.write_set(
-            arguments.output,
-            request.pieces,
-            request.labels,
-            request.names,
-            info,
-            classes=names,
-            form=form,
-            advance=progress.update,
-        )
-
-
-def on_main(action) -> None:
-    """Do something on rank 0; its UserError is raised on every rank."""
-    problem = ""
-    if dist.is_main():
-        try:
-            action()
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"--output: cannot be written ({error}); make room or give another folder, then start again"
-    if problem := dist.text_from_main(problem):
-        raise UserError(problem)
+    write_text(folder / INFO_FILE, json.dumps(info, indent=1) + "\n")
+    shutil.rmtree(folder / PIECES)
 
 
 def _as_tensors(request: Request) -> dict[str, torch.Tensor]:
     pairs = {"labels": request.labels, "seeds": request.seeds}
     return {name: torch.from_numpy(np.asarray(values, dtype=np.int64)) for name, values in pairs.items()}
+
+
+# --- Files: pieces while it runs, then one set of images in several forms ---
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What goes wrong with the folder is the user's to solve."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output: cannot be written ({error}); make room or give another folder, then start again"
+        ) from error
+
+
+def begin(folder: Path, plan: Mapping, *, fresh: bool) -> bool:
+    """Prepare the folder for a plan's pieces; whether there are any to draw. UserError where another command's are."""
+    if fresh:
+        remove(folder, (PIECES, SET_FILE, INFO_FILE))
+    if (folder / INFO_FILE).exists() and not (folder / PLAN_FILE).exists():
+        if _plan_of(folder / INFO_FILE) != json.loads(json.dumps(plan)):
+            raise UserError(f"{folder}: holds the samples of another command; give another --output, or --fresh")
+        return False
+    text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
+    if (folder / PLAN_FILE).exists() and (folder / PLAN_FILE).read_text() != text:
+        raise UserError(f"{folder}: holds pieces of another command; give another --output, or --fresh")
+    write_text(folder / PLAN_FILE, text)
+    return True
+
+
+def _plan_of(path: Path) -> object:
+    """What a finished set was made by; None where its file does not tell."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["plan"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def piece_file(folder: Path, number: int) -> Path:
+    """Where the images [n, H, W, 3] of a piece go."""
+    return folder / PIECES / f"{number:06d}.npy"
+
+
+def read_pieces(folder: Path, request: Request, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+    """The images [H, W, 3], one after the other."""
+    for number in range(request.pieces):
+        images = np.load(piece_file(folder, number), allow_pickle=False)
+        yield from images
+        advance(len(images))
+
+
+def write_shards(folder: Path, request: Request, images: Iterator[np.ndarray]) -> None:
+    """Tar shards of KEY.png and KEY.cls, as the project's other tools read them, with the names of the classes."""
+    rows = zip(request.names, request.labels, images, strict=True)
+    for shard in range(-(-len(request.labels) // SHARD_ROWS)):
+        with whole_file(folder / f"samples-{shard:05d}.tar") as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for _, (name, label, image) in zip(range(SHARD_ROWS), rows, strict=False):
+                buffer = io.BytesIO()
+                Image.fromarray(image).save(buffer, "PNG")
+                for suffix, data in (("png", buffer.getvalue()), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{name}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    write_text(folder / "classes.json", json.dumps([str(number) for number in range(max(request.labels) + 1)]) + "\n")
+
+
+def write_npz(folder: Path, request: Request, advance: Callable[[int], None]) -> None:
+    """`arr_0` uint8 [N, H, W, 3] and `arr_1` the classes: ADM's form; never in memory as a whole."""
+    first = np.load(piece_file(folder, 0), mmap_mode="r", allow_pickle=False)
+    with whole_file(folder / SET_FILE) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            shape = (len(request.labels), *first.shape[1:])
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for number in range(request.pieces):
+                images = np.load(piece_file(folder, number), allow_pickle=False)
+                member.write(images.tobytes())
+                advance(len(images))
+        with archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, np.asarray(request.labels, dtype=np.int64), allow_pickle=False)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,29 @@ class ImageStream:
         raise UserError(f"{GIVE_UP:,} samples in a row can't be used, the first: {BadSampleError(problem)}")
 
 
+class Subset:
+    """Some images of a set, in the form of the whole set."""
+
+    def __init__(self, dataset: ImageDataset, numbers: Sequence[int]):
+        self.dataset, self.numbers = dataset, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """As the set's own."""
+        return self.dataset.sample_shape
+
+    def batch(self, places: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
+        """As the set's own."""
+        return self.dataset.batch([self.numbers[place] for place in places])
+
+    def fill(self, places: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
+        """As the set's own."""
+        return self.dataset.fill([self.numbers[place] for place in places], out)
+
+
 def filled(source, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
     """What `source.fill` gives, as tensors: images uint8 [B, 3, S, S], channels last in memory, and labels [B]."""
     out = np.empty((len(numbers), *source.sample_shape), np.uint8)

@@ -7,15 +7,7 @@ measured with this project.
 
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampler:
-    """The settings that a publisher's script draws its 50 images a class with."""
-
-    guidance_scale: float
-    temperature: float
-    top_k: int = 0  # all codes
-    top_p: float = 1.0
+from ibq.sampler import SamplerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +19,7 @@ class Entry:
     file: str
     resolution: int = 256  # pixels that the figures are of
     reported: dict[str, float] = field(default_factory=dict)  # on ImageNet's validation set; of AR models FID and IS
-    sampler: Sampler | None = None  # of AR models
+    sampler: SamplerConfig | None = None  # of AR models
 
     @property
     def is_transformer(self) -> bool:
@@ -39,7 +31,7 @@ def _ibq(file: str, name: str, **reported: float) -> Entry:
     return Entry(family="seed-voken", repository=f"TencentARC/IBQ-{name}", file=file, reported=reported)
 
 
-def _ar(size: str, sampler: Sampler, **reported: float) -> Entry:
+def _ar(size: str, sampler: SamplerConfig, **reported: float) -> Entry:
     return Entry(
         family="seed-voken",
         repository=f"TencentARC/IBQ-AR-{size}",
@@ -72,10 +64,10 @@ CATALOGUE = {
     "ibq-262144-pretrain": _ibq(
         "IBQ_pretrain_262144.ckpt", "Tokenizer-262144-Pretrain", rfid=1.53, psnr=22.69, ssim=0.64
     ),
-    "ar-b": _ar("B", Sampler(guidance_scale=2.25, temperature=1.10), fid=2.88, inception_score=254.73),
-    "ar-l": _ar("L", Sampler(guidance_scale=2.0, temperature=1.00), fid=2.45, inception_score=267.48),
-    "ar-xl": _ar("XL", Sampler(guidance_scale=2.35, temperature=1.15), fid=2.14, inception_score=278.99),
-    "ar-xxl": _ar("XXL", Sampler(guidance_scale=2.85, temperature=1.20), fid=2.05, inception_score=286.73),
+    "ar-b": _ar("B", SamplerConfig(guidance_scale=2.25, temperature=1.10), fid=2.88, inception_score=254.73),
+    "ar-l": _ar("L", SamplerConfig(guidance_scale=2.0, temperature=1.00), fid=2.45, inception_score=267.48),
+    "ar-xl": _ar("XL", SamplerConfig(guidance_scale=2.35, temperature=1.15), fid=2.14, inception_score=278.99),
+    "ar-xxl": _ar("XXL", SamplerConfig(guidance_scale=2.85, temperature=1.20), fid=2.05, inception_score=286.73),
     "open-magvit2-256": _magvit("imagenet_256_L.ckpt", "256-resolution", rfid=1.17, psnr=21.90),
     "open-magvit2-128": _magvit("imagenet_128_L.ckpt", "128-resolution", 128, rfid=1.18, psnr=25.08),
     "open-magvit2-16384-pretrain": _magvit(

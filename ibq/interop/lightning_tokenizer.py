@@ -13,8 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ibq.interop.published import require_settings
 from ibq.interop.reference_tensors import FIRST_STAGE, TRANSFORMER, count_numbered, require_same_tensors, shape_of, take
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 
 Weights = Literal["ema", "raw"]
 Shapes = dict[str, tuple[int, ...]]
@@ -65,6 +68,49 @@ class TokenizerParts:
         """ValueError where the checkpoint has no averages."""
         if not self.averages:
             raise ValueError(f"{source}: has no averaged weights ({EMA}*); use weights='raw'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One of the programs that write such files: what its tokenizers are, and how it names their tensors."""
+
+    title: str
+    fixed: Mapping[str, object]  # settings of which its code has one
+    prefixes: tuple[str, ...]  # of the names of a tokenizer's own tensors
+    infer_config: Callable[[Mapping[str, Tensor]], TokenizerConfig]  # from tensors under its names
+    reference_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # our tensors under its names
+
+    def split(self, state: dict[str, Tensor], source: str) -> TokenizerParts:
+        """Sort a checkpoint's tensors; ValueError that names every missing, unexpected or wrongly shaped one."""
+        return split_tokenizer(state, source, self.prefixes, self._network_shapes)
+
+    def _network_shapes(self, plain: Mapping[str, Tensor]) -> Shapes:
+        with torch.device("meta"):
+            tokenizer = Tokenizer(self.infer_config(plain))
+        return {name: tuple(value.shape) for name, value in self.reference_names(tokenizer.state_dict()).items()}
+
+    def write(
+        self,
+        config: TokenizerConfig,
+        raw: Mapping[str, Tensor],
+        averaged: Mapping[str, Tensor],
+        discriminator: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The `state_dict` of a checkpoint of a tokenizer, from both sets of weights under our names.
+
+        ValueError where the program has no such tokenizer.
+        """
+        require_settings(config, self.fixed, self.title)
+        return join_tokenizer(self.reference_names(raw), self.reference_names(averaged), discriminator)
+
+    def write_with_rest(
+        self, config: TokenizerConfig, tensors: Mapping[str, Tensor], weights: Weights, rest: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The `state_dict` that `tensors` and `rest` were read from. ValueError where they are not of one file."""
+        require_settings(config, self.fixed, self.title)
+        state = with_rest(self.reference_names(tensors), weights, rest)
+        self.split(state, "checkpoint and rest")
+        return state
 
 
 # --- Reading ------------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ averages; the published files have one set. LlamaGen's transformers have no adap
 project's transformer and are refused.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -91,31 +90,30 @@ def write_tokenizer(config: TokenizerConfig, tensors: Mapping[str, Tensor]) -> d
 
 
 def our_name(name: str, levels: int) -> str:
-    """Our name of one of LlamaGen's tensors; a name that is not LlamaGen's comes back as it is.
-
-    The decoder's levels are numbered from the lowest resolution there, from the highest here.
-    """
-    if name == REFERENCE_CODEBOOK:
-        return CODEBOOK
-    if found := re.fullmatch(r"(encoder|decoder)\.mid\.([012])\.(.+)", name):
-        return f"{found[1]}.mid.{MIDDLE[int(found[2])]}.{found[3]}"
-    if found := re.fullmatch(r"(encoder|decoder)\.conv_blocks\.(\d+)\.(?:(res|attn)\.(\d+)\.)?(.+)", name):
-        part, level, block, number, leaf = found.groups()
-        place = f"down.{level}" if part == "encoder" else f"up.{levels - 1 - int(level)}"
-        return f"{part}.{place}." + (f"{BLOCKS[block]}.{number}." if block else "") + leaf
-    return name
+    """Our name of one of LlamaGen's tensors; a name that is not LlamaGen's comes back as it is."""
+    return _renamed(name, ((theirs, ours) for ours, theirs in _prefixes(levels)))
 
 
 def reference_name(name: str, levels: int) -> str:
     """LlamaGen's name of one of our tensors: the inverse of `our_name`."""
-    if name == CODEBOOK:
-        return REFERENCE_CODEBOOK
-    if found := re.fullmatch(rf"(encoder|decoder)\.mid\.({'|'.join(MIDDLE)})\.(.+)", name):
-        return f"{found[1]}.mid.{MIDDLE.index(found[2])}.{found[3]}"
-    if found := re.fullmatch(r"(encoder\.down|decoder\.up)\.(\d+)\.(?:(block|attn)\.(\d+)\.)?(.+)", name):
-        place, level, block, number, leaf = found.groups()
-        part = place.split(".")[0]
-        level = level if part == "encoder" else str(levels - 1 - int(level))
-        theirs = {ours: reference for reference, ours in BLOCKS.items()}
-        return f"{part}.conv_blocks.{level}." + (f"{theirs[block]}.{number}." if block else "") + leaf
-    return name
+    return _renamed(name, _prefixes(levels))
+
+
+def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    return next((new + name.removeprefix(old) for old, new in prefixes if name.startswith(old)), name)
+
+
+def _prefixes(levels: int) -> Iterator[tuple[str, str]]:
+    """What names begin with, here and there; the longer ones first.
+
+    The decoder's levels are numbered from the lowest resolution there, from the highest here.
+    """
+    yield CODEBOOK, REFERENCE_CODEBOOK
+    for part in ("encoder", "decoder"):
+        yield from ((f"{part}.mid.{name}.", f"{part}.mid.{number}.") for number, name in enumerate(MIDDLE))
+    for level in range(levels):
+        places = {"encoder": f"encoder.down.{level}.", "decoder": f"decoder.up.{levels - 1 - level}."}
+        for part, ours in places.items():
+            theirs = f"{part}.conv_blocks.{level}."
+            yield from ((f"{ours}{block}.", f"{theirs}{name}.") for name, block in BLOCKS.items())
+            yield ours, theirs

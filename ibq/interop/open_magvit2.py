@@ -11,24 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ibq.interop.lightning_tokenizer import (
-    TokenizerParts,
-    Weights,
-    join_tokenizer,
-    rest_of,
-    split_tokenizer,
-    with_rest,
-)
-from ibq.interop.published import Hints, Published, require_config, require_settings
+from ibq.interop.lightning_tokenizer import Implementation, Weights, rest_of
+from ibq.interop.published import Hints, Published, require_config
 from ibq.interop.reference_tensors import TRANSFORMER, count_numbered, read_state, shape_of
-from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import LFQConfig
 
-TOKENIZER_PARTS = ("encoder.", "decoder.")
 LEVELS = "quantizer.levels"  # a constant of our quantizer
 RESOLUTIONS = {4: 128, 5: 256}  # pixels that the published tokenizers of so many levels were trained at
-FIXED = {"network": "open_magvit2", "norm_groups": 32, "quantizer.kind": "lfq"}
 
 
 def read(path: str | Path, weights: Weights = "ema", hints: Hints = Hints()) -> list[Published]:  # noqa: B008 (frozen)
@@ -41,7 +31,7 @@ def read(path: str | Path, weights: Weights = "ema", hints: Hints = Hints()) -> 
             f"{source}: is a transformer of factorized codes, which does not fit this project's transformer; "
             "give a tokenizer's file"
         )
-    parts = _split(state, source)
+    parts = IMPLEMENTATION.split(state, source)
     chosen = parts.chosen(weights, source)
     config = infer_config(chosen, hints.resolution)
     tensors = chosen | {LEVELS: torch.full((config.quantizer.dim,), 2.0)}
@@ -73,39 +63,15 @@ def infer_config(tensors: Mapping[str, Tensor], resolution: int | None = None) -
     )
 
 
-def write_tokenizer(
-    config: TokenizerConfig,
-    raw: Mapping[str, Tensor],
-    averaged: Mapping[str, Tensor],
-    discriminator: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """The `state_dict` of the reference's checkpoint, from both sets of weights under our names.
-
-    ValueError where the reference's code has no such tokenizer.
-    """
-    require_settings(config, FIXED, "Open-MAGVIT2")
-    return join_tokenizer(_without_levels(raw), _without_levels(averaged), discriminator)
-
-
-def write_tokenizer_with_rest(
-    config: TokenizerConfig, tensors: Mapping[str, Tensor], weights: Weights, rest: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The `state_dict` that `read` took `tensors` and `rest` from. ValueError where they are not of one file."""
-    require_settings(config, FIXED, "Open-MAGVIT2")
-    state = with_rest(_without_levels(tensors), weights, rest)
-    _split(state, "checkpoint and rest")
-    return state
-
-
-def _split(state: dict[str, Tensor], source: str) -> TokenizerParts:
-    return split_tokenizer(state, source, TOKENIZER_PARTS, _network_shapes)
-
-
-def _network_shapes(plain: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        tokenizer = Tokenizer(infer_config(plain))
-    return {name: tuple(value.shape) for name, value in tokenizer.state_dict().items() if name != LEVELS}
-
-
 def _without_levels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name != LEVELS}
+
+
+IMPLEMENTATION = Implementation(
+    title="Open-MAGVIT2",
+    fixed={"network": "open_magvit2", "norm_groups": 32, "quantizer.kind": "lfq"},
+    prefixes=("encoder.", "decoder."),
+    infer_config=infer_config,
+    reference_names=_without_levels,
+)
+write_tokenizer, write_tokenizer_with_rest = IMPLEMENTATION.write, IMPLEMENTATION.write_with_rest

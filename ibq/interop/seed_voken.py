@@ -16,13 +16,10 @@ from torch import Tensor
 
 from ibq.interop.lightning_tokenizer import (
     DISCRIMINATOR,
-    TokenizerParts,
+    Implementation,
     Weights,
     infer_discriminator_config,
-    join_tokenizer,
     rest_of,
-    split_tokenizer,
-    with_rest,
 )
 from ibq.interop.published import Hints, Published, require_config, require_settings
 from ibq.interop.reference_tensors import (
@@ -64,7 +61,6 @@ __all__ = [
 
 CODEBOOK = "quantizer.codebook"
 REFERENCE_CODEBOOK = "quantize.embedding.weight"
-TOKENIZER_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 RESOLUTION = 256  # pixels: of all published tokenizers
 
 # What the reference's model arguments say about training only; nothing of it describes the tokenizer.
@@ -74,10 +70,6 @@ TRAINING_ARGUMENTS = (
     *("scheduler_type", "warmup_epochs", "min_learning_rate", "gradient_clip_val", "lr_drop_iter"),
     *("wp", "wp0", "wpe", "wp_iter", "max_iter", "sche_type", "use_shared_epoch"),
 )
-# What the reference's code fixes and ours has options for.
-FIXED = {"network": "vqgan", "norm_groups": 32, "quantizer.kind": "ibq", "quantizer.l2_normalize": False}
-FIXED |= {"quantizer.projector": None}
-
 
 # --- Reading ------------------------------------------------------------------------------------------------
 
@@ -105,7 +97,7 @@ def read_tokenizer(path: str | Path, weights: Weights = "ema") -> dict[str, Tens
     checkpoint has only the averaged ones. Without a configuration at hand, `infer_tokenizer_config` gives it.
     Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
     """
-    return _our_names(_split(read_state(path), str(path)).chosen(weights, str(path)))
+    return _our_names(IMPLEMENTATION.split(read_state(path), str(path)).chosen(weights, str(path)))
 
 
 def read_discriminator(path: str | Path, weights: Weights = "raw") -> dict[str, Tensor]:
@@ -114,7 +106,7 @@ def read_discriminator(path: str | Path, weights: Weights = "raw") -> dict[str, 
     With "ema" the parameters are the averaged ones; the BatchNorm statistics exist only once, for both.
     Raises ValueError where the checkpoint has no discriminator, and like `read_tokenizer`.
     """
-    return _split(read_state(path), str(path)).chosen_discriminator(weights, str(path))
+    return IMPLEMENTATION.split(read_state(path), str(path)).chosen_discriminator(weights, str(path))
 
 
 def _transformer_of(state: dict[str, Tensor], source: str, hints: Hints) -> Published:
@@ -129,7 +121,7 @@ def _transformer_of(state: dict[str, Tensor], source: str, hints: Hints) -> Publ
 
 
 def _tokenizer_of(state: dict[str, Tensor], source: str, weights: Weights, hints: Hints) -> Published:
-    parts = _split(state, source)
+    parts = IMPLEMENTATION.split(state, source)
     tensors = _our_names(parts.chosen(weights, source))
     arguments = _stage_arguments(hints, "first_stage_config")
     if arguments is not None:
@@ -238,53 +230,18 @@ def _quantizer_config_from_reference(arguments: Mapping[str, Any]) -> IBQConfig:
 # --- Writing ------------------------------------------------------------------------------------------------
 
 
-def write_tokenizer(
-    config: TokenizerConfig,
-    raw: Mapping[str, Tensor],
-    averaged: Mapping[str, Tensor],
-    discriminator: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """The `state_dict` of the reference's checkpoint of a tokenizer, from both sets of weights under our names.
-
-    ValueError where the reference's code has no such tokenizer.
-    """
-    require_settings(config, FIXED, "SEED-Voken")
-    return join_tokenizer(_reference_names(raw), _reference_names(averaged), discriminator)
-
-
-def write_tokenizer_with_rest(
-    config: TokenizerConfig, tensors: Mapping[str, Tensor], weights: Weights, rest: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The `state_dict` that `read` took `tensors` and `rest` from. ValueError where they are not of one file."""
-    require_settings(config, FIXED, "SEED-Voken")
-    state = with_rest(_reference_names(tensors), weights, rest)
-    _split(state, "checkpoint and rest")
-    return state
-
-
 def write_transformer(
     config: Any, tensors: Mapping[str, Tensor], tokenizer: tuple[TokenizerConfig, Mapping[str, Tensor]] | None = None
 ) -> dict[str, Tensor]:
     """The `state_dict` of the reference's AR checkpoint, with its tokenizer where one is given."""
     state = {}
     if tokenizer is not None:
-        require_settings(tokenizer[0], FIXED, "SEED-Voken")
+        require_settings(tokenizer[0], IMPLEMENTATION.fixed, IMPLEMENTATION.title)
         state = {FIRST_STAGE + name: value for name, value in _reference_names(tokenizer[1]).items()}
     return state | transformer_state(config, tensors)
 
 
 # --- Names --------------------------------------------------------------------------------------------------
-
-
-def _split(state: dict[str, Tensor], source: str) -> TokenizerParts:
-    return split_tokenizer(state, source, TOKENIZER_PARTS, _network_shapes)
-
-
-def _network_shapes(plain: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shape per name (the reference's) that a complete tokenizer of this size has."""
-    with torch.device("meta"):
-        tokenizer = Tokenizer(infer_tokenizer_config(_our_names(plain)))
-    return {_reference_name(name): tuple(value.shape) for name, value in tokenizer.state_dict().items()}
 
 
 def _reference_name(name: str) -> str:
@@ -297,3 +254,15 @@ def _reference_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {CODEBOOK if name == REFERENCE_CODEBOOK else name: value for name, value in tensors.items()}
+
+
+IMPLEMENTATION = Implementation(
+    title="SEED-Voken",
+    # What its code fixes and ours has options for.
+    fixed={"network": "vqgan", "norm_groups": 32, "quantizer.projector": None}
+    | {"quantizer.kind": "ibq", "quantizer.l2_normalize": False},
+    prefixes=("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv."),
+    infer_config=lambda tensors: infer_tokenizer_config(_our_names(tensors)),
+    reference_names=_reference_names,
+)
+write_tokenizer, write_tokenizer_with_rest = IMPLEMENTATION.write, IMPLEMENTATION.write_with_rest

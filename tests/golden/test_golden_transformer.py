@@ -31,7 +31,8 @@ from ibq.interop.seed_voken import (
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.models.transformer_blocks import rotary_table
-from ibq.sampling import SamplerConfig, filter_logits, sample_codes
+from ibq.sampler import SamplerConfig
+from ibq.sampling import filter_logits, sample_codes
 
 CASES = sorted(
     path.stem for path in golden_dir().glob("*.json") if "n_layer" in golden_json(path.stem).get("params", {})

@@ -1,14 +1,20 @@
 """The benches of numeric cores run, and write what the pages say."""
 
+import argparse
 import json
 import math
+import re
 import sys
 from functools import partial
 
 import pytest
+import torch
 from support.processes import run_script
 
+from tools import bench as bench_tool
+from tools.lib.bench import head_loss as bench_head_loss
 from tools.lib.bench import quantizer as bench_quantizer
+from tools.lib.bench import record as bench_record
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the memory of a process is read from Linux's /proc"
@@ -41,6 +47,32 @@ def test_head_loss(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
     assert figures["ratio"]["memory"] > 1 and figures["ours"]["gemm_share"] > 0 and figures["textbook"]["seconds"] > 0
+    for form in ("ours", "textbook", "pytorch", "pytorch, mean"):
+        assert all(0 < figures[form][name] < 1e-5 for name in ("loss_error", "hidden_error", "weight_error")), form
+    low, high = (figures["ours_over"]["pytorch"]["seconds"][i] for i in (1, 2))
+    assert low <= figures["ours"]["seconds"] / figures["pytorch"]["seconds"] <= high
+
+
+def test_a_form_that_cannot_be_had_says_why(monkeypatch):
+    def missing(*_):
+        raise RuntimeError("no such product\nand more")
+
+    monkeypatch.setitem(bench_head_loss.FORMS, "pytorch", missing)
+    size = {"codes": 50, "dim": 8, "tokens": 20, "precision": "fp32", "device": "cpu"}
+    found = {form: bench_head_loss.measure_form(form=form, **size) for form in bench_head_loss.FORMS}
+    figures = bench_head_loss.figures_of([found], argparse.Namespace(**size, repeats=1))
+    assert figures["pytorch"] == {"problem": "RuntimeError: no such product"}
+    assert figures["ours_over"].keys() == {"textbook", "pytorch, mean"}
+    assert "RuntimeError: no such product" in bench_head_loss.table(figures)
+
+
+def test_a_folder_gets_a_file_that_is_named_by_what_was_measured(tmp_path):
+    arguments = bench_tool.parse(["ar-step", "--config", "yaml/b.yaml", "--device", "cpu"])
+    name = bench_record.file_of(tmp_path, arguments).name
+    assert re.fullmatch(r"ar-step_b_cpu-\d+-cores_\d{6}\.json", name)
+    arguments = bench_tool.parse(["head-loss", "--codes", "50"])
+    assert bench_record.file_of(tmp_path, arguments).name.startswith("head-loss_50-codes-fp32_cpu-")
+    assert bench_record.file_of(tmp_path / "x.json", arguments) == tmp_path / "x.json"
 
 
 TINY_TRANSFORMER = """
@@ -59,6 +91,21 @@ model:
   quantizer: {num_codes: 64, dim: 16}
 loss: {gan: {discriminator: {channels: 8, layers: 2}}}
 """
+
+
+def test_sample(tmp_path):
+    (tmp_path / "t.yaml").write_text(TINY_TRANSFORMER)
+    size = ("--config", str(tmp_path / "t.yaml"), "--images", "2", "--rounds", "1")
+    done = bench("sample", *size, "--json", str(tmp_path / "s.json"))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "s.json").read_text())
+    rate, ratio = figures["tokens_per_second"], figures["ratio"]
+    assert ratio["speedup"] == pytest.approx(rate["bf16"] / rate["textbook fp32"])
+    assert ratio["speedup_fp32"] == pytest.approx(rate["fp32"] / rate["textbook fp32"])
+    assert 0 < figures["kl_from_fp32_nats"]["bf16"] < 1e-2 and figures["share_of_bandwidth"]["fp32"] > 0
+    assert "KL from fp32" in done.stdout
+    done = bench("sample", *size, "--tokens", "17")
+    assert done.returncode == 2 and "--tokens: 1 to 16" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -91,8 +138,6 @@ def test_training_steps(name, config, rate, tmp_path):
 
 @pytest.mark.parametrize("option", ["--codes=0", "--images=-1", "--device=cuda"])
 def test_bad_options_are_one_line(option, tmp_path):
-    import torch
-
     if option == "--device=cuda" and torch.cuda.is_available():
         option = "--repeats=0"
     done = bench("quantizer", option)

@@ -15,7 +15,8 @@ from ibq.interop import seed_voken
 from ibq.interop.seed_voken import read_tokenizer, read_transformer, transformer_config_from_reference
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
-from ibq.sampling import SamplerConfig, sample_codes
+from ibq.sampler import SamplerConfig
+from ibq.sampling import sample_codes
 
 
 @pytest.fixture(autouse=True, scope="module")

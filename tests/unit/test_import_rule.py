@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "config_yaml", "files", "tensor_file", "progress", "dist", "ops"},
     {"quantizers"},
     {"models", "losses"},
-    {"data", "engine", "guidance", "decoding", "sampling", "evaluation", "reports", "interop", "scaling"},
+    {"data", "engine", "sampler", "decoding", "sampling", "evaluation", "reports", "interop", "scaling"},
     {"api"},  # what `import ibq` offers
     {"training", "hub", "model_card"},
     ENTRY_SCRIPTS,

@@ -255,17 +255,20 @@ def test_open_magvit2_full_sizes(monkeypatch, multipliers, bits, resolution):
 
 def test_text_to_image_tokenizers_have_another_discriminator():
     state = lightning_state(open_magvit2_state(**SMALL_MAGVIT), blurring_discriminator_state())
-    parts = open_magvit2._split(state, "x")
+    parts = open_magvit2.IMPLEMENTATION.split(state, "x")
     assert "block_in.0.weight" in parts.discriminator
     for name in ("loss.discriminator.blocks.1.2.bias", "loss.discriminator.to_logits.2.weight"):
         with pytest.raises(ValueError, match=f"missing tensors: {name}"):
-            open_magvit2._split({n: v for n, v in state.items() if n != name}, "x")
+            open_magvit2.IMPLEMENTATION.split({n: v for n, v in state.items() if n != name}, "x")
     ibq_state = seed_voken.write_tokenizer(
         TokenizerConfig(),
         *(meta_tokenizer(TokenizerConfig()) for _ in range(2)),
         blurring_discriminator_state(),
     )
-    assert seed_voken._split(ibq_state, "x").chosen_discriminator("ema", "x").keys() == parts.discriminator.keys()
+    assert (
+        seed_voken.IMPLEMENTATION.split(ibq_state, "x").chosen_discriminator("ema", "x").keys()
+        == parts.discriminator.keys()
+    )
 
 
 def meta_tokenizer(config: TokenizerConfig) -> State:

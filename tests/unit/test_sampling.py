@@ -6,7 +6,8 @@ from support.models import VARIANTS, small_transformer
 from torch import Tensor
 
 from ibq.models.transformer import Transformer
-from ibq.sampling import SamplerConfig, filter_logits, sample_codes, sample_rows
+from ibq.sampler import SamplerConfig
+from ibq.sampling import decoder_for, filter_logits, sample_codes, sample_rows
 
 # A spread distribution with many codes: a rounding difference would soon show in what is drawn.
 SIZES = {"tokens_per_side": 8, "width": 64, "vocab_size": 200}
@@ -144,7 +145,7 @@ def test_progress_and_no_request(transformer):
 def test_watched_row_by_row_the_image_is_the_same(transformer, settings):
     config = SamplerConfig(rows_per_block=4, **settings)
     expected = sample_codes(transformer, [1, 2, 3], [5, 6, 7], config)
-    seen = list(sample_rows(config.decoder(transformer), [1, 2, 3], [5, 6, 7], config))
+    seen = list(sample_rows(decoder_for(transformer, config), [1, 2, 3], [5, 6, 7], config))
     assert [codes.shape for codes in seen] == [(3, rows, 8) for rows in range(1, 9)]
     assert all(torch.equal(codes, expected[:, : codes.shape[1]]) for codes in seen)
     assert not seen[0].is_inference() and torch.is_grad_enabled()

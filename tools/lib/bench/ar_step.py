@@ -11,18 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq.config import load_section
-from ibq.engine.base import EngineSettings, GroupHyper, OptimizerConfig
-from ibq.engine.blueprint import Blueprint
-from ibq.engine.configs import LocalEngineConfig
-from ibq.engine.local import LocalEngine
+from ibq.engine.base import OptimizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.progress import progress_bar
 from ibq.scaling.transformer import transformer_flops
-from ibq.training.ar_task import ARTask
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
 from tools.lib.bench import step as bench_step
 from tools.lib.bench.process import run_apart
+from tools.lib.bench.trainer import Trainer, blueprint_of, random_batch
 
 LOSS = "loss, of the forward pass"  # head and cross-entropy
 OPTIMIZER = OptimizerConfig(kind="adamw", learning_rate=1e-4, betas=(0.9, 0.96), weight_decay=0.05, clip_norm=1.0)
@@ -77,15 +74,12 @@ def measure_form(*, form: str, config: str, batch: int, steps: int, compile: str
     """A form's figures."""
     bench_step.set_up(form)
     model = load_section(TransformerConfig, config, "model")
-    blueprint = Blueprint(name="transformer", build=lambda: Transformer(model), seed=0)
-    trainer = (
-        PlainStep(blueprint, torch.device(device))
-        if form == "plain"
-        else OurStep(blueprint, torch.device(device), bench_step.engine_config(config, compile))
-    )
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(model.vocab_size, (batch, model.num_tokens), generator=generator)
-    classes = torch.randint(model.num_classes, (batch,), generator=generator)
+    if form == "plain":
+        trainer = PlainStep(model, torch.device(device))
+    else:
+        trainer = Trainer(bench_step.engine_config(config, compile), model, torch.device(device), OPTIMIZER)
+        bench_step.time_module(trainer.module.head, trainer.stopwatch, LOSS)
+    codes, classes = random_batch(model, batch, seed=0)
 
     def step() -> float:
         with trainer.stopwatch.part("data"):
@@ -104,27 +98,11 @@ def measure_form(*, form: str, config: str, batch: int, steps: int, compile: str
     return figures
 
 
-class OurStep:
-    """What `ibq/train_ar.py` does."""
-
-    def __init__(self, blueprint: Blueprint, device: torch.device, config: LocalEngineConfig):
-        settings = EngineSettings(optimizer=OPTIMIZER, device=device, precision="bf16")
-        engine = LocalEngine(blueprint, settings, config)
-        hyper = GroupHyper(learning_rate=OPTIMIZER.learning_rate, weight_decay=OPTIMIZER.weight_decay)
-        self.task = ARTask(engine, hyper=lambda step: {"decay": hyper, "no_decay": hyper})
-        self.module, self.stopwatch = engine.module.train(), Stopwatch(device)
-        bench_step.time_module(self.module.head, self.stopwatch, LOSS)
-
-    def step(self, codes: Tensor, classes: Tensor) -> Tensor:
-        """Train on a batch; its loss."""
-        return self.task.step(0, [(codes, classes)], self.stopwatch).metrics["loss/total"]
-
-
 class PlainStep:
     """The published structure, which stays as it is: the baseline."""
 
-    def __init__(self, blueprint: Blueprint, device: torch.device):
-        self.module: Transformer = blueprint.whole().to(device).train()
+    def __init__(self, model: TransformerConfig, device: torch.device):
+        self.module: Transformer = blueprint_of(model).whole().to(device).train()
         self.stopwatch, self.device = Stopwatch(device), device
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),

@@ -12,7 +12,6 @@ moments alone. `seconds` is the best timed step, after three that are not.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,10 +19,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from ibq.config import UserError, config_to_dict, load_section
-from ibq.engine.configs import ZeroEngineConfig
+from ibq.config import UserError, config_to_dict, load_section, parse_config
+from ibq.engine.configs import EngineConfig, ZeroEngineConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.progress import progress_bar
 from ibq.scaling.hardware import GPUS
@@ -31,8 +28,8 @@ from ibq.scaling.layouts import Training, rules
 from ibq.scaling.plan import Machine, TransformerStage, memory
 from ibq.scaling.transformer import transformer_parameters
 from tools.lib import ROOT
+from tools.lib.bench.options import add_device, check
 from tools.lib.bench.process import GIB
-from tools.lib.bench.trainer import engine_config
 from tools.plan import layout_of
 
 RANKS = 2
@@ -53,8 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=4, help="timed steps, of which the best counts (default: %(default)s)")
     add("--engines", nargs="+", choices=TITLES, default=list(TITLES), metavar="NAME", help=f"of {', '.join(TITLES)}")
     add("--trace", type=Path, metavar="FOLDER", help="write a profiler's trace of a step of each rank here")
-    device = "cuda" if torch.cuda.device_count() >= RANKS else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=device)
+    add_device(parser, gpus=RANKS)
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -74,8 +70,6 @@ def measure(arguments: argparse.Namespace) -> dict:
         "parameters": transformer_parameters(model),
         "ranks": RANKS,
         **{name: getattr(arguments, name) for name in names},
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
 
@@ -107,7 +101,7 @@ def engine_of(name: str, model: TransformerConfig) -> dict:
 def expected(name: str, model: TransformerConfig, arguments: argparse.Namespace) -> dict[str, float]:
     """GiB of a rank by the plan: of weights, gradients and moments, and of all tensors in the fullest moment."""
     machine = Machine(gpu=GPUS["h100"], gpus=RANKS, gpus_per_node=RANKS)  # of which only the number counts here
-    layout = layout_of(engine_config(engine_of(name, model)), machine)
+    layout = layout_of(parse_config(EngineConfig, engine_of(name, model)), machine)
     training = Training(
         precision="bf16",
         micro_batch=arguments.batch // RANKS,
@@ -203,12 +197,6 @@ def table(figures: dict) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.steps < 1:
-        raise UserError(f"--steps: must be at least 1, got {arguments.steps}")
+    check(arguments, gpus=RANKS, steps=1)
     if arguments.batch < RANKS or arguments.batch % RANKS:
         raise UserError(f"--batch: must be a multiple of the {RANKS} processes, got {arguments.batch}")
-    if arguments.device == "cuda" and torch.cuda.device_count() < RANKS:
-        found = torch.cuda.device_count()
-        raise UserError(f"--device: cuda needs {RANKS} GPUs, one a process, and {found} are there; use --device cpu")
-    if not sys.platform.startswith("linux") and arguments.device == "cpu":
-        raise UserError("--device: the memory of a process is read from Linux's /proc; run this on Linux or on GPUs")

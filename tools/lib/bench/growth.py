@@ -10,8 +10,6 @@ below the expected one says that small sizes do not use the machine as well as l
 
 import argparse
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ibq.config import UserError
+from ibq.engine.configs import LocalEngineConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.ops.index_backprop import index_backprop
 from ibq.progress import progress_bar
@@ -27,8 +25,9 @@ from ibq.quantizers import IBQConfig
 from ibq.scaling.tokenizer import quantizer_flops
 from ibq.scaling.transformer import Flops, transformer_flops
 from ibq.training.run import set_up_torch
+from tools.lib.bench.options import add_device, check
 from tools.lib.bench.process import run_apart, synchronize
-from tools.lib.bench.trainer import Trainer
+from tools.lib.bench.trainer import Trainer, step_on_one_batch
 
 BASE = {"depth": 4, "width": 256, "tokens_per_side": 16, "vocab_size": 1_024, "num_classes": 100}
 HEAD_CHANNELS = 64  # of a head, as in the published family
@@ -72,15 +71,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="NAME", help=f"of {', '.join(AXES)}")
     add("--steps", type=int, default=3, help="timed steps of each point, of which the best counts (%(default)s)")
     add("--picture", type=Path, metavar="FILE", help="draw a panel for each axis into this PNG file")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Each axis in a fresh process, its exponents, and what the figures depend on."""
-    if arguments.steps < 1:
-        raise UserError(f"--steps: must be at least 1, got {arguments.steps}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: no CUDA device was found; leave it out to measure on the CPU")
+    check(arguments, steps=1)
     axes: dict[str, dict] = {}
     settings = {name: getattr(arguments, name) for name in ("points", "steps", "device")}
     with progress_bar("growth", len(arguments.axes), "axis") as progress:
@@ -94,8 +90,6 @@ def measure(arguments: argparse.Namespace) -> dict:
         "quantizer": {"tokens": QUANTIZED, "dim": DIM},
         **settings,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     if arguments.picture is not None:
         figures["picture"] = str(draw(axes, arguments.picture))
@@ -210,7 +204,8 @@ def counted(flops: Flops) -> int:
 
 
 def _transformer_step(config: TransformerConfig, device: str) -> Callable[[], object]:
-    return Trainer({"kind": "local"}, config, IMAGES, torch.device(device)).step
+    on = torch.device(device)
+    return step_on_one_batch(Trainer(LocalEngineConfig(), config, on), config, IMAGES, on)
 
 
 def _quantizer_step(codes: int, device: str) -> Callable[[], object]:

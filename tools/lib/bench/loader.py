@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -77,8 +76,6 @@ def figures_of(rates: dict[str, list[float]], arguments: argparse.Namespace) -> 
         "size": arguments.size,
         "workers": arguments.workers,
         "repeats": arguments.repeats,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
 

@@ -8,8 +8,6 @@ flushed to zero as this project's entry points have it (on some CPUs they slow a
 
 import argparse
 import math
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ibq.config import UserError
 from ibq.ops import index_backprop as lean
 from ibq.ops import textbook
 from ibq.progress import progress_bar, say
+from tools.lib.bench.options import add_device, check
 from tools.lib.bench.process import GIB, extra_peak_gib, median_seconds, product_rate, run_apart
 
 FORMS = {"ours": lean.index_backprop, "textbook": textbook.index_backprop}
@@ -41,13 +39,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=4, metavar="B", help="images in the batch (default: %(default)s)")
     add("--tokens", type=int, default=256, metavar="T", help="tokens an image (default: %(default)s)")
     add("--repeats", type=int, default=3, help="calls whose median counts (default: %(default)s)")
-    add("--device", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
+    add_device(parser, "cpu")
     add("--no-picture", action="store_true", help="only this size, no growth over codes and images")
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Both forms at the size asked for, and their growth over codes and images for the picture."""
-    _check(arguments)
+    check(arguments, codes=1, dim=1, images=1, tokens=1, repeats=1)
     sizes = [] if arguments.no_picture else sizes_of_picture(arguments.codes, arguments.images)
     with progress_bar("quantizer", 4 + len(sizes), "measurement") as progress:
         rate = _step(progress, run_apart(rate_of_products, dim=arguments.dim, device=arguments.device))[
@@ -60,8 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     figures |= {"growth": growth, "exponents": exponents(growth)} if growth else {}
     names = ("codes", "dim", "images", "tokens", "repeats", "device")
     settings = {name: getattr(arguments, name) for name in names}
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    figures |= {"settings": settings, "matrix_product_gflop_per_second": rate / 1e9, "machine": machine}
+    figures |= {"settings": settings, "matrix_product_gflop_per_second": rate / 1e9, "threads": torch.get_num_threads()}
     if growth and arguments.json:
         figures["picture"] = str(draw(figures, arguments.json.with_suffix(".png")))
     return figures
@@ -207,16 +204,6 @@ def free_gib(device: str) -> float:
         return torch.cuda.mem_get_info()[0] / GIB
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / GIB
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    for name in ("codes", "dim", "images", "tokens", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name}: must be at least 1, got {getattr(arguments, name)}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: no CUDA device was found; leave it out to measure on the CPU")
-    if not sys.platform.startswith("linux") and arguments.device == "cpu":
-        raise UserError("--device: the memory of a process is read from Linux's /proc; run this on Linux or on a GPU")
 
 
 def _step(progress, found: dict) -> dict:

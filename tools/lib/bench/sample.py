@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 import ibq.models.transformer_blocks as blocks
 from ibq.config import UserError, load_section
-from ibq.decoding import PRECISIONS, Decoder
+from ibq.decoding import Decoder
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.progress import progress_bar
-from ibq.sampling import SamplerConfig, sample_codes
+from ibq.sampler import PRECISIONS, SamplerConfig
+from ibq.sampling import decoder_for, sample_codes
 from ibq.training.run import set_up_torch
+from tools.lib.bench.options import add_device
 
 GUIDANCE = 2.0
 PROBE_BYTES = 512 * 2**20  # of what is read to measure the bandwidth: far more than any cache
@@ -28,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=4, help="drawn together, each with and without its class (default: 4)")
     add("--rounds", type=int, default=2, help="of all forms in turn; the best of each counts (default: 2)")
     add("--tokens", type=int, help="codes of an image that the textbook form draws (default: all)")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
 
 
 class TextbookSampler:
@@ -125,13 +128,9 @@ def _forms(transformer: Transformer, images: int, tokens: int) -> dict[str, Call
     forms: dict[str, Callable[[], Any]] = {"textbook fp32": plain, "textbook autocast": autocast}
     for precision in PRECISIONS:
         sampler = SamplerConfig(guidance_scale=GUIDANCE, rows_per_block=images, precision=precision)
-        decoder = sampler.decoder(transformer)
-        forms[precision] = _drawing(decoder, classes, sampler)
+        decoder = decoder_for(transformer, sampler)
+        forms[precision] = partial(sample_codes, decoder, classes, range(len(classes)), sampler)
     return forms
-
-
-def _drawing(decoder: Decoder, classes: list[int], sampler: SamplerConfig) -> Callable[[], Any]:
-    return lambda: sample_codes(decoder, classes, range(len(classes)), sampler)
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
@@ -149,9 +148,7 @@ def _figures(arguments, transformer: Transformer, tokens: int, seconds: dict[str
     drawn = {name: images * (tokens if name.startswith("textbook") else config.num_tokens) for name in seconds}
     rate = {name: drawn[name] / found for name, found in seconds.items()}
     bandwidth = read_bandwidth(transformer.head.weight.device)
-    bytes_per_step = {
-        p: SamplerConfig(precision=p, rows_per_block=images).decoder(transformer).weight_bytes() for p in PRECISIONS
-    }
+    bytes_per_step = {p: Decoder(transformer, p, images).weight_bytes() for p in PRECISIONS}
     share = {p: bytes_per_step[p] * config.num_tokens / seconds[p] / bandwidth for p in PRECISIONS}
     plain = rate["textbook fp32"]
     return {
@@ -163,15 +160,13 @@ def _figures(arguments, transformer: Transformer, tokens: int, seconds: dict[str
         "ratio": {
             "speedup_fp32": rate["fp32"] / plain,
             "speedup": rate["bf16"] / plain,
-            "speedup_int8": rate["int8"] / plain,
             "speedup_bf16_over_autocast": rate["bf16"] / rate["textbook autocast"],
         },
         "weight_bytes_per_step": bytes_per_step,
         "bandwidth_gb_per_second": bandwidth / 1e9,
         "share_of_bandwidth": share,
-        "kl_from_fp32_nats": {p: divergence(transformer, p, images) for p in ("bf16", "int8")},
+        "kl_from_fp32_nats": {"bf16": divergence(transformer, "bf16", images)},
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
     }
 
 

@@ -7,7 +7,6 @@ on disk, which needs 25 GiB there, 21 GiB of memory and minutes on 2 cores; it i
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -24,6 +23,7 @@ import numpy as np
 from ibq.config import UserError
 from ibq.progress import progress_bar, say
 from tools.lib import ROOT
+from tools.lib.options import check_least
 
 STARTUP_FILE, ROWS = "startup.json", 64
 RUNS = ("quickstart", "xxl")
@@ -49,9 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Everything, one process after the other."""
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats: must be at least 1, got {arguments.repeats}")
-    found: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "runs": {}}
+    check_least(arguments, repeats=1)
+    found: dict = {"runs": {}}
     if "quickstart" in arguments.runs:
         found["runs"]["quickstart"] = quickstart_start(arguments.repeats)
     if "xxl" in arguments.runs:

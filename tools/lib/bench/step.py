@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ibq.config import UserError, load_section
+from ibq.config import load_section
 from ibq.engine.configs import EngineConfig, LocalEngineConfig
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
+from tools.lib.bench.options import add_device, check
 from tools.lib.bench.process import GIB, extra_peak_gib, median_seconds, product_rate, run_apart, synchronize
 
 FORMS = ("ours", "plain")
@@ -34,13 +33,12 @@ def add_options(parser: argparse.ArgumentParser, *, config: str, batch: int, ste
     add("--steps", type=int, default=steps, help=help_steps)
     help_compile = "engine.compile of ours; auto: as the config or its default says (default: %(default)s)"
     add("--compile", choices=COMPILE, default=compiled, help=help_compile)
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
 
 
 def settings_of(arguments: argparse.Namespace) -> dict:
     """The options, as `measure_form` takes them; UserError for impossible ones."""
-    if min(arguments.batch, arguments.steps) < 1:
-        raise UserError("--batch and --steps must be at least 1")
+    check(arguments, batch=1, steps=1)
     return {name: getattr(arguments, name) for name in ("config", "batch", "steps", "compile", "device")}
 
 
@@ -72,8 +70,6 @@ def measure_forms(measure_form: Callable[..., dict], settings: dict, advance: Ca
         "ratio": {"speedup": plain["seconds"] / ours["seconds"], "memory": ours["peak_gib"] / plain["peak_gib"]},
         **settings,
         "threads": ours["threads"],
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
 

@@ -1,8 +1,6 @@
 """Activation memory and seconds of the tokenizer's forward and backward pass, with and without recomputed ResBlocks."""
 
 import argparse
-import os
-import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from ibq.config import load_section
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.progress import progress_bar
+from tools.lib.bench.options import add_device, check
 from tools.lib.bench.process import extra_peak_gib, median_seconds, run_apart
 
 FORMS = ("kept", "recomputed", "selective")
@@ -23,12 +22,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--config", default="yaml/tokenizer_262144.yaml", help="the tokenizer (default: %(default)s)")
     add("--batch", type=int, default=1, help="images (default: %(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: under autocast (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    add_device(parser, "cpu")
     add("--repeats", type=int, default=3, help="timed passes of each form (default: %(default)s)")
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Each form in a fresh process."""
+    check(arguments, batch=1, repeats=1)
     settings = {name: getattr(arguments, name) for name in ("config", "batch", "precision", "device", "repeats")}
     load_section(TokenizerConfig, arguments.config, "model")  # errors before the wait
     figures: dict = {}
@@ -42,8 +42,6 @@ def measure(arguments: argparse.Namespace) -> dict:
         "ratio_selective": _ratio(selective, kept),
         **settings,
         "threads": kept["threads"],
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
 

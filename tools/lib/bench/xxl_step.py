@@ -7,8 +7,6 @@ cores.
 
 import argparse
 import json
-import os
-import platform
 import resource
 import shutil
 import socket
@@ -77,8 +75,6 @@ def measure(arguments: argparse.Namespace) -> dict:
         },
         **{name: getattr(arguments, name) for name in ("config", "batch", "overrides")},
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     if not arguments.keep:
         shutil.rmtree(folder)

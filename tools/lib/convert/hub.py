@@ -10,11 +10,9 @@ from torch import nn
 from ibq.api import load_tokenizer, load_transformer, pretrained_folder
 from ibq.config import UserError
 from ibq.engine.state_files import index_file
-from ibq.hub import CARD, origin_of, push_folder, save_pretrained
+from ibq.hub import CARD, LOADERS, load_file, push_folder, save_pretrained
 from ibq.model_card import CardFacts
 from ibq.progress import say
-
-LOADERS = {"Tokenizer": load_tokenizer, "Transformer": load_transformer}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -53,11 +51,7 @@ def write_folder(arguments: argparse.Namespace, find: Callable[[Path], Path]) ->
 def load(path: Path, find: Callable[[Path], Path]) -> tuple[nn.Module, dict[str, str]]:
     """A model on the CPU, and what its file says of where it comes from; a run folder means its best weights."""
     if path.suffix == ".safetensors":
-        origin = origin_of(path)
-        kind = json.loads(origin["model"]).get("kind")
-        if kind not in LOADERS:
-            raise UserError(f"{path}: holds a {kind}, which is no model of this project; give another")
-        return LOADERS[kind](path, device="cpu"), origin
+        return load_file(path, "cpu")
     if (path / "manifest.json").exists():
         checkpoint = find(path)
         kind = "Tokenizer" if (checkpoint / index_file("tokenizer")).exists() else "Transformer"

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 import yaml
+from ibq.api import read_metadata, read_tensors
 from ibq.config import UserError, parse_config
 from ibq.data.index import sha256_of
 from ibq.engine.state_files import StateReader, index_file
@@ -26,6 +25,7 @@ from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.progress import say
 from ibq.tensor_file import TensorFile
+from tools.lib.options import check_least
 
 CONFIGS = {"Tokenizer": TokenizerConfig, "Transformer": TransformerConfig}
 LIGHTNING_VERSION = "2.2.0"  # Lightning wants to know which of its versions has written a file
@@ -51,8 +51,7 @@ def import_published(arguments: argparse.Namespace) -> None:
     require_suffix(arguments.output, {".safetensors"})
     if arguments.rest is not None:
         require_suffix(arguments.rest, {".safetensors"})
-    if arguments.resolution is not None and arguments.resolution < 1:
-        raise UserError(f"--resolution: must be at least 1, got {arguments.resolution}")
+    check_least(arguments, resolution=1)
     if not arguments.file.is_file():
         raise UserError(f"{arguments.file}: no such file; give the file that was downloaded")
     hints = Hints(resolution=arguments.resolution, arguments=reference_arguments(arguments.config))
@@ -150,7 +149,7 @@ def export_published(checkpoint: Path, arguments: argparse.Namespace, find: Call
     require_suffix(arguments.output, SUFFIXES)
     source = source_of(checkpoint, arguments.weights, find)
     tokenizer = None if arguments.tokenizer is None else source_of(arguments.tokenizer, "ema", find)
-    rest = None if arguments.rest is None else load_tensors(arguments.rest)
+    rest = None if arguments.rest is None else read_tensors(arguments.rest)
     try:
         table = checkpoint_of(source, tokenizer, rest, arguments)
     except ValueError as error:
@@ -201,17 +200,14 @@ def source_of(path: Path, weights: str, find: Callable[[Path], Path]) -> Source:
 
 def source_of_file(path: Path) -> Source:
     """From a file of `import` or `export`."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            model = json.loads(metadata["model"])
-        config = parse_config(CONFIGS[model["kind"]], model["config"], str(path))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a file of tools/convert.py ({error}); write it again") from error
+    metadata, model = read_metadata(path)
+    if model["kind"] not in CONFIGS:
+        raise UserError(f"{path}: holds a {model['kind']}, which is no model of this project; give another")
+    config = parse_config(CONFIGS[model["kind"]], model["config"], str(path))
     facts = {name: metadata[name] for name in KEPT_FACTS if name in metadata}
     if metadata.get("checkpoint", "").startswith("step-"):  # from `export`
         facts["step"] = metadata["checkpoint"].removeprefix("step-")
-    return Source(config=config, sets={metadata.get("weights", "ema"): load_tensors(path)}, facts=facts)
+    return Source(config=config, sets={metadata.get("weights", "ema"): read_tensors(path)}, facts=facts)
 
 
 def source_of_checkpoint(folder: Path, weights: str) -> Source:
@@ -233,14 +229,6 @@ def source_of_checkpoint(folder: Path, weights: str) -> Source:
     step = json.loads((folder / "state.json").read_text())["step"]
     config = parse_config(CONFIGS[kind.__name__], reader.model["config"], str(folder))
     return Source(config=config, sets=sets, discriminator=discriminator, facts={"step": str(step)})
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); write it again") from error
 
 
 # --- Files ---

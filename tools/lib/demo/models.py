@@ -16,10 +16,11 @@ from ibq.data.storage import is_url
 from ibq.decoding import Decoder
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
-from ibq.sampling import SamplerConfig
+from ibq.sampler import SamplerConfig
+from ibq.sampling import decoder_for
 from ibq.training.checkpoint import weights_hash
 from tools.lib import ROOT
-from tools.lib.options import device_of
+from tools.lib.options import device_of, settings_of
 from tools.sample import check_pair
 
 QUICKSTART = Path("runs/quickstart")
@@ -35,37 +36,30 @@ class Models:
         *,
         names: list[str] | None,
         paths: tuple[str, str | None],
-        rows: int,
-        precision: str,
+        defaults: SamplerConfig,
     ):
         self.tokenizer, self.transformer = tokenizer, transformer
         self.names = names  # of the classes, where they are known
         self.paths = paths  # tokenizer and transformer as they were given
-        self.rows, self.precision = rows, precision  # images drawn together
+        self.defaults = defaults  # of what the page does not ask for
         self._decoder: Decoder | None = None
 
     def autocast(self) -> torch.autocast:
         """The precision of the tokenizer, as a context; the same as in tools/sample.py."""
         device = next(self.tokenizer.parameters()).device
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision != "fp32")
-
-    def sampler(self, **settings) -> SamplerConfig:
-        """A sampler with the page's settings; ValueError for impossible ones."""
-        return SamplerConfig(rows_per_block=self.rows, precision=self.precision, **settings)
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.defaults.precision != "fp32")
 
     def decoder(self, sampler: SamplerConfig) -> Decoder:
         """What draws with these settings; made again where guidance is switched on or off, which changes its rows."""
-        rows = self.rows * (2 if sampler.guided else 1)
-        if self._decoder is None or self._decoder.rows != rows:
+        if self._decoder is None or self._decoder.rows != sampler.rows:
             self._decoder = None  # two would not fit where one just does
-            self._decoder = sampler.decoder(self.transformer)
+            self._decoder = decoder_for(self.transformer, sampler)
         return self._decoder
 
 
 def open_models(arguments: argparse.Namespace) -> Models:
     """Load what the options name, or what the quickstart has made; UserError that says what to do otherwise."""
-    if arguments.rows < 1:
-        raise UserError(f"--rows must be at least 1, got {arguments.rows}")
+    defaults = settings_of(SamplerConfig, arguments)
     device, paths = device_of(arguments), places(arguments)
     tokenizer = load_tokenizer(paths[0], device=device)
     if tokenizer.config.in_channels != 3:
@@ -76,8 +70,7 @@ def open_models(arguments: argparse.Namespace) -> Models:
         pair = argparse.Namespace(tokenizer=paths[0], transformer=paths[1])
         check_pair(pair, tokenizer, transformer, weights_hash(tokenizer.state_dict()))
         names = names_of(paths[1], transformer.config.num_classes, arguments.class_names)
-    rows, precision = arguments.rows, arguments.precision
-    return Models(tokenizer, transformer, names=names, paths=paths, rows=rows, precision=precision)
+    return Models(tokenizer, transformer, names=names, paths=paths, defaults=defaults)
 
 
 def places(arguments: argparse.Namespace) -> tuple[str, str | None]:

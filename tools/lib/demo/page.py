@@ -3,15 +3,18 @@
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
 
 from ibq.api import decode_in_blocks
 from ibq.config import UserError
+from ibq.sampler import SamplerConfig
 from ibq.sampling import sample_rows
 from tools.lib.demo import views as views
 from tools.lib.demo.models import Models
+from tools.lib.options import words_of
 
 # Values that the quickstart's samples are drawn with.
 GUIDANCE, TOP_P, IMAGES = 2.5, 0.9, 4
@@ -150,13 +153,13 @@ def reconstructor(models: Models) -> Callable:
 
 def generation_tab(models: Models) -> None:
     """Settings, and images that appear row by row."""
-    config = models.transformer.config
+    config, most = models.transformer.config, models.defaults.rows_per_block
     choices = views.class_choices(models.names, config.num_classes)
     with gr.Row():
         with gr.Column(scale=1):
             label = gr.Dropdown(choices, value=0, label="Class", elem_id="class")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
-            count = gr.Slider(1, models.rows, value=min(IMAGES, models.rows), step=1, label="Images", elem_id="count")
+            count = gr.Slider(1, most, value=min(IMAGES, most), step=1, label="Images", elem_id="count")
             guidance = gr.Slider(1, 10, value=GUIDANCE, step=0.1, label="Guidance (1: off)", elem_id="guidance")
             temperature = gr.Slider(0, 2, value=1, step=0.05, label="Temperature (0: greedy)", elem_id="temperature")
             top_k = gr.Slider(0, config.vocab_size, value=0, step=1, label="Top-k (0: off)", elem_id="top-k")
@@ -201,8 +204,7 @@ def generator(models: Models) -> Callable:
 
 def _grow(models: Models, label, count, seed, guidance, temperature, top_k, top_p) -> Iterator[tuple]:
     settings = {"guidance_scale": float(guidance), "temperature": float(temperature)}
-    settings |= {"top_k": int(top_k), "top_p": float(top_p)}
-    sampler = models.sampler(**settings)
+    sampler = replace(models.defaults, **settings, top_k=int(top_k), top_p=float(top_p))
     decoder = models.decoder(sampler)
     count, seed, side = int(count), int(seed), decoder.config.tokens_per_side
     started, decoding = time.monotonic(), 0.0
@@ -223,21 +225,18 @@ def _grow(models: Models, label, count, seed, guidance, temperature, top_k, top_
     seconds = time.monotonic() - started
     yield (
         views.sheet(images),
-        f"Row {side} of {side}: done in {seconds:.1f} s. {_command(models, label, count, seed, settings)}",
+        f"Row {side} of {side}: done in {seconds:.1f} s. {_command(models, label, count, seed, sampler)}",
     )
 
 
-def _command(models: Models, label: int, count: int, seed: int, settings: dict) -> str:
+def _command(models: Models, label: int, count: int, seed: int, sampler: SamplerConfig) -> str:
     """How to draw the same images without the page, as Markdown."""
     words = ["python", "tools/sample.py", "--tokenizer", models.paths[0], "--transformer", models.paths[1]]
     words += ["--classes", str(label), "--count", str(count), "--seed", str(seed), "--output", "samples"]
-    for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
     if label == models.transformer.null_class:
         return "Image i is drawn with seed + i."
-    words += ["--precision", models.precision] if models.precision != "fp32" else []
-    words += ["--rows", str(models.rows)] if models.rows != 16 else []
-    return f"Image i is drawn with seed + i. The same by command:\n```\n{shlex.join(words)}\n```"
+    command = shlex.join([*words, *words_of(sampler)])
+    return f"Image i is drawn with seed + i. The same by command:\n```\n{command}\n```"
 
 
 def _short(error: Exception) -> str:

@@ -20,7 +20,7 @@ from ibq.evaluation.features import load_inception
 from ibq.evaluation.generation import GenerationReport, evaluate_generation, protocol
 from ibq.evaluation.image_sets import ImageSet, NpzImages, PixelHash, open_set
 from ibq.progress import progress_bar, say
-from tools.lib.options import add_device_options
+from tools.lib.options import add_device_options, check_least
 
 HELP = "FID, sFID, Inception Score, precision and recall of generated images; accuracy of a classifier on them"
 HELD_OUT = 10  # every so many-th image is for the classifier's validation, where no other place is given
@@ -83,12 +83,7 @@ def check(arguments: argparse.Namespace) -> None:
     """UserError for impossible options."""
     if not arguments.reference and not arguments.classifier:
         raise UserError("nothing to compare with: give --reference for FID and its relatives, or --classifier")
-    sizes = {"--size": arguments.size, "--batch-size": arguments.batch_size}
-    sizes |= {"--classifier-size": arguments.classifier_size, "--classifier-steps": arguments.classifier_steps}
-    for option, value in sizes.items():
-        least = 8 if option == "--classifier-size" else 1
-        if value is not None and value < least:
-            raise UserError(f"{option} must be at least {least}, got {value}")
+    check_least(arguments, size=1, batch_size=1, classifier_size=8, classifier_steps=1)
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed must be from 0 to {2**63 - 1}, got {arguments.seed}")
 

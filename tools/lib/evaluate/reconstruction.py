@@ -13,7 +13,7 @@ import yaml
 from ibq import dist
 from ibq.api import load_tokenizer
 from ibq.config import UserError, dump_config
-from ibq.data.images import BadSample, ImageDataset
+from ibq.data.images import BadSample, ImageDataset, Subset
 from ibq.data.loader import validation_batches
 from ibq.evaluation.features import RESIZING, Inception, load_inception, weights_at_hand
 from ibq.evaluation.image_sets import PixelHash
@@ -145,7 +145,7 @@ def reconstruct(
     images = dist.main_first(lambda: open_images_of(arguments))
     dataset = ImageDataset(images, tokenizer.config.resolution)
     batches = validation_batches(
-        Share(dataset, BLOCK, dist.rank(), dist.world_size()),
+        share_of(dataset, BLOCK, dist.rank(), dist.world_size()),
         arguments.batch_size,
         workers=arguments.workers,
         device=device,
@@ -167,25 +167,10 @@ def reconstruct(
     return report, digest.hexdigest()
 
 
-class Share:
-    """A rank's blocks of the images: the same blocks for every number of ranks, in the form of the whole set."""
-
-    def __init__(self, dataset: ImageDataset, block: int, rank: int, world_size: int):
-        starts = range(0, len(dataset), block)[rank::world_size]
-        self.dataset = dataset
-        self.numbers = [n for start in starts for n in range(start, min(start + block, len(dataset)))]
-        self.sample_shape = dataset.sample_shape
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def batch(self, places: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        """As the set's own."""
-        return self.dataset.batch([self.numbers[place] for place in places])
-
-    def fill(self, places: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
-        """As the set's own."""
-        return self.dataset.fill([self.numbers[place] for place in places], out)
+def share_of(dataset: ImageDataset, block: int, rank: int, world_size: int) -> Subset:
+    """A rank's blocks of the images: the same blocks for every number of ranks."""
+    starts = range(0, len(dataset), block)[rank::world_size]
+    return Subset(dataset, [n for start in starts for n in range(start, min(start + block, len(dataset)))])
 
 
 def say_left_out(samples: Sequence[BadSample]) -> None:

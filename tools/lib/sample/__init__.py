@@ -1,1 +1,0 @@
-"""Parts of tools/sample.py."""
