@@ -27,6 +27,7 @@ from support import ROOT
 # What may differ from the forking parent's: read when a script runs, not when modules are imported.
 FREE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")
 FREE += ("SLURM_", "IBQ_", "PYTEST_", "PATH", "VIRTUAL_ENV", "DS_ACCELERATOR")  # DeepSpeed is not imported yet
+AT_FIRST = dict(os.environ)  # before any test has changed it
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
 
@@ -82,7 +83,7 @@ class ForkServer:
 
     def __init__(self):
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.environment = AT_FIRST | {"OMP_NUM_THREADS": "1"}
         self.environment.pop("PYTHONPATH", None)
         self._lock, log = threading.Lock(), tempfile.TemporaryFile()  # noqa: SIM115 (closed with this process)
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno()), str(ROOT)]
@@ -108,7 +109,7 @@ class ForkServer:
 
 
 @cache
-def _can_fork() -> bool:
+def can_fork() -> bool:
     """Not with CUDA: what asks for it once cannot be forked any more."""
     wanted = os.environ.get("IBQ_FRESH_STARTS", "") in ("", "0")
     return wanted and hasattr(os, "pidfd_open") and not torch.cuda.is_available()
@@ -128,7 +129,7 @@ def _server() -> ForkServer:
 def _is_forkable(command: list[str], environment: dict[str, str]) -> bool:
     """Whether a fork is as a new process: a script of the project, and no difference that an import would see."""
     of_project = command[0].endswith(".py") and (ROOT / command[0]).resolve().is_relative_to(ROOT)
-    if not _can_fork() or not (of_project or command[0] == "-c"):
+    if not can_fork() or not (of_project or command[0] == "-c"):
         return False
     if not {*environment.get("PYTHONPATH", "").split(os.pathsep)} <= {"", *PYTHONPATH.split(os.pathsep)}:
         return False
