@@ -196,6 +196,7 @@ def test_an_index_made_before_the_damage(tmp_path):
     assert {sample.key for sample in bad} == BAD | set(lost)
 
 
+@pytest.mark.slow
 def test_a_whole_run_counts_names_and_goes_on(tmp_path):
     """One process and two: the same counts, in the log and in the metrics."""
     write_set(tmp_path / "set")
@@ -221,6 +222,7 @@ def test_a_whole_run_counts_names_and_goes_on(tmp_path):
     assert one == two
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     write_set(tmp_path / "set", damage=False)
     content = members(range(SAMPLES))

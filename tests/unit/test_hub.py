@@ -218,6 +218,7 @@ def test_figures_of_other_weights_are_refused(tmp_path):
 # --- The command line -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_folder(tmp_path):
     place = make_workplace(tmp_path / "place")
     assert train_here("tokenizer", ["--config", str(place / "tokenizer.yaml"), f"output={place / 'run'}"]) == 0
@@ -329,6 +330,7 @@ def test_an_incomplete_folder_is_not_pushed(recorded, tmp_path):
     assert not recorded.created
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
     """The real client, at an address where nothing listens."""
     code = (

@@ -273,6 +273,7 @@ def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return load_file(f"{path}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_two_ranks_equal_one(of_two_ranks: dict[str, Tensor], name: str):
     quantizer = build(KINDS[name].config).double()
