@@ -265,10 +265,8 @@ def test_text_to_image_tokenizers_have_another_discriminator():
         *(meta_tokenizer(TokenizerConfig()) for _ in range(2)),
         blurring_discriminator_state(),
     )
-    assert (
-        seed_voken.IMPLEMENTATION.split(ibq_state, "x").chosen_discriminator("ema", "x").keys()
-        == parts.discriminator.keys()
-    )
+    ibq_parts = seed_voken.IMPLEMENTATION.split(ibq_state, "x")
+    assert ibq_parts.chosen_discriminator("ema", "x").keys() == parts.discriminator.keys()
 
 
 def meta_tokenizer(config: TokenizerConfig) -> State:
