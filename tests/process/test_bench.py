@@ -59,7 +59,9 @@ def test_a_form_that_cannot_be_had_says_why(monkeypatch):
 
     monkeypatch.setitem(bench_head_loss.FORMS, "pytorch", missing)
     size = {"codes": 50, "dim": 8, "tokens": 20, "precision": "fp32", "device": "cpu"}
-    found = {form: bench_head_loss.measure_form(form=form, **size) for form in bench_head_loss.FORMS}
+    names = (*bench_head_loss.MEASURED, *bench_head_loss.ERRORS, "nll", "product_rate", "threads")
+    found = {form: dict.fromkeys(names, 1.0) for form in bench_head_loss.FORMS}
+    found["pytorch"] = bench_head_loss.measure_form(form="pytorch", **size)
     figures = bench_head_loss.figures_of([found], argparse.Namespace(**size, repeats=1))
     assert figures["pytorch"] == {"problem": "RuntimeError: no such product"}
     assert figures["ours_over"].keys() == {"textbook", "pytorch, mean"}
