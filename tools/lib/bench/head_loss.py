@@ -127,7 +127,7 @@ def pytorch(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "n
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    pieces = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, PIECE // len(weight)), chunking_method=None)
+    pieces = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=PIECE, chunking_method=None)
     return F.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=pieces)
 
 
