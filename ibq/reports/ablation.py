@@ -15,7 +15,7 @@ from ibq.files import whole_file, write_text
 from ibq.reports import charts
 from ibq.reports.charts import DASHES, NUM_COLORS, Series
 from ibq.reports.figures import BETTER, FIELDS, as_number, number
-from ibq.reports.page import image, page
+from ibq.reports.page import image_rows, page, table
 from ibq.reports.style import COLORS, LIGHT, STYLE
 
 # Figure: (label, how to print it, which direction is better, what it is), in the order of the table.
@@ -81,7 +81,7 @@ class AblationData:
     @property
     def columns(self) -> list[str]:
         """The figures that any run has, in the order of the table."""
-        return [name for name in COLUMNS if any(name in row for row in self.rows.values())]
+        return columns_of(self.rows)
 
     @property
     def colors(self) -> dict[str, int]:
@@ -102,6 +102,11 @@ def write_ablation(folder: Path, pictures: str, data: AblationData) -> None:
 
 
 # --- The table ---
+
+
+def columns_of(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The figures that any run has, in the order of the table."""
+    return [name for name in COLUMNS if any(name in row for row in rows.values())]
 
 
 def cell(row: Mapping[str, float], column: str) -> str:
@@ -169,17 +174,15 @@ def render(data: AblationData) -> str:
 
 def _table(data: AblationData) -> str:
     best = {column: best_runs(data, column) for column in data.columns}
-    lines = ""
+    rows = []
     for name, row in data.rows.items():
-        cells = "".join(
+        cells = (
             f'<td class="number{" best" if name in best[column] else ""}">{escape(cell(row, column))}</td>'
             for column in data.columns
         )
-        lines += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-    heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in ("Run", *map(head, data.columns)))
-    table = f'<table class="figures"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>'
+        rows.append((name, "".join(cells)))
     said = "".join(f'<p class="soft">{escape(text)}</p>' for text in notes(data))
-    return f'<div class="scroll">{table}</div>{said}'
+    return table(rows, ("Run", *map(head, data.columns)), "figures") + said
 
 
 def _unit(data: AblationData, quantity: str) -> str:
@@ -216,33 +219,24 @@ def _charts(data: AblationData) -> str:
 def _reconstructions(data: AblationData) -> str:
     if not data.reconstructions:
         return ""
-    rows = {"Original": data.originals, **data.reconstructions}
-    cells = ""
-    for name, images in rows.items():
-        pictures = "".join(image(pixels, f"{name}: validation image {n}") for n, pixels in enumerate(images, 1))
-        cells += f"<dt>{escape(name)}</dt><dd>{pictures}</dd>"
-    return f'<p>The same validation images, as each run reconstructs them.</p><dl class="rows">{cells}</dl>'
+    rows = image_rows({"Original": data.originals, **data.reconstructions}, "{name}: validation image {number}")
+    return f"<p>The same validation images, as each run reconstructs them.</p>{rows}"
 
 
 def _settings(data: AblationData) -> str:
-    lines = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(" ".join(settings)) or "as the base"}</td></tr>'
-        for name, settings in data.settings.items()
-    )
-    common = escape(" ".join(data.common))
+    rows = ((name, _text_cell(" ".join(settings) or "as the base")) for name, settings in data.settings.items())
     return (
-        f"<p>All runs: {common}. What makes each different:</p>"
-        f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
+        f"<p>All runs: {escape(' '.join(data.common))}. What makes each different:</p>{table(rows)}"
         f"<p>Made by</p><pre><code>{escape(data.command)}</code></pre>"
     )
 
 
 def _explanations(data: AblationData) -> str:
-    lines = "".join(
-        f'<tr><th scope="row">{escape(head(column))}</th><td>{escape(COLUMNS[column][3])}</td></tr>'
-        for column in data.columns
-    )
-    return f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
+    return table((head(column), _text_cell(COLUMNS[column][3])) for column in data.columns)
+
+
+def _text_cell(text: str) -> str:
+    return f"<td>{escape(text)}</td>"
 
 
 # --- Markdown and pictures ---
@@ -252,35 +246,31 @@ def markdown(data: AblationData, pictures: str) -> str:
     """The table, curves and reconstructions for a page of documentation."""
     best = {column: best_runs(data, column) for column in data.columns}
     lines = [f"# {data.title}", "", *([data.about, ""] if data.about else []), "```bash", data.command, "```", ""]
-    lines.append("| " + " | ".join(("run", *map(head, data.columns))) + " |")
-    lines.append("|---|" + "---:|" * len(data.columns))
+    rows = []
     for name, row in data.rows.items():
         texts = {column: cell(row, column) for column in data.columns}
-        cells = [f"**{text}**" if name in best[column] else text for column, text in texts.items()]
-        lines.append("| " + " | ".join((f"`{name}`", *cells)) + " |")
+        rows.append([f"`{name}`", *(f"**{text}**" if name in best[key] else text for key, text in texts.items())])
+    lines += _markdown_table(("run", *map(head, data.columns)), rows, "---:|")
     for text in notes(data):
         lines += ["", text]
     if any(data.curves.values()):
         lines += ["", f"![Validation figures over the steps of training]({pictures}/curves.svg)"]
     if data.reconstructions:
         lines += ["", f"![The same images, reconstructed by each run]({pictures}/reconstructions.png)"]
-    lines += [
-        "",
-        f"All runs: `{' '.join(data.common)}`. What makes each different:",
-        "",
-        "| run | settings |",
-        "|---|---|",
-    ]
+    lines += ["", f"All runs: `{' '.join(data.common)}`. What makes each different:", ""]
     settings = {name: f"`{' '.join(texts)}`" if texts else "as the base" for name, texts in data.settings.items()}
-    lines += [f"| `{name}` | {text} |" for name, text in settings.items()]
+    lines += _markdown_table(("run", "settings"), [(f"`{name}`", text) for name, text in settings.items()], "---|")
     return "\n".join(lines) + "\n"
+
+
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], rule: str) -> list[str]:
+    first, *others = ("| " + " | ".join(row) + " |" for row in (heads, *rows))
+    return [first, "|---|" + rule * (len(heads) - 1), *others]
 
 
 def curves_svg(data: AblationData) -> str:
     """All charts in one drawing with one legend, which brings its own colours; "" without any curve."""
-    names = [
-        name for name, runs in data.curves.items() if any(len(charts.downsample(points)[0]) for points in runs.values())
-    ]
+    names = [name for name, runs in data.curves.items() if any(charts.downsample(p).size for p in runs.values())]
     if not names:
         return ""
     columns, rows = min(len(names), 2), -(-len(names) // 2)

@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -105,7 +105,25 @@ def page(title: str, lead: str, main: str, style: str) -> str:
 """
 
 
+def table(rows: Iterable[tuple[str, str]], heads: Sequence[str] = (), style: str = "") -> str:
+    """A table that scrolls by itself, of (name of a row, its cells as HTML)."""
+    top = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    body = "".join(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>' for name, cells in rows)
+    head = f"<thead><tr>{top}</tr></thead>" if heads else ""
+    return f'<div class="scroll"><table class="{style}">{head}<tbody>{body}</tbody></table></div>'
+
+
 # --- Images ---
+
+
+def image_rows(rows: Mapping[str, Tensor], alt: str, first: int = 1) -> str:
+    """Rows of images under their names; `alt` describes one by its row's {name} and its {number}."""
+    cells = ""
+    for name, images in rows.items():
+        numbered = enumerate(images, first)
+        pictures = "".join(image(pixels, alt.format(name=name, number=number)) for number, pixels in numbered)
+        cells += f"<dt>{escape(name)}</dt><dd>{pictures}</dd>"
+    return f'<dl class="rows">{cells}</dl>'
 
 
 def image(pixels: Tensor, alt: str) -> str:
@@ -122,20 +140,14 @@ def image(pixels: Tensor, alt: str) -> str:
 
 
 def _reconstructions(data: ReportData) -> str:
-    rows = [("Original", data.originals), ("Reconstruction", data.reconstructions)]
-    rows += [(f"{_grid(data)} thumbnail", data.thumbnails)]
-    rows = [(label, images) for label, images in rows if images.numel()]
-    if not rows:
-        return ""
-    blocks = []
-    for start in range(0, max(len(images) for _, images in rows), IMAGES_PER_ROW):
-        cells = ""
-        for label, images in rows:
-            chosen = enumerate(images[start : start + IMAGES_PER_ROW], start + 1)
-            pictures = "".join(image(pixels, f"{label} of validation image {n}") for n, pixels in chosen)
-            cells += f"<dt>{label}</dt><dd>{pictures}</dd>"
-        blocks.append(f'<dl class="rows">{cells}</dl>')
-    return f"<p>{_compression(data)}</p>{''.join(blocks)}"
+    rows = {"Original": data.originals, "Reconstruction": data.reconstructions}
+    rows[f"{_grid(data)} thumbnail"] = data.thumbnails
+    rows = {name: images for name, images in rows.items() if images.numel()}
+    blocks = ""
+    for start in range(0, max(map(len, rows.values()), default=0), IMAGES_PER_ROW):
+        shown = {name: images[start : start + IMAGES_PER_ROW] for name, images in rows.items()}
+        blocks += image_rows(shown, "{name} of validation image {number}", start + 1)
+    return f"<p>{_compression(data)}</p>{blocks}" if blocks else ""
 
 
 def _grid(data: ReportData) -> str:
@@ -316,17 +328,14 @@ def _leaves(metrics: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
 def _table(data: ReportData) -> str:
     metrics = {key: value for key, value in data.metrics.items() if key != "parts"}
     found = dict(_leaves(metrics))
-    rows = ""
+    rows = []
     for path in [*(path for path in FIELDS if path in found), *(path for path in found if path not in FIELDS)]:
         fallback = path.replace(".", ": ").replace("_", " ")
         label, unit, better, explanation = FIELDS.get(path, (fallback, "", "", ""))
-        value = number(as_number(found[path]), unit)
-        if isinstance(found[path], str):
-            value = found[path]
-        cells = f'<th scope="row">{escape(label)}</th><td class="number">{escape(value)}</td>'
-        rows += f"<tr>{cells}<td class='better'>{BETTER[better]}</td><td>{escape(explanation)}</td></tr>"
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Figure", "Value", "Better", "What it is"))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        value = found[path] if isinstance(found[path], str) else number(as_number(found[path]), unit)
+        cells = f'<td class="number">{escape(value)}</td><td class="better">{BETTER[better]}</td>'
+        rows.append((label, f"{cells}<td>{escape(explanation)}</td>"))
+    return table(rows, ("Figure", "Value", "Better", "What it is"))
 
 
 def _commands(data: ReportData) -> str:

@@ -16,7 +16,7 @@ from ibq.files import write_text
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
-from ibq.reports.ablation import COLUMNS, AblationData, cell, head, write_ablation
+from ibq.reports.ablation import COLUMNS, AblationData, cell, columns_of, head, write_ablation
 from ibq.reports.figures import as_number
 from ibq.scaling.transformer import transformer_flops, transformer_parameters, transformer_weights
 from ibq.training.stopping import read_status
@@ -45,7 +45,7 @@ def write_results(config: SweepConfig, runs: Sequence[Run], options: str) -> Non
         "name": config.name,
         "command": f"python launchers/sweep.py {options}",
         "missing": [run.name for run in runs if run not in done],
-        "columns": {name: COLUMNS[name][0] for name in COLUMNS if any(name in row for row in rows.values())},
+        "columns": {name: COLUMNS[name][0] for name in columns_of(rows)},
         "runs": [{"run": run.name, "settings": list(run.overrides), **rows[run.name]} for run in done],
     }
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
@@ -145,10 +145,9 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 def text_table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The figures for the terminal."""
-    columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
-    heads = ["run", *map(head, columns)]
+    columns = columns_of(rows)
     lines = [[name, *(cell(row, column) for column in columns)] for name, row in rows.items()]
-    return aligned([heads, *lines], right=range(1, len(heads)))
+    return aligned([["run", *map(head, columns)], *lines], right=range(1, 1 + len(columns)))
 
 
 def ablation_data(config: SweepConfig, done: Sequence[Run], results: Mapping[str, Any]) -> AblationData:
