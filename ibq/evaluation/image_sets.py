@@ -20,7 +20,7 @@ from torch import Tensor
 from ibq import dist
 from ibq.config import UserError
 from ibq.data.images import BadSampleError, ImageDataset
-from ibq.data.index import ImageIndex
+from ibq.data.index import ImageIndex, sha256_of
 from ibq.data.shards import ImageDataConfig, open_images
 from ibq.data.storage import ShardStore
 from ibq.data.transforms import decode_rgb
@@ -30,7 +30,6 @@ from ibq.evaluation.features import POOL_DIM, SPATIAL_DIM
 REMEDY = "write it again with numpy.savez(FILE, images), images uint8 [N, H, W, 3]"
 STATISTICS = {"mu": (POOL_DIM,), "sigma": (POOL_DIM,) * 2, "mu_s": (SPATIAL_DIM,), "sigma_s": (SPATIAL_DIM,) * 2}
 DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError, NotImplementedError)
-PIECE = 2**24  # bytes that are hashed at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,7 @@ class NpzImages:
 
     def sha256(self) -> str:
         """Of the file."""
-        return file_hash(self.path)
+        return sha256_of(self.path)
 
 
 class PlaceImages:
@@ -230,15 +229,6 @@ class PixelHash:
         """Over all ranks, or of this one alone."""
         lanes = self.lanes if own else dist.all_reduce_sum(self.lanes.clone())
         return lanes.numpy().tobytes().hex()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(PIECE):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 @contextmanager

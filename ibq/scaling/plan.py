@@ -20,9 +20,8 @@ from ibq.scaling.tokenizer import (
     tokenizer_parts,
 )
 from ibq.scaling.traffic import Traffic, exposed_seconds, parameter_traffic, tensor_traffic
-from ibq.scaling.transformer import Flops, Numerics, transformer_flops, transformer_weights, unsplit_flops
+from ibq.scaling.transformer import EXACT, Flops, transformer_flops, transformer_weights, unsplit_flops
 
-EXACT = Numerics(stream=4, compute=4, root=4)
 LARGEST = 2**16  # micro-batch that is looked at
 
 

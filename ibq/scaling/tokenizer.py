@@ -15,7 +15,7 @@ from ibq.config import UserError
 from ibq.models.discriminator import DiscriminatorConfig
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig, QuantizerConfig, SimVQConfig, VQConfig, build_quantizer
-from ibq.scaling.transformer import Flops, Numerics
+from ibq.scaling.transformer import EXACT, Flops, Numerics
 
 # LPIPS: the channels of VGG-16's convolutions before each tap; a 2 x 2 pooling lies between two of them.
 VGG_TAPS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -270,7 +270,7 @@ def discriminator_flops(config: DiscriminatorConfig, resolution: int) -> Flops:
     In its own step the first convolution's input needs no gradient; frozen, every convolution's input does, and no
     weight.
     """
-    layers = discriminator_layers(config, resolution, Numerics(stream=4, compute=4, root=4))
+    layers = discriminator_layers(config, resolution, EXACT)
     forward = sum(layer.flops for layer in layers)
     own = sum(layer.backward * layer.flops for layer in layers)
     return Flops(forward=3 * forward, backward=2 * own + forward)
@@ -305,7 +305,7 @@ def perceptual_layers(resolution: int, numerics: Numerics) -> list[Layer]:
 
 def perceptual_flops(resolution: int) -> Flops:
     """FLOPs of LPIPS for one image: VGG on image and reconstruction, and the gradient of the latter's pixels."""
-    layers = perceptual_layers(resolution, Numerics(stream=4, compute=4, root=4))
+    layers = perceptual_layers(resolution, EXACT)
     taps = sum(2 * widths[-1] * (resolution // 2**number) ** 2 for number, widths in enumerate(VGG_TAPS))
     vgg = sum(layer.flops for layer in layers) - taps
     return Flops(forward=2 * vgg + taps, backward=vgg + taps)
@@ -320,7 +320,7 @@ def tokenizer_flops(config: TokenizerConfig) -> Flops:
     Selective recomputation has no convolution in it.
     """
     whole_blocks = config.gradient_checkpointing and not config.checkpoint_selective
-    parts = tokenizer_parts(config, Numerics(stream=4, compute=4, root=4))
+    parts = tokenizer_parts(config, EXACT)
     quantizer = quantizer_flops(config.quantizer, config.tokens_per_side**2)
     return Flops(
         forward=sum(part.forward for part in parts),

@@ -22,6 +22,7 @@ from ibq.models.transformer import TransformerConfig
 from ibq.ops.index_backprop import index_backprop
 from ibq.progress import progress_bar
 from ibq.quantizers import IBQConfig
+from ibq.reports.charts import new_figure, save_png
 from ibq.scaling.tokenizer import quantizer_flops
 from ibq.scaling.transformer import Flops, transformer_flops
 from ibq.training.run import set_up_torch
@@ -132,24 +133,15 @@ def table(figures: dict) -> str:
 
 def draw(axes: Mapping[str, Mapping], path: Path) -> Path:
     """A panel for each axis, measured points and the line of the expected exponent through their middle, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = min(3, len(axes))
     rows = -(-len(axes) // columns)
-    canvas, panels = pyplot.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.6 * rows), layout="constrained", squeeze=False
-    )
+    canvas = new_figure(4.4 * columns, 3.6 * rows, dpi=110, layout="constrained")
+    panels = canvas.subplots(rows, columns, squeeze=False)
     for panel, (name, axis) in zip(panels.flat, axes.items(), strict=False):
         _draw_axis(panel, AXES[name].label, axis)
     for panel in list(panels.flat)[len(axes) :]:
         panel.set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=110, format="png")
-    pyplot.close(canvas)
-    return path
+    return save_png(canvas, path)
 
 
 def _draw_axis(panel, label: str, axis: Mapping) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ibq.ops import index_backprop as lean
 from ibq.ops import textbook
 from ibq.progress import progress_bar, say
+from ibq.reports.charts import new_figure, save_png
 from tools.lib.bench.options import add_device, check
 from tools.lib.bench.process import GIB, extra_peak_gib, median_seconds, product_rate, run_apart
 
@@ -138,16 +139,11 @@ def table(figures: dict) -> str:
 
 def draw(figures: dict, path: Path) -> Path:
     """Seconds and memory over codes and images, both forms, as a PNG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     settings = figures["settings"]
     fixed = {"codes": ("images", settings["images"]), "images": ("codes", settings["codes"])}
     names = {"seconds": "seconds, forward + backward", "extra_peak_gib": "extra peak memory, GiB"}
-    canvas, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for row, (quantity, label) in zip(axes, names.items(), strict=True):
+    canvas = new_figure(10, 7, dpi=110, layout="constrained")
+    for row, (quantity, label) in zip(canvas.subplots(2, 2), names.items(), strict=True):
         for axis, (over, (held, value)) in zip(row, fixed.items(), strict=True):
             points = sorted((r for r in figures["growth"] if r[held] == value), key=lambda r: r[over])
             for form, style in (("textbook", "s--"), ("ours", "o-")):
@@ -158,9 +154,7 @@ def draw(figures: dict, path: Path) -> Path:
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=110)
-    return path
+    return save_png(canvas, path)
 
 
 # --- In a process of its own --------------------------------------------------------------------
