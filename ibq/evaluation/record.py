@@ -1,6 +1,7 @@
 """The JSON files that tools/evaluate.py writes: what they begin with, and reading them back."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from ibq.config import UserError
@@ -25,3 +26,14 @@ def require_figures(path: Path, record: dict) -> None:
     """UserError for a record without tables of figures and of what they depend on."""
     if not isinstance(record.get("metrics"), dict) or not isinstance(record.get("inputs"), dict):
         raise UserError(f"{path}: `metrics` and `inputs` are missing; {REMEDY}")
+
+
+def leaves(figures: Mapping, separator: str = ": ") -> dict[str, object]:
+    """Nested figures as one table, with names of the whole way."""
+    found = {}
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}{separator}{inner}": leaf for inner, leaf in leaves(value, separator).items()}
+        else:
+            found[name] = value
+    return found

@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ibq.evaluation.record import leaves
 from ibq.files import write_text
 from ibq.reports.charts import MAX_POINTS, line_chart, rank_chart, share_bar
 from ibq.reports.figures import BETTER, FIELDS, as_number, duration, number
@@ -317,17 +318,9 @@ def _verdict(margin: float, unit: str, baseline: str) -> str:
     return f'<p class="bad">▼ {-margin:.2f} {unit} worse than {baseline}</p>'
 
 
-def _leaves(metrics: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _table(data: ReportData) -> str:
     metrics = {key: value for key, value in data.metrics.items() if key != "parts"}
-    found = dict(_leaves(metrics))
+    found = leaves(metrics, ".")
     rows = []
     for path in [*(path for path in FIELDS if path in found), *(path for path in found if path not in FIELDS)]:
         fallback = path.replace(".", ": ").replace("_", " ")

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 
 from ibq import dist
 from ibq.config import UserError
-from ibq.evaluation.record import FORMAT, REMEDY, read_record, require_figures
+from ibq.evaluation.record import FORMAT, REMEDY, leaves, read_record, require_figures
 from ibq.files import write_text
 from ibq.progress import say
 from ibq.training.provenance import git_state
@@ -68,7 +68,7 @@ def read(path: Path) -> dict:
     if argv[0] != record["command"]:
         raise UserError(f"{path}: `arguments` do not begin with the command {record['command']!r}; {REMEDY}")
     require_figures(path, record)
-    if not list(_leaves(record["metrics"])):
+    if not leaves(record["metrics"]):
         raise UserError(f"{path}: `metrics` are missing; {REMEDY}")
     for word in argv:
         if "pipe:" in word:
@@ -103,7 +103,7 @@ def verify(arguments: argparse.Namespace, measure_again: Callable[[Sequence[str]
             say(f"note: {line}")
         for line in problems:
             print(f"differs: {line}")
-        count = len(list(_leaves(record["metrics"])))
+        count = len(leaves(record["metrics"]))
         print(
             f"{arguments.file}: {f'{len(problems)} differences' if problems else f'all {count} figures are the same'}"
         )
@@ -115,7 +115,7 @@ def differences(record: Mapping, found: Mapping, tolerance: float) -> list[str]:
     """What is not the same in two records: inputs exactly, figures within the relative tolerance."""
     lines = []
     for part in ("inputs", "metrics"):
-        before, now = (dict(_leaves(_without_nan(which[part]))) for which in (record, found))
+        before, now = (leaves(_without_nan(which[part])) for which in (record, found))
         for name in {**before, **now}:
             if name not in before or name not in now:
                 lines.append(f"{name}: only {'now' if name in now else 'in the file'}")
@@ -146,14 +146,6 @@ def _same(before: object, now: object, tolerance: float) -> bool:
     if not numbers:
         return before == now
     return math.isclose(before, now, rel_tol=tolerance, abs_tol=tolerance * 1e-3)
-
-
-def _leaves(values: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}: ")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _without_nan(value):
