@@ -22,9 +22,7 @@ from tools.lib.bench.process import extra_peak_gib, median_seconds, product_rate
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRODUCTS = 4  # of tokens x codes x dim: logits, logits again in the backward pass, and two gradients
 CALLS, LARGE_FLOP = 3, 5e11  # timed in each process; of large sizes only one
-PIECE = (
-    2**25
-)  # logits of a piece in PyTorch's own: 128 MiB in float32; its default pieces have too few tokens for 2**18
+PIECE = 256  # tokens of a piece of PyTorch's own form; by default it takes few, where codes are many
 EXACT_TOKENS = 64  # whose loss and gradients are compared with float64
 EXACT_CODES = 8_192  # at once, in float64
 MEASURED = ("seconds", "extra_peak_gib")
