@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-pytest_plugins = ["support.order"]
+pytest_plugins = ["support.order", "support.needs"]
 
 
 @pytest.fixture(scope="module", autouse=True)

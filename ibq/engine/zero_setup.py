@@ -63,8 +63,15 @@ def load_deepspeed(device: torch.device) -> Any:
     except ImportError as error:
         raise UserError(f"engine.kind: zero needs DeepSpeed ({error}); pip install deepspeed") from None
     logger.setLevel(logging.WARNING)
-    with silence():
-        deepspeed.init_distributed(dist_backend=torch_dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    try:
+        with silence():
+            deepspeed.init_distributed(dist_backend=torch_dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    except Exception as error:  # on the CPU it compiles its collectives
+        if _compiler_is_there():
+            raise
+        raise UserError(
+            "engine.kind: zero on the CPU needs a C++ compiler; install g++, or use fsdp or local"
+        ) from error
     return deepspeed
 
 
@@ -82,10 +89,11 @@ def build_operators(config: "ZeroEngineConfig", optimizer: OptimizerConfig) -> N
     builders = importlib.import_module("deepspeed.ops.op_builder")
     wanted = {}
     if config.uses_nvme:
-        if not builders.AsyncIOBuilder().is_compatible(verbose=False):
-            raise UserError(
-                "engine: offloading to nvme needs libaio; install libaio-dev (libaio-devel), or offload to cpu"
-            )
+        if not builders.AsyncIOBuilder().is_compatible(verbose=False):  # which compiles a program
+            wants, install = "libaio", "libaio-dev (libaio-devel)"
+            if not _compiler_is_there():
+                wants, install = f"{wants} and a C++ compiler", f"{install} and g++"
+            raise UserError(f"engine: offloading to nvme needs {wants}; install {install}, or offload to cpu")
         wanted["NVMe offload"] = builders.AsyncIOBuilder
     if config.offload_optimizer != "none" and optimizer.kind != "sgd":
         wanted["the CPU optimizer"] = builders.CPUAdamBuilder
@@ -94,9 +102,15 @@ def build_operators(config: "ZeroEngineConfig", optimizer: OptimizerConfig) -> N
             dist.main_first(lambda builder=builder: builder().load(verbose=False))
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if not _compiler_is_there():
+                reason = "no C++ compiler was found"
             raise UserError(
-                f"engine: DeepSpeed could not compile {what} ({reason}); install ninja and a C++ compiler"
+                f"engine: DeepSpeed could not compile {what} ({reason}); install ninja and a C++ compiler (g++)"
             ) from error
+
+
+def _compiler_is_there() -> bool:
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 # --- Memory and space ---

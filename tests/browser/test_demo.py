@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -18,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import ROOT
-from support.headless_browser import Browser, missing
+from support import ROOT, needs
+from support.headless_browser import Browser
+from support.points import HANG_S
 from support.processes import run_script
 from support.training import picture, png, write_best
 
@@ -260,10 +260,9 @@ def test_without_options_it_is_the_quickstarts(models, tmp_path, monkeypatch):
         run.rmdir()
 
 
-def test_help_is_quick_and_teaches():
-    start = time.monotonic()
+def test_help_teaches():
     result = run_script("tools/demo.py", "--help")
-    assert time.monotonic() - start < 2 and result.returncode == 0
+    assert result.returncode == 0
     assert all(word in result.stdout for word in ("quickstart", "pip install", "ssh -L", "--host", "127.0.0.1"))
 
 
@@ -384,7 +383,7 @@ def test_bf16_draws_what_tools_sample_draws(models, tmp_path):
 
 # --- In the browser ---
 
-browser_tests = pytest.mark.skipif(bool(missing()) and not os.environ.get("IBQ_BROWSER_TESTS"), reason=missing())
+browser_tests = pytest.mark.needs(*needs.BROWSER)
 
 
 class Page:
@@ -404,7 +403,7 @@ class Page:
         """Ctrl-C; the exit code and what stood on stderr."""
         self.process.send_signal(signal.SIGINT)
         try:
-            _, errors = self.process.communicate(timeout=20)
+            _, errors = self.process.communicate(timeout=HANG_S)
             return self.process.returncode, errors
         finally:
             self.process.kill()
@@ -492,7 +491,7 @@ def test_bad_uploads_get_a_message(browser, page, tmp_path):
     body = head + large.read_bytes() + b"\r\n--x--\r\n"
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(urllib.request.Request(f"{page.url}/gradio_api/upload", body, kind), timeout=30)
+        urllib.request.urlopen(urllib.request.Request(f"{page.url}/gradio_api/upload", body, kind), timeout=HANG_S)
     assert error.value.code == 413
 
 
@@ -521,8 +520,15 @@ def generated(browser: Browser) -> np.ndarray:
     code = f"return window.seen.some(([row]) => row && row < {SIDE})"  # the last message may still stand there
     browser.wait(lambda: browser.script(code), "a first row")
     message(browser, "generate", "done in")
-    time.sleep(0.3)  # the picture follows its message
-    return pixels(browser, "samples")
+    # The picture follows its message: not that of an earlier click, nor one whose last row is missing yet.
+    several = "return new Set(window.seen.map(([_, address]) => address)).size > 1"
+    browser.wait(lambda: browser.script(several), "unfinished pictures")
+
+    def last() -> list[np.ndarray]:
+        picture = pixels(browser, "samples")
+        return [] if (apart(picture, 4, 32)[:, :, -4:] == views.GREY).all() else [picture]
+
+    return browser.wait(last, "the last picture")[0]
 
 
 @browser_tests
@@ -568,9 +574,9 @@ def test_the_page_asks_only_its_own_server(browser, page):
     assert not [line for line in browser.complaints() if "Content Security Policy" in line]
     for path in ("setup.cfg", str(ROOT / "setup.cfg")):
         with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(f"{page.url}/gradio_api/file={path}", timeout=30)
+            urllib.request.urlopen(f"{page.url}/gradio_api/file={path}", timeout=HANG_S)
     with pytest.raises(urllib.error.HTTPError, match="400"):  # a site elsewhere whose name points here
-        urllib.request.urlopen(urllib.request.Request(page.url, headers={"Host": "example.com"}), timeout=30)
+        urllib.request.urlopen(urllib.request.Request(page.url, headers={"Host": "example.com"}), timeout=HANG_S)
 
 
 def listening_addresses(process: int) -> set[str]:

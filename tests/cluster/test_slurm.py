@@ -1,23 +1,22 @@
 """Training, preemption, a dying node and a sweep on a real Slurm cluster of two nodes (`slurm_cluster.py`)."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from support import ROOT
-from support.slurm_cluster import TEXT, SlurmCluster, missing
+from support import ROOT, needs
+from support.points import HANG_S, Points, wait_for
+from support.slurm_cluster import TEXT, SlurmCluster
 from support.training import make_workplace, scalars
 
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.skipif(bool(missing()) and not os.environ.get("IBQ_SLURM_TESTS"), reason=f"Slurm: {missing()}"),
+    pytest.mark.needs(*needs.SLURM),
 ]
 STEPS, EVERY = 200, 20
 # What the #SBATCH lines of the scripts ask for is more than two cores have.
@@ -48,15 +47,15 @@ class Jobs:
     def __init__(self, cluster: SlurmCluster, project: Path):
         self.cluster, self.project, self.numbers = cluster, project, []
 
-    def run(self, *command: str) -> str:
+    def run(self, *command: str, **environment: str) -> str:
         """A command of the project, in the environment of the tests."""
         own = {"GLOO_SOCKET_IFNAME": "e0", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
         own["PATH"] = f"{Path(sys.executable).parent}:{self.cluster.environment['PATH']}"
-        return self.cluster.run(*command, cwd=self.project, **own)
+        return self.cluster.run(*command, cwd=self.project, **own | environment)
 
-    def sbatch(self, *command: str) -> str:
+    def sbatch(self, *command: str, **environment: str) -> str:
         """The number of a job that `sbatch` has taken."""
-        return self.note(self.run("sbatch", "--parsable", *SMALL, *command).strip())
+        return self.note(self.run("sbatch", "--parsable", *SMALL, *command, **environment).strip())
 
     def note(self, number: str) -> str:
         """Remember a job."""
@@ -71,7 +70,7 @@ class Jobs:
         ]
         return "\n".join(path.read_text() for path in logs)
 
-    def complete(self, number: str, timeout: float = 120.0) -> str:
+    def complete(self, number: str, timeout: float = HANG_S) -> str:
         """Wait until a job has succeeded; its log."""
         state = self.cluster.wait_for_job(number, timeout=timeout)
         assert state == "COMPLETED", f"{state}: {self.said(number)}"
@@ -107,11 +106,10 @@ def status(folder: Path) -> dict:
     return json.loads((folder / "status.json").read_text())
 
 
-def wait_for_step(folder: Path, step: int, timeout: float = 90.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not (folder / "metrics.jsonl").exists() or max(losses(folder), default=0) < step:
-        assert time.monotonic() < deadline, f"{folder} does not come to step {step}"
-        time.sleep(0.05)
+def stand(folder: Path, output: str) -> Points:
+    """Points at which rank 0 of a run stands: "logged" where step 50 is to be logged, and "saved" after that."""
+    points = {"logged": ("open", rf"/{output}/metrics\.jsonl a", 10), "saved": ("os.rename", r"/\.tmp-step-\d+ ")}
+    return Points(folder / "points", points)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +142,7 @@ def test_sbatch_trains_over_both_nodes(undisturbed, project):
 
 def test_zero3_follows_fsdp(jobs, project, undisturbed):
     number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *settings("zero", "engine={kind: zero, stage: 3}"))
-    jobs.complete(number, timeout=420)  # DeepSpeed may have to compile its optimizer
+    jobs.complete(number)
     ours, theirs = losses(project / "runs" / "zero"), losses(undisturbed[0])
     assert ours.keys() == theirs.keys()
     assert all(ours[step] == pytest.approx(theirs[step], rel=2e-3) for step in ours)
@@ -161,7 +159,7 @@ def test_torchrun_and_deepspeed_launchers(jobs, project, undisturbed):
         )
         engine = "engine.kind=fsdp" if launcher == "torchrun" else "engine={kind: zero, stage: 2}"
         number = jobs.sbatch(str(script), *settings(launcher, engine, "training.max_steps=20"))
-        jobs.complete(number, timeout=420)
+        jobs.complete(number)
         ours, theirs = losses(project / "runs" / launcher), losses(undisturbed[0])
         assert all(ours[step] == pytest.approx(theirs[step], rel=2e-2) for step in (5, 10))
 
@@ -228,17 +226,21 @@ def test_queued_jobs_do_not_see_edits(jobs, project):
 
 
 @pytest.mark.parametrize("how", ["signal", "requeue"])
-def test_preempted_jobs_go_on(jobs, project, undisturbed, how):
-    folder = project / "runs" / how
-    number = jobs.sbatch(
-        "--nodes=2", "slurm/ar_b.sh", *settings(how, "engine.kind=fsdp", "checkpoint.save_every=100000")
-    )
-    wait_for_step(folder, 50)
-    if how == "signal":  # as at the time limit; and once more while it saves
-        jobs.run("scancel", "--signal=USR2", number)
-        jobs.run("scancel", "--signal=USR2", number)
-    else:
-        jobs.run("scontrol", "requeue", number)
+def test_preempted_jobs_go_on(jobs, project, undisturbed, tmp_path, how):
+    folder, points = project / "runs" / how, stand(tmp_path, how)
+    own = settings(how, "engine.kind=fsdp", "checkpoint.save_every=100000")
+    number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *own, **points.environment)
+    points.wait("logged")
+    # A signal, as at the time limit, and once more while it saves.
+    preempt = ("scancel", "--signal=USR2") if how == "signal" else ("scontrol", "requeue")
+    jobs.run(*preempt, number)
+    points.wait("logged.signalled")
+    points.release("logged")
+    points.wait("saved")
+    if how == "signal":
+        jobs.run(*preempt, number)
+        points.wait("saved.signalled")
+    points.release("saved")
     said = jobs.complete(number)
     assert jobs.cluster.job(number)["Restarts"] == "1"
     assert said.count("ended with exit code") == 1 and "start 2" in said
@@ -247,12 +249,16 @@ def test_preempted_jobs_go_on(jobs, project, undisturbed, how):
     assert [row["code"] for row in rows] == [128 + (signal.SIGUSR2 if how == "signal" else signal.SIGTERM), 0]
 
 
-def test_cancelled_jobs_stay_cancelled(jobs, project):
-    number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *settings("cancelled", "engine.kind=fsdp"))
-    wait_for_step(project / "runs" / "cancelled", 10)
+def test_cancelled_jobs_stay_cancelled(jobs, project, tmp_path):
+    points = stand(tmp_path, "cancelled")
+    own = settings("cancelled", "engine.kind=fsdp", "checkpoint.save_every=100000")
+    number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *own, **points.environment)
+    points.wait("logged")
     jobs.run("scancel", number)
+    points.wait("logged.signalled")
+    points.release("logged", "saved")
     assert jobs.cluster.wait_for_job(number) == "CANCELLED"
-    time.sleep(2)
+    jobs.cluster.wait_until_idle()  # nothing of it is left that could requeue it
     assert jobs.cluster.job(number)["JobState"] == "CANCELLED"
     assert status(project / "runs" / "cancelled")["state"] == "stopped"
 
@@ -260,13 +266,16 @@ def test_cancelled_jobs_stay_cancelled(jobs, project):
 # --- (4) A node dies ---
 
 
-def test_a_node_dies(jobs, project, undisturbed):
-    folder = project / "runs" / "node"
-    number = jobs.sbatch("--nodes=1-2", "slurm/ar_b.sh", *settings("node", "engine.kind=fsdp"))
-    wait_for_step(folder, 50)
+def test_a_node_dies(jobs, project, undisturbed, tmp_path):
+    folder, points = project / "runs" / "node", stand(tmp_path, "node")
+    points.release("saved")
+    own = settings("node", "engine.kind=fsdp")
+    number = jobs.sbatch("--nodes=1-2", "slurm/ar_b.sh", *own, **points.environment)
+    points.wait("logged")
     jobs.cluster.kill_node("n2")
+    points.release("logged")
     try:
-        said = jobs.complete(number, timeout=150)
+        said = jobs.complete(number)
     finally:
         jobs.cluster.start_node("n2")
     assert "2 of 2 nodes (n1, n2)" in said and "1 of 1 nodes (n1)" in said
@@ -281,7 +290,7 @@ def test_a_node_dies(jobs, project, undisturbed):
 # --- (5) A sweep ---
 
 
-def test_a_sweep_as_an_array(jobs, project):
+def test_a_sweep_as_an_array(jobs, project, tmp_path):
     sweep = project / "work" / "sweep.yaml"
     sweep.write_text(
         "name: array\nscript: ibq/train_ar.py\nbase: work/transformer.yaml\nevaluation: null\noutput: runs/array\n"
@@ -301,18 +310,21 @@ def test_a_sweep_as_an_array(jobs, project):
     ]
     own = {"SBATCH_GPUS_PER_NODE": "1", "SBATCH_CPUS_PER_GPU": "1", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
     own["PATH"] = f"{Path(sys.executable).parent}:{jobs.cluster.environment['PATH']}"
+    points = Points(tmp_path / "points", {"logged": ("open", r"/learning_rate=1e-3/metrics\.jsonl a", 2)})
     environment = jobs.cluster.environment | own
-    watch = subprocess.Popen(command, cwd=project, env=environment, **TEXT)
+    watch = subprocess.Popen(command, cwd=project, env=environment | points.environment, **TEXT)
     try:
-        wait_for_step(project / "runs" / "array" / "learning_rate=1e-3", 20)
+        (run,) = points.wait("logged", watch)
         array = jobs.note(jobs.run("squeue", "--noheader", "--format=%F").split()[0])
         jobs.run("scancel", "--signal=KILL", "--batch", f"{array}_0")
-        said, _ = watch.communicate(timeout=150)
+        wait_for(lambda: points.standing("logged.signalled") or not Path(f"/proc/{run}").exists())
+        points.release("logged")
+        said, _ = watch.communicate(timeout=HANG_S)
     finally:
         watch.kill()
     assert watch.returncode == 0, said
     assert f"its job {array}_0 has ended" in said and "once more" in said and "3 of 3 runs done" in said
     results = json.loads((project / "runs" / "array" / "results.json").read_text())
     assert len(results["runs"]) == 3 and not results["missing"]
-    again = subprocess.run(command, cwd=project, env=environment, timeout=60, **TEXT)
+    again = subprocess.run(command, cwd=project, env=environment, timeout=HANG_S, **TEXT)
     assert again.returncode == 0 and "submitted" not in again.stdout

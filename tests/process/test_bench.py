@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from support import needs
 from support.processes import run_script
 
 from tools import bench as bench_tool
@@ -180,6 +181,7 @@ def test_tokenizer_memory(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.needs(*needs.NVME)
 def test_xxl_step_in_small(tmp_path):
     """The same two runs by the deepspeed launcher, of a model that is small in everything."""
     file = tmp_path / "x.json"

@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, needs
+from support.points import HANG_S, Points
 from support.processes import run_script
 from support.training import (
     checkpoint_tensors,
@@ -161,7 +162,7 @@ class SmallDisk:
     """A file system of a few megabytes, in a namespace of its own; `run` starts a command that sees it."""
 
     def __init__(self, folder: Path, megabytes: int):
-        self.folder = folder
+        self.folder, self.log = folder, folder.with_suffix(".log")
         folder.mkdir()
         # The process that holds the mount: it does what it is told through its standard input.
         script = f"mount -t tmpfs -o size={megabytes}m tmpfs {folder} && echo ready && exec bash"
@@ -180,7 +181,12 @@ class SmallDisk:
         if os.geteuid():
             enter += ["--user", "--preserve-credentials"]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-        return subprocess.Popen([*enter, sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True)
+        with open(self.log, "w") as log:
+            return subprocess.Popen([*enter, sys.executable, *command], env=env, stderr=log)
+
+    def said(self) -> str:
+        """What the last command that was started has said on stderr."""
+        return self.log.read_text()
 
     def fill(self) -> None:
         with open(self.path("filler"), "wb", buffering=0) as file:
@@ -200,17 +206,10 @@ class SmallDisk:
 
 @pytest.fixture
 def disk(tmp_path):
+    needs.require(*needs.SMALL_DISK)
     disk = SmallDisk(tmp_path / "disk", 24)
     yield disk
     disk.close()
-
-
-def wait_for(condition, process, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def saved_steps(disk) -> list[int]:
@@ -218,66 +217,80 @@ def saved_steps(disk) -> list[int]:
     return sorted(int(p.name[5:]) for p in folder.iterdir() if p.name.startswith("step-")) if folder.is_dir() else []
 
 
-FULL = ["training.max_steps=2000", "training.validate_every=50", "checkpoint.save_every=20", "training.log_every=5"]
+FULL = ["training.max_steps=60", "training.validate_every=50", "checkpoint.save_every=20", "training.log_every=5"]
+
+
+def fill_before_second_save(disk, folder: Path, *command: str) -> subprocess.Popen:
+    """A run that finds no room for its second checkpoint."""
+    points = Points(folder, {"second save": ("os.mkdir", r"/\.tmp-step-00000040 ")})
+    process = disk.run(*command, **points.environment)
+    points.wait("second save", process)
+    assert saved_steps(disk) == [20]
+    disk.fill()
+    points.release("second save")
+    return process
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_a_checkpoint_not_the_run(place, disk):
+def test_a_full_disk_costs_a_checkpoint_not_the_run(place, disk, tmp_path):
     """The disk fills up, the run goes on, the disk has room again, the run saves again; nothing is lost of the log."""
-    process = disk.run(
-        "ibq/train_tokenizer.py", "--config", str(place / "tokenizer.yaml"), f"output={disk.folder}/run", *FULL
+    points = Points(
+        tmp_path / "points",
+        {
+            "full": ("os.mkdir", r"/\.tmp-step-00000040 "),
+            "room": ("os.mkdir", r"/\.tmp-step-00000060 "),
+            "end": ("os.mkdir", r"/\.tmp-step-00000080 "),
+        },
     )
-    wait_for(lambda: saved_steps(disk), process)
+    command = ["ibq/train_tokenizer.py", "--config", str(place / "tokenizer.yaml"), f"output={disk.folder}/run", *FULL]
+    process = disk.run(*command, "training.max_steps=200", **points.environment)
+    points.wait("full", process)
     disk.fill()
-    before = saved_steps(disk)
-    metrics = disk.path("run/metrics.jsonl")
-    time.sleep(4)
-    assert process.poll() is None
-    for step in before:
-        verify_checkpoint(disk.path(f"run/checkpoints/step-{step:08d}"))
-    assert saved_steps(disk) == before and not list(disk.path("run/checkpoints").glob(".tmp-*"))
+    points.release("full")
+    points.wait("room", process)  # it has gone on to the next save
+    assert "could not be written" in disk.said()
+    assert saved_steps(disk) == [20] and not list(disk.path("run/checkpoints").glob(".tmp-*"))
+    verify_checkpoint(disk.path("run/checkpoints/step-00000020"))
     disk.free()
-    wait_for(lambda: saved_steps(disk)[-1] > before[-1], process)
+    points.release("room")
+    points.wait("end", process)
+    assert saved_steps(disk) == [20, 60]
     process.terminate()
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 143, stderr[-3000:]
+    points.release("end")
+    assert process.wait(HANG_S) == 143, disk.said()[-3000:]
+    stderr = disk.said()
     warnings = [line for line in stderr.splitlines() if "WARNING" in line]
     assert any("could not be written" in line and "No space left" in line and "is kept" in line for line in warnings)
     assert "Traceback" not in stderr
+    metrics = disk.path("run/metrics.jsonl")
     steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "loss/total" in row]
-    assert steps == list(range(5, steps[-1] + 1, 5)), "rows that could not be written were written later"
+    assert steps == list(range(5, 81, 5)), "rows that could not be written were written later"
     status = json.loads(disk.path("run/status.json").read_text())
-    assert status["state"] == "stopped" and status["step"] == saved_steps(disk)[-1]
+    assert status["state"] == "stopped" and status["step"] == saved_steps(disk)[-1] == 80
 
 
 @pytest.mark.slow
-def test_a_run_may_rather_stop(place, disk):
+def test_a_run_may_rather_stop(place, disk, tmp_path):
     common = ["ibq/train_tokenizer.py", "--config", str(place / "tokenizer.yaml"), f"output={disk.folder}/run", *FULL]
-    process = disk.run(*common, "checkpoint.on_error=stop")
-    wait_for(lambda: saved_steps(disk), process)
-    disk.fill()
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 2
-    error = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and "No space left" in error[0] and "goes on from step" in error[0]
-    step = saved_steps(disk)[-1]
-    verify_checkpoint(disk.path(f"run/checkpoints/step-{step:08d}"))
+    process = fill_before_second_save(disk, tmp_path / "points", *common, "checkpoint.on_error=stop")
+    assert process.wait(HANG_S) == 2
+    error = [line for line in disk.said().splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and "No space left" in error[0] and "goes on from step 20" in error[0]
+    assert saved_steps(disk) == [20]
+    verify_checkpoint(disk.path("run/checkpoints/step-00000020"))
     disk.free()
-    again = disk.run(*common, f"training.max_steps={step + 3}")
-    stderr = again.communicate(timeout=60)[1]
-    assert again.returncode == 0, stderr
-    assert saved_steps(disk)[-1] == step + 3
+    again = disk.run(*common, "training.max_steps=23")
+    assert again.wait(HANG_S) == 0, disk.said()
+    assert saved_steps(disk)[-1] == 23
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_save_its_end_says_so(place, disk):
+def test_a_run_that_cannot_save_its_end_says_so(place, disk, tmp_path):
     """The last checkpoint is what the run was for: without it the exit code is not 0."""
-    common = ["ibq/train_tokenizer.py", "--config", str(place / "tokenizer.yaml"), f"output={disk.folder}/run"]
-    process = disk.run(*common, "training.max_steps=90", "training.validate_every=200", "checkpoint.save_every=20")
-    wait_for(lambda: saved_steps(disk), process)
-    disk.fill()
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and "make room and start the same command again" in stderr.splitlines()[-1]
+    command = ["ibq/train_tokenizer.py", "--config", str(place / "tokenizer.yaml"), f"output={disk.folder}/run"]
+    process = fill_before_second_save(disk, tmp_path / "points", *command, *FULL, "training.max_steps=50")
+    assert process.wait(HANG_S) == 2
+    assert "make room and start the same command again" in disk.said().splitlines()[-1]
 
 
 # --- Two runs, one folder ---
@@ -285,12 +298,12 @@ def test_a_run_that_cannot_save_its_end_says_so(place, disk):
 
 def test_a_second_run_in_the_same_folder_is_refused(place, tmp_path):
     command = ["ibq/train_ar.py", "--config", str(place / "transformer.yaml"), f"output={tmp_path}/run"]
+    points = Points(tmp_path / "points", {"logs": ("open", r"/metrics\.jsonl a")})
     first = subprocess.Popen(
-        [sys.executable, *command, "training.max_steps=100000"], cwd=ROOT, stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | points.environment
+    )
     try:
-        wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), first)
+        points.wait("logs", first)
         second = run_script(*command)
         assert second.returncode == 2 and "another run is writing" in second.stderr
         assert first.poll() is None
@@ -372,16 +385,27 @@ def test_no_source_unpickles():
 ASYNCHRONOUS = ("checkpoint.asynchronous=true", "checkpoint.save_every=1", "checkpoint.keep=10")
 
 
-def slowly(write, seconds: float):
-    def slow(*arguments):
-        time.sleep(seconds)  # the next steps go on meanwhile, and change what is being written if it is no copy
+def as_late_as_it_can(monkeypatch) -> None:
+    """Let a checkpoint be written when the loop waits for it: if it is no copy, the next step has changed it."""
+    waited_for, write, wait = threading.Event(), checkpoint.write_pieces, checkpoint.CheckpointWriter.wait
+
+    def write_late(*arguments):
+        assert waited_for.wait(HANG_S)
         return write(*arguments)
 
-    return slow
+    def wait_early(writer):
+        waited_for.set()
+        try:
+            return wait(writer)
+        finally:
+            waited_for.clear()
+
+    monkeypatch.setattr(checkpoint, "write_shards", write_late)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "wait", wait_early)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.4])
-def test_a_checkpoint_written_beside_the_steps_is_that_of_its_step(place, tmp_path, monkeypatch, seconds):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_checkpoint_written_beside_the_steps_is_that_of_its_step(place, tmp_path, monkeypatch, late):
     def train(name: str, *overrides: str):
         folder = tmp_path / name
         argv = ["--config", str(place / "transformer.yaml"), f"output={folder}", "training.validate_every=null"]
@@ -389,7 +413,8 @@ def test_a_checkpoint_written_beside_the_steps_is_that_of_its_step(place, tmp_pa
         return folder
 
     waiting = train("waiting", *ASYNCHRONOUS[1:])
-    monkeypatch.setattr(checkpoint, "write_pieces", slowly(checkpoint.write_pieces, seconds))
+    if late:
+        as_late_as_it_can(monkeypatch)
     beside = train("beside", *ASYNCHRONOUS)
     saved = [path.name for path in checkpoint.checkpoints_in(beside / "checkpoints")]
     assert saved == [path.name for path in checkpoint.checkpoints_in(waiting / "checkpoints")]

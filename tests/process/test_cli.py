@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import shutil
-import time
 
 import pytest
 import torch
@@ -319,8 +318,6 @@ def test_encode_shards_errors(trained, tmp_path, place):
 
 @pytest.mark.parametrize("script", ["ibq/train_tokenizer.py", "ibq/train_ar.py", "tools/encode_shards.py"])
 def test_help(script):
-    start = time.perf_counter()
     result = run_script(script, "--help")
     assert result.returncode == 0 and result.stderr == ""
     assert "usage:" in result.stdout and "--" in result.stdout
-    assert time.perf_counter() - start < 30  # a few seconds on an idle machine

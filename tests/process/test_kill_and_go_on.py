@@ -1,19 +1,19 @@
-"""Real processes, killed with SIGKILL at 20 random moments, end with what an undisturbed run ends with, bit by bit."""
+"""Real processes, killed with SIGKILL at 20 places, end with what an undisturbed run ends with, bit by bit.
+
+The places are chosen, not hoped for: the process stands there (support/points.py) when the signal comes.
+"""
 
 import json
-import os
-import random
 import signal
-import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT
+from support.points import HANG_S, Points
+from support.processes import Forked, rank_environments, script_environment, start_script
 from support.training import SCRIPTS, checkpoint_tensors, make_workplace, scalars, train_here
 
 STEPS = {"tokenizer": 60, "transformer": 240}
@@ -26,8 +26,64 @@ SETTINGS = {
     ],
     "transformer": ["model.residual_dropout=0.1", "model.class_dropout=0.1", "data.streams=4"],
 }
-# How each life of a run ends: while it starts, while it trains, while it saves; of two ranks sometimes only one dies.
-MOMENTS = ("train", "save", "start", "save", "train")
+
+
+class Place(NamedTuple):
+    """Where a run is killed."""
+
+    event: str  # that is about to happen; see support/points.py
+    pattern: str
+    ranks: Literal["each", "first"] = "first"  # that come there
+    cut: bool = False  # an unfinished checkpoint is left behind
+
+
+# Of each kind of moment some: while it starts, while it trains, while it saves.
+START = {
+    "its config is read": Place("open", r"/(tokenizer|transformer)\.yaml r", "each"),
+    "its log is opened": Place("open", r"/events\.out\.tfevents"),
+    "its status is written": Place("open", r"/\.tmp-\d+-status\.json"),
+}
+TRAIN = {"a step is logged": Place("open", r"/metrics\.jsonl a")}
+SAVE = {
+    "the folder is made": Place("shutil.rmtree", r"/\.tmp-step-\d+ "),
+    "between two files": Place("open", r"/rank-\d\.safetensors w", "each", cut=True),
+    "the state is written": Place("open", r"/\.tmp-step-\d+/\.tmp-\d+-state\.json", cut=True),
+    "the manifest is written": Place("open", r"/\.tmp-step-\d+/\.tmp-\d+-manifest\.json", cut=True),
+    "before the rename": Place("os.rename", r"/\.tmp-step-\d+ ", cut=True),
+    "after the rename": Place("open", r"/checkpoints None"),
+    "an old one is removed": Place("shutil.rmtree", r"/checkpoints/step-\d+ "),
+    "the best is written": Place("open", r"/\.tmp-best/model\.safetensors"),
+    "the best takes its place": Place("os.rename", r"/\.tmp-best "),
+}
+PLACES = START | TRAIN | SAVE
+
+
+class Life(NamedTuple):
+    """How a life of a run ends."""
+
+    place: str
+    time: int = 1  # at which it comes there in this life
+    only: int | None = None  # of two ranks this one alone dies
+
+
+LIVES = {
+    ("tokenizer", 1): [
+        *(Life("a step is logged", 2), Life("between two files"), Life("its config is read")),
+        *(Life("before the rename", 2), Life("the best takes its place")),
+    ],
+    ("tokenizer", 2): [
+        *(Life("a step is logged", 3, only=1), Life("the manifest is written"), Life("its status is written")),
+        *(Life("after the rename"), Life("a step is logged", 5)),
+    ],
+    ("transformer", 1): [
+        *(Life("the best is written"), Life("the folder is made", 3), Life("its log is opened")),
+        *(Life("the state is written"), Life("a step is logged", 4)),
+    ],
+    ("transformer", 2): [
+        *(Life("a step is logged", 7), Life("between two files", only=0), Life("its config is read")),
+        *(Life("an old one is removed"), Life("a step is logged", 6, only=0)),
+    ],
+}
 TIMING = ("seconds", "images_per", "tokens_per_s", "peak")
 
 
@@ -36,7 +92,7 @@ class Run:
 
     def __init__(self, place: Path, stage: str, output: Path, ranks: int):
         self.place, self.stage, self.output, self.ranks = place, stage, output, ranks
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[Forked | subprocess.Popen] = []
 
     def arguments(self) -> list[str]:
         save, validate, log = RHYTHM[self.stage]
@@ -47,33 +103,29 @@ class Run:
             f"training.micro_batch={8 // self.ranks}",
         ]
 
-    def start(self) -> None:
-        command = [sys.executable, SCRIPTS[self.stage], *self.arguments()]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        for rank in range(self.ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
+    def start(self, **environment: str) -> None:
+        for rank, own in enumerate(rank_environments(self.ranks)):
+            whole = script_environment(**own | environment)
             with open(self.output.with_suffix(f".log{rank}"), "ab") as log:
-                self.processes.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment | own, stdout=log, stderr=log)
-                )
+                command = (SCRIPTS[self.stage], *self.arguments())
+                self.processes.append(start_script(*command, environment=whole, stdout=log, stderr=log))
 
     def finish(self) -> None:
-        codes = [process.wait(120) for process in self.processes]
+        codes = [process.wait(HANG_S) for process in self.processes]
         assert codes == [0] * self.ranks, self.output.with_suffix(".log0").read_text()[-3000:]
 
     def alive(self) -> bool:
         return all(process.poll() is None for process in self.processes)
 
-    def kill(self, only: int | None) -> None:
+    def kill(self, only: int | None, points: Points) -> None:
         """Kill all ranks, or one: the others must end by themselves."""
         chosen = self.processes if only is None else [self.processes[only]]
         for process in chosen:
             process.kill()
+            process.wait()
+        points.release("place")
         for process in self.processes:
-            code = process.wait(60)
+            code = process.wait(HANG_S)
             assert code == -signal.SIGKILL if process in chosen else code != 0
         self.processes = []
 
@@ -86,31 +138,15 @@ class Run:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def live_and_die(run: Run, moment: str, rng: random.Random) -> bool:
-    """One life; whether it was cut off during a save."""
-    before = run.steps_logged()
-    run.start()
-    deadline = time.monotonic() + 60
-
-    def wait_for(condition) -> None:
-        while not condition():
-            assert run.alive(), (
-                "it ended before it could be killed: " + run.output.with_suffix(".log0").read_text()[-2000:]
-            )
-            assert time.monotonic() < deadline
-            time.sleep(0.0005)
-
-    if moment == "start":
-        time.sleep(rng.uniform(0.5, 4.0))
-    else:
-        wait_for(lambda: run.steps_logged() != before)
-        time.sleep(rng.uniform(0.0, 0.4))
-        if moment == "save":
-            wait_for(run.saving)
-            time.sleep(rng.uniform(0.0, 0.006))
-    only = rng.randrange(2) if run.ranks == 2 and rng.random() < 0.3 else None
-    run.kill(only)
-    return run.saving()
+def live_and_die(run: Run, life: Life, folder: Path) -> None:
+    place = PLACES[life.place]
+    points = Points(folder, {"place": (place.event, place.pattern, life.time)})
+    run.start(**points.environment)
+    standing = points.wait("place", *run.processes, count=run.ranks if place.ranks == "each" else 1)
+    assert set(standing) <= {process.pid for process in run.processes}
+    run.kill(life.only, points)
+    if life.place not in START and life.only is None:  # a start finds what the life before has left
+        assert run.saving() == place.cut
 
 
 @pytest.fixture(scope="module")
@@ -118,32 +154,28 @@ def place(tmp_path_factory):
     return make_workplace(tmp_path_factory.mktemp("kill"))
 
 
-cut_saves: list[bool] = []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_killed_run_ends_like_an_undisturbed_one(place, tmp_path, stage, ranks):
-    rng = random.Random(f"{stage} {ranks}")
     undisturbed, killed = (Run(place, stage, tmp_path / name, ranks) for name in ("undisturbed", "killed"))
     if ranks == 1:
         assert train_here(stage, undisturbed.arguments()) == 0
     else:
         undisturbed.start()
         undisturbed.finish()
-    for moment in MOMENTS:
-        cut_saves.append(live_and_die(killed, moment, rng))
+    for number, life in enumerate(LIVES[stage, ranks]):
+        live_and_die(killed, life, tmp_path / f"points-{number}")
     killed.start()
     killed.finish()
     compare(killed.output, undisturbed.output, STEPS[stage])
 
 
-@pytest.mark.slow
-def test_some_were_killed_during_a_save():
-    """Twenty kills in all; an unfinished checkpoint was left behind by some of them."""
-    assert len(cut_saves) == 4 * len(MOMENTS) == 20
-    assert sum(cut_saves) >= 3
+def test_every_place_is_one_of_the_twenty():
+    """Some of them within a save, where an unfinished checkpoint is left behind."""
+    lives = [life for some in LIVES.values() for life in some]
+    assert len(lives) == 20 and {life.place for life in lives} == set(PLACES)
+    assert sum(PLACES[life.place].cut for life in lives) >= 3
 
 
 def compare(one: Path, other: Path, steps: int) -> None:

@@ -9,11 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from support import ROOT
+from support.points import HANG_S, Points
 from support.processes import run_script
 from support.training import make_workplace, scalars
 
@@ -148,7 +148,7 @@ def test_two_ranks_by_slurms_variables_alone(place, tmp_path):
         )
         for rank in range(2)
     ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    said = [rank.communicate(timeout=HANG_S)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     [start] = [json.loads(line) for line in (tmp_path / "run/starts.jsonl").read_text().splitlines()]
     assert start["ranks"] == 2 and start["environment"]["SLURM_STEP_NUM_TASKS"] == "2"
@@ -168,7 +168,7 @@ def preflights(tmp_path_factory):
         (folder / name).mkdir()
     (folder / "link").symlink_to(folder / "shared")
     (folder / "file").write_text("")
-    here, soon = str(folder / "shared"), ["--wait-s", "6"]
+    here, soon = str(folder / "shared"), ["--wait-s", "15"]
     cases = {
         "good": {},
         "alone": {"ranks": 1},
@@ -215,14 +215,14 @@ def test_preflight_of_good_nodes(preflights, name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("missing", "rank 1 on n2: did not start within 6 s"),
+        ("missing", "rank 1 on n2: did not start within 15 s"),
         # Each node once, and n3 by the rank that is missing there.
         ("two nodes missing", "ranks 2, 3 on n2: did .* s; rank 4 on n3: did .* s; ranks 6, 7 on n4: did .* s"),
         ("another folder", f"rank 2 on {HERE}: has another .*/shared than rank 0"),
         ("rank 0 has another", f"ranks 1, 2 on {HERE}: has another .*/other than rank 0"),
         ("unwritable", rf"rank 1 on {HERE}: cannot write to .*/file/below \(Not a directory\)"),
-        ("clock", rf"rank 1 on {HERE}: its clock is \+100\.0 s off"),
-        ("clock of rank 0", rf"rank 0 on {HERE}: its clock is -100\.0 s off"),
+        ("clock", rf"rank 1 on {HERE}: its clock is \+(99|10\d)\.\d s off"),
+        ("clock of rank 0", rf"rank 0 on {HERE}: its clock is -(9\d|10\d)\.\d s off"),
         ("killed", f"rank 1 on {HERE}: ended in the all-reduce, or hangs there"),
         ("stopped", f"rank 2 on {HERE}: ended in the all-reduce, or hangs there"),
         ("dies after its hello", f"rank 2 on {HERE}: came and does not answer any more"),
@@ -254,7 +254,7 @@ def test_preflight_without_rank_0(preflights, name, words):
 def test_preflight_leaves_nothing_and_ends(preflights):
     answers, folder = preflights
     assert sorted(path.name for path in folder.rglob("*")) == ["cases.json", "file", "link", "other", "shared"]
-    assert max(seconds for case in answers.values() for _, _, seconds in case.values()) < 80
+    assert not any(late for case in answers.values() for _, _, late in case.values())
 
 
 @pytest.mark.slow
@@ -554,19 +554,23 @@ def stopped_and_gone_on(project):
     command = [sys.executable, "launchers/slurm.py", *options, "--", "ibq/train_ar.py", "--config"]
     command += ["work/transformer.yaml", "output=runs/local", f"training.max_steps={STEPS}", "training.micro_batch=4"]
     command += ["training.log_every=10", "training.validate_every=200", "checkpoint.save_every=100000"]
+    points = Points(project / "points", {"logged": ("open", r"/metrics\.jsonl a", 2)})
     environment = clean_environment(IBQ_TOKEN="hunter2", NCCL_X="kept", AWS_SECRET="hunter3")
     folder = project / "runs" / "local"
     first = subprocess.Popen(
-        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=project,
+        env=environment | points.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    deadline = time.monotonic() + 100
-    while not (folder / "metrics.jsonl").exists() or max(scalars(folder).get("loss/total", {0: 0})) < 20:
-        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
-        time.sleep(0.01)
-    os.kill(json.loads((folder / "status.json").read_text())["pid"], signal.SIGUSR2)
-    said, _ = first.communicate(timeout=100)
+    (rank_0,) = points.wait("logged", first)
+    os.kill(rank_0, signal.SIGUSR2)
+    points.release("logged")
+    said, _ = first.communicate(timeout=HANG_S)
     status = json.loads((folder / "status.json").read_text())
-    again = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=150)
+    again = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=HANG_S)
     assert again.returncode == 0, again.stderr
     return first.returncode, said, status, folder
 

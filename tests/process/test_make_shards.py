@@ -1,10 +1,12 @@
 """tools/make_shards.py: what is in the shards, that a run goes on after a kill, and what bad input gets."""
 
+import contextlib
 import fcntl
 import glob
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -22,6 +24,7 @@ import pytest
 import webdataset
 from PIL import Image
 from support import ROOT
+from support.points import HANG_S, Points, wait_for
 from support.training import picture, png, write_shard
 
 from ibq.config import UserError, exit_on_user_error
@@ -435,15 +438,15 @@ def test_image_that_could_not_be_read_comes_in_when_it_can(damaged, make, tmp_pa
 # --- Going on ---
 
 
-LARGE_SHARDS = 400  # so many that a busy machine comes to kill a run of them before it ends
+SHARDS = 12
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Images that take a while to resize, and what an undisturbed run makes of them."""
+    """Images of which many shards are made, and what an undisturbed run makes of them."""
     folder = tmp_path_factory.mktemp("large")
-    pictures = [encoded(picture(i, 1200), "jpeg", quality=60) for i in range(3)]
-    write_files(folder / "in", {f"c{i % 3}/{i:02d}.jpg": pictures[i % 3] for i in range(2 * LARGE_SHARDS)})
+    pictures = [encoded(picture(i, 120), "jpeg", quality=60) for i in range(3)]
+    write_files(folder / "in", {f"c{i % 3}/{i:02d}.jpg": pictures[i % 3] for i in range(2 * SHARDS)})
     make_shards.main([str(word) for word in command(folder, folder / "whole")])
     return folder
 
@@ -452,39 +455,56 @@ def command(large: Path, out: Path) -> list:
     return [large / "in", out, "--size", "64", "--samples-per-shard", "2", "--processes", "2"]
 
 
-def start(large: Path, out: Path) -> subprocess.Popen:
-    """Start the tool as processes of their own and wait for the first shard that is finished."""
-    words = [sys.executable, ROOT / "tools/make_shards.py", *command(large, out)]
-    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    until = time.monotonic() + 60
-    while not glob.glob(f"{out}/*-0*.index.json"):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.002)
-    return process
+@pytest.fixture
+def start(large, tmp_path):
+    """Start the tool as processes of their own, of which two stand in the middle of a shard each."""
+    processes = []
+
+    def start(out: Path) -> tuple[subprocess.Popen, Points]:
+        # Each has taken some shards before; what it stands at is open, and its images are not read.
+        points = Points(tmp_path / "points", {"shard": ("open", r"/in/c\d/\d\d\.jpg r", 7)})
+        words = [sys.executable, ROOT / "tools/make_shards.py", *command(large, out)]
+        process = subprocess.Popen(
+            [str(word) for word in words],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | points.environment,
+        )
+        processes.append(process)
+        points.wait("shard", process, count=2)
+        return process, points
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for_end(group: int) -> None:
     """Wait until no process of the group is left."""
-    until = time.monotonic() + 10
-    while True:
+
+    def ended() -> bool:
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
-            return
-        assert time.monotonic() < until, "processes go on after their parent's death"
-        time.sleep(0.01)
+            return True
+        return False
+
+    wait_for(ended, what="the end of processes whose parent has died")
 
 
 @pytest.mark.parametrize("whom", ["group", "main process"])
-def test_killed_run_goes_on(large, make, tmp_path, whom):
+def test_killed_run_goes_on(large, start, make, tmp_path, whom):
     out = tmp_path / "out"
-    process = start(large, out)
+    process, _ = start(out)
     (os.killpg if whom == "group" else os.kill)(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stderr.close()
     wait_for_end(process.pid)
     finished = [path for path in out.glob("*.tar") if path.with_suffix(".index.json").exists()]
-    assert 0 < len(finished) < LARGE_SHARDS and not (out / "train.make_shards.json").exists()
+    assert 0 < len(finished) < SHARDS and not (out / "train.make_shards.json").exists()
+    assert len(list(out.glob(".tmp-*.tar"))) == 2  # of the shards in whose middle they were
     (out / ".tmp-1-train-00011.tar").write_bytes(b"half a shard")
     times = {path: path.stat().st_mtime_ns for path in finished}
     make(*command(large, out))
@@ -492,16 +512,15 @@ def test_killed_run_goes_on(large, make, tmp_path, whom):
     assert {path: path.stat().st_mtime_ns for path in finished} == times  # and were not made again
 
 
-def test_ctrl_c_ends_quickly_and_quietly(large, make, tmp_path):
-    process = start(large, tmp_path / "out")
+def test_ctrl_c_ends_at_once_and_quietly(large, start, make, tmp_path):
+    process, _ = start(tmp_path / "out")
     os.killpg(process.pid, signal.SIGINT)
-    begin = time.monotonic()
-    _, err = process.communicate(timeout=10)
-    assert process.returncode == 130 and time.monotonic() - begin < 8
+    _, err = process.communicate(timeout=HANG_S)  # though the processes stand in the middle of a shard
+    assert process.returncode == 130
     assert "Traceback" not in err and "the same command goes on" in err
     wait_for_end(process.pid)
     assert not glob.glob(f"{tmp_path}/out/.*")
-    assert len(list((tmp_path / "out").glob("*.tar"))) < LARGE_SHARDS
+    assert len(list((tmp_path / "out").glob("*.tar"))) < SHARDS
     make(*command(large, tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(large / "whole")
 
@@ -635,10 +654,13 @@ def test_process_that_dies_is_one_line(source, make, tmp_path, monkeypatch):
 
 
 def count_or_sleep(job):
-    """Work for `in_processes`: so many images, 0 fails, a negative number takes that many seconds."""
+    """Work for `in_processes`: so many images; 0 fails; a path is written to after a time in which all should end."""
     if job == 0:
         raise UserError("job 0 fails")
-    time.sleep(max(0, -job))
+    if isinstance(job, Path):
+        time.sleep(HANG_S)
+        job.touch()
+        return 0
     for _ in range(job):
         make_shards.count_one()
     return job
@@ -664,11 +686,11 @@ def test_processes_tell_how_many_images_are_done():
     assert sorted(results) == [*range(1, 10)] and counts[-1] == 45 and counts == sorted(counts)
 
 
-def test_one_failure_ends_all_processes():
-    begin = time.monotonic()
+def test_one_failure_ends_all_processes(tmp_path):
+    late = tmp_path / "late"
     with pytest.raises(UserError, match="job 0 fails"):
-        make_shards.in_processes(count_or_sleep, [-60, 0, -60, -60], 2, done=print, tick=lambda count: None)
-    assert time.monotonic() - begin < 10
+        make_shards.in_processes(count_or_sleep, [late, 0, late, late], 2, done=print, tick=lambda count: None)
+    assert not late.exists() and not multiprocessing.active_children()
 
 
 # --- Shards of others ---

@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from support import ROOT
+from support.points import HANG_S, Points
 
 KEYS = {
     "reconstruction": ["psnr", "thumbnail_psnr", "ssim"],
@@ -24,7 +24,7 @@ KEYS = {
 
 def quickstart(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "tools/lib/quickstart/recipe.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +85,15 @@ def test_killed_run_goes_on_with_the_same_plan(images, tmp_path):
         "--output",
         str(output),
     ]
+    points = Points(
+        tmp_path / "points", {"second save": ("shutil.rmtree", r"/run/tokenizer/checkpoints/\.tmp-step-\d+ ", 2)}
+    )
+    environment = os.environ | points.environment
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        for _ in range(2000):
-            if list(output.glob("tokenizer/checkpoints/step-*")):
-                break
-            assert process.poll() is None, "the quickstart ended by itself"
-            time.sleep(0.2)
+        points.wait("second save", process)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -3,7 +3,6 @@
 import json
 import signal
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from support.models import TOKENIZER, TRANSFORMER
-from support.processes import DEVNULL, run_ranks, run_script, start_script
+from support.points import Points
+from support.processes import DEVNULL, run_ranks, run_script, script_environment, start_script
 from support.training import CLASSES, write_best
 
 from ibq.config import parse_config
@@ -84,11 +84,9 @@ def test_two_processes_draw_the_same(one_process, models, tmp_path):
 def test_killed_and_continued(one_process, models, tmp_path):
     folder = tmp_path / "killed"
     command = options(models, folder, "--total", "600", "--files", "none")
-    process = start_script(*command, stderr=DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (folder / ".pieces" / "000000.npy").exists():  # not the half-written one beside it
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.005)
+    points = Points(tmp_path / "points", {"second piece": ("open", r"/\.pieces/\.tmp-\d+-\d+\.npy w", 2)})
+    process = start_script(*command, environment=script_environment(**points.environment), stderr=DEVNULL)
+    points.wait("second piece", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "samples.npz").exists()

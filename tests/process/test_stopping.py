@@ -3,15 +3,15 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from support.points import HANG_S, Points, wait_for
 from support.processes import PIPE, rank_environments, script_environment, start_script
 from support.training import SCRIPTS, checkpoint_tensors, make_workplace, scalars, train_here
 
-STEPS = {"tokenizer": 40, "transformer": 250}
+STEPS = {"tokenizer": 20, "transformer": 40}
 
 
 @pytest.fixture(scope="module")
@@ -27,26 +27,26 @@ def arguments(place, stage, output: Path, *overrides, ranks=1) -> list[str]:
 
 
 class Running:
-    """The processes of a run that saves only at its end or when it is told to."""
+    """The processes of a run that saves only at its end or when it is told to; with `stands` at some points of it."""
 
-    def __init__(self, place, stage, output: Path, *overrides, ranks=1, workers=0):
+    def __init__(self, place, stage, output: Path, *overrides, ranks=1, workers=0, stands=False):
         self.output = output
-        command = [SCRIPTS[stage], *arguments(place, stage, output, *overrides, ranks=ranks)]
-        command.append(f"data.workers={workers}")
+        command = [SCRIPTS[stage], *arguments(place, stage, output, *overrides, ranks=ranks), f"data.workers={workers}"]
+        environment = {}
+        if stands:
+            points = {"logged": ("open", r"/metrics\.jsonl a", 2), "saved": ("os.rename", r"/\.tmp-step-\d+ ")}
+            self.points = Points(output.with_suffix(".points"), points)
+            environment = self.points.environment
         self.ranks = [
-            start_script(*command, environment=script_environment(**own), stderr=PIPE, start_new_session=True)
+            start_script(
+                *command, environment=script_environment(**own | environment), stderr=PIPE, start_new_session=True
+            )
             for own in (rank_environments(ranks) if ranks > 1 else [{}])
         ]
 
-    def wait_for_step(self, count=2) -> None:
-        metrics, deadline = self.output / "metrics.jsonl", time.monotonic() + 60
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
-            assert all(rank.poll() is None for rank in self.ranks) and time.monotonic() < deadline
-            time.sleep(0.005)
-
     def end(self) -> tuple[list[int], str]:
         """Exit codes, and what rank 0 said."""
-        said = [rank.communicate(timeout=60)[1] for rank in self.ranks]
+        said = [rank.communicate(timeout=HANG_S)[1] for rank in self.ranks]
         return [rank.returncode for rank in self.ranks], said[0]
 
     def status(self) -> dict:
@@ -82,10 +82,11 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(place, tmp_path, name, sta
         assert train_here(stage, arguments(place, stage, tmp_path / "whole", *settings)) == 0
     else:
         assert Running(place, stage, tmp_path / "whole", *settings, ranks=ranks).end()[0] == [0] * ranks
-    run = Running(place, stage, tmp_path / "run", *settings, ranks=ranks, workers=workers)
-    run.wait_for_step()
+    run = Running(place, stage, tmp_path / "run", *settings, ranks=ranks, workers=workers, stands=True)
+    run.points.wait("logged", *run.ranks)
     # To the whole group, with its worker processes, as a terminal and Slurm do; with two ranks to one of them only.
     os.killpg(run.ranks[-1].pid, signal.Signals[name])
+    run.points.release("logged", "saved")
     step = check_stopped(run, name, stage)
     again = Running(place, stage, tmp_path / "run", *settings, ranks=ranks)
     codes, said = again.end()
@@ -103,23 +104,29 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(place, tmp_path, name, sta
 
 @pytest.mark.slow
 def test_more_signals_during_the_save_and_after_do_no_harm(place, tmp_path):
-    run = Running(place, "tokenizer", tmp_path / "run")
-    run.wait_for_step()
-    run.ranks[0].send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 60
-    while run.ranks[0].poll() is None and time.monotonic() < deadline:  # until the very end of the process
+    run = Running(place, "tokenizer", tmp_path / "run", stands=True)
+    (process,) = run.ranks
+    run.points.wait("logged", process)
+    process.send_signal(signal.SIGTERM)
+    run.points.wait("logged.signalled", process)
+    run.points.release("logged")
+    run.points.wait("saved", process)
+
+    def ended() -> bool:
         for name in ("SIGINT", "SIGUSR2", "SIGTERM"):
-            run.ranks[0].send_signal(signal.Signals[name])
-            time.sleep(0.005)
-    noted = run.status()["reason"]  # of signals that come at the same moment Python takes the lowest first
-    assert noted in ("SIGTERM", "SIGINT", "SIGUSR2")
-    check_stopped(run, noted, "tokenizer")
+            process.send_signal(signal.Signals[name])
+        return process.poll() is not None
+
+    assert not ended()
+    run.points.release("saved")
+    wait_for(ended)  # until the very end of the process
+    check_stopped(run, "SIGTERM", "tokenizer")
 
 
 @pytest.mark.slow
 def test_a_signal_that_is_not_wanted_has_its_usual_effect(place, tmp_path):
-    run = Running(place, "transformer", tmp_path / "run", "checkpoint.signal=none")
-    run.wait_for_step()
+    run = Running(place, "transformer", tmp_path / "run", "checkpoint.signal=none", stands=True)
+    run.points.wait("logged", *run.ranks)
     run.ranks[0].send_signal(signal.SIGUSR2)
     assert run.end()[0] == [-signal.SIGUSR2]
     assert run.status()["state"] == "running", "nothing could be said any more"

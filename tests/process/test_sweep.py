@@ -10,13 +10,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 from support import ROOT
+from support.points import HANG_S, Points
 from support.training import make_workplace
 
 import yaml
@@ -58,9 +58,9 @@ def write_sweep(file: Path, **values) -> Path:
     return file
 
 
-def start(file: Path, *arguments: str) -> subprocess.Popen:
+def start(file: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "launchers/sweep.py", "--config", str(file), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -189,13 +189,13 @@ def test_a_stopped_sweep_goes_on(tmp_path, capsys):
         overrides=["training.max_steps=40", "training.log_every=2", "checkpoint.save_every=1000"],
         runs={"first": [], "second": []},
     )
-    process = start(file)
-    metrics, deadline = tmp_path / "sweep/first/metrics.jsonl", time.monotonic() + 150
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    points = Points(tmp_path / "points", {"logged": ("open", r"/metrics\.jsonl a", 3)})
+    process, metrics = start(file, **points.environment), tmp_path / "sweep/first/metrics.jsonl"
+    points.wait("logged", process)
     process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=150)
+    points.wait("logged.signalled", process)  # the sweep has passed it on
+    points.release("logged")
+    said, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 143, said + errors
     assert "stopping 1 runs" in said and "Traceback" not in said + errors
     assert re.search(r"first +stopped", said) and re.search(r"second +queued", said)
@@ -342,7 +342,7 @@ def test_mistakes_in_the_file_are_one_line(tmp_path, values, words):
 def test_mistakes_on_the_command_line_end_with_2(tmp_path):
     file = write_sweep(tmp_path / "sweep.yaml", runs={"a": []})
     process = start(file, "--only", "b")
-    said, errors = process.communicate(timeout=150)
+    said, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 2 and said == ""
     assert errors == "error: --only: there is no run 'b'; the sweep has a\n"
     for arguments in (["--max-parallel", "0"], ["--retries", "-1"], ["--collect", "--fresh"], ["--only", "c"]):

@@ -82,7 +82,7 @@ class Launches:
         if processes not in self._found:
             path = self._folder / f"{processes}.pt"
             torch.save(JOBS[processes], path)
-            result = run_ranks(processes, "tests/workers/tensor_parallel_worker.py", path, timeout=300)
+            result = run_ranks(processes, "tests/workers/tensor_parallel_worker.py", path)
             assert result.returncode == 0, result.stderr[-4000:]
             ranks = [torch.load(f"{path}.{rank}") for rank in range(processes)]
             self._found[processes] = {name: [rank[name] for rank in ranks] for name in JOBS[processes]}

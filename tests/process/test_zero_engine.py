@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, needs
 from support.processes import run_ranks, run_script
 from support.training import largest_difference, make_workplace, scalars, train_here
 
@@ -123,12 +123,13 @@ def launch(folder: Path, names, run=run_script) -> subprocess.CompletedProcess:
         jobs.append(JOBS[name] | {"name": name, "engine": engine})
     (folder / "disk").mkdir()
     torch.save(jobs, folder / "jobs.pt")
-    return run("tests/workers/zero_worker.py", folder / "jobs.pt", timeout=600)
+    return run("tests/workers/zero_worker.py", folder / "jobs.pt")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folder with what all jobs left, each done by two processes."""
+    needs.require(*needs.NVME)
     folder = tmp_path_factory.mktemp("zero")
     result = launch(folder, JOBS, partial(run_ranks, 2))
     assert result.returncode == 0, result.stderr[-3000:]
@@ -303,6 +304,7 @@ def test_gradients_in_bf16_are_summed_in_float32(runs, name):
 # --- Without a launcher ---
 
 
+@pytest.mark.needs(*needs.NVME)
 def test_one_process_without_a_launcher(tmp_path):
     names = ["adamw: stage 1", "adamw nvme: nvme"]
     result = launch(tmp_path, names)
@@ -312,6 +314,7 @@ def test_one_process_without_a_launcher(tmp_path):
         assert equal(deviation), deviation
 
 
+@pytest.mark.needs(*needs.NVME)
 def test_the_entry_script_leaves_nothing_on_nvme(tmp_path):
     """Several processes of a launcher end without the interpreter's clean-up."""
     make_workplace(tmp_path)
@@ -332,7 +335,6 @@ def test_the_entry_script_leaves_nothing_on_nvme(tmp_path):
         f"output={tmp_path / 'run'}",
         *size,
         *engine,
-        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert set(scalars(tmp_path / "run")["loss/total"]) == {1, 2}
@@ -423,6 +425,16 @@ def test_missing_software(tmp_path, monkeypatch):
     monkeypatch.setattr(builders.CPUAdamBuilder, "load", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match=r"could not compile the CPU optimizer .*install ninja"):
         zero_setup.build_operators(ZeroEngineConfig(offload_optimizer="cpu"), OptimizerConfig())
+    monkeypatch.setattr(zero_setup.shutil, "which", lambda _: None)
+    with pytest.raises(
+        UserError, match=r"needs libaio and a C\+\+ compiler; install libaio-dev \(libaio-devel\) and g\+\+"
+    ):
+        zero_setup.build_operators(nvme(tmp_path), OptimizerConfig())
+    with pytest.raises(UserError, match=r"could not compile the CPU optimizer \(no C\+\+ compiler was found\)"):
+        zero_setup.build_operators(ZeroEngineConfig(offload_optimizer="cpu"), OptimizerConfig())
+    monkeypatch.setattr("deepspeed.init_distributed", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"zero on the CPU needs a C\+\+ compiler; install g\+\+"):
+        zero_setup.load_deepspeed(torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"engine\.kind: zero needs DeepSpeed"):
         zero_setup.load_deepspeed(torch.device("cpu"))

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 import time
@@ -13,14 +12,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from support.points import HANG_S
+
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key of a reference to an element
-PROGRAMS = {"chromium": "chromium", "chromedriver": "chromium-driver"}  # and Debian's package of each
-
-
-def missing() -> str:
-    """What would have to be installed; empty if nothing."""
-    packages = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
-    return f"needs Debian's {' and '.join(packages)}" if packages else ""
 
 
 class Browser:
@@ -60,7 +54,7 @@ class Browser:
         flags += ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
         return {"goog:chromeOptions": {"args": flags}, "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"}}
 
-    def _send(self, method: str, path: str, body: dict | None = None, timeout: float = 60) -> Any:
+    def _send(self, method: str, path: str, body: dict | None = None, timeout: float = HANG_S) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._base + self._session + path, data, method=method)
         try:
@@ -112,7 +106,7 @@ class Browser:
             "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join('\\n')", selector
         )
 
-    def wait(self, condition, what: str, timeout: float = 30) -> Any:
+    def wait(self, condition, what: str, timeout: float = HANG_S) -> Any:
         """The first true value of condition()."""
         deadline = time.monotonic() + timeout
         while not (value := condition()):
@@ -137,12 +131,12 @@ class Browser:
         """End the browser, and chromedriver with it."""
         try:
             if self._session:
-                self._send("DELETE", "", timeout=10)
+                self._send("DELETE", "", timeout=60)
         except (OSError, RuntimeError):
             pass
         finally:
             self._driver.terminate()
-            self._driver.wait(10)
+            self._driver.wait(60)
             self._driver.stdout.close()
             self._profile.cleanup()
 

@@ -26,7 +26,10 @@ from support import ROOT
 
 # What may differ from the forking parent's: read when a script runs, not when modules are imported.
 FREE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")
-FREE += ("SLURM_", "IBQ_", "PYTEST_", "PATH", "VIRTUAL_ENV", "DS_ACCELERATOR")  # DeepSpeed is not imported yet
+# DeepSpeed, which reads DS_ACCELERATOR, is not imported yet.
+FREE += ("SLURM_", "IBQ_", "PYTEST_", "PATH", "VIRTUAL_ENV", "DS_ACCELERATOR", "TEST_POINTS")
+HANG_S = 600.0  # bounds a hang, on however busy a machine; no test waits for it
+STANDING = Path(__file__).with_name("standing")  # see support/points.py
 AT_FIRST = dict(os.environ)  # before any test has changed it
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
@@ -131,7 +134,8 @@ def _is_forkable(command: list[str], environment: dict[str, str]) -> bool:
     of_project = command[0].endswith(".py") and (ROOT / command[0]).resolve().is_relative_to(ROOT)
     if not can_fork() or not (of_project or command[0] == "-c"):
         return False
-    if not {*environment.get("PYTHONPATH", "").split(os.pathsep)} <= {"", *PYTHONPATH.split(os.pathsep)}:
+    known = {"", *PYTHONPATH.split(os.pathsep), str(STANDING)}
+    if not {*environment.get("PYTHONPATH", "").split(os.pathsep)} <= known:
         return False
     theirs = _server().environment
     different = {name for name in environment.keys() | theirs.keys() if environment.get(name) != theirs.get(name)}
@@ -172,7 +176,7 @@ def script_environment(**own: str) -> dict[str, str]:
 
 
 def run_script(
-    *command: str | Path, timeout: float = 120, fresh: bool = False, **environment: str
+    *command: str | Path, timeout: float = HANG_S, fresh: bool = False, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run a Python script of the repository as a process of its own, on one thread."""
     own = script_environment(**environment)
@@ -195,7 +199,7 @@ def rank_environments(ranks: int) -> list[dict[str, str]]:
 
 
 def run_ranks(
-    ranks: int, *command: str | Path, timeout: float = 120, **environment: str
+    ranks: int, *command: str | Path, timeout: float = HANG_S, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run a script as that many processes of one job, as a launcher does: when one fails, the others are ended.
 
@@ -223,7 +227,7 @@ def _first_failure(processes: list, deadline: float) -> int:
     return next(filter(None, codes), 0)
 
 
-def _end(process, patience: float = 20) -> tuple[str, str]:
+def _end(process, patience: float = 60) -> tuple[str, str]:
     """What a process said that has been asked to end."""
     try:
         return process.communicate(timeout=patience)

@@ -3,7 +3,7 @@
     with SlurmCluster(folder) as cluster:
         cluster.run("sbatch", "job.sh")
 
-Wants root, Debian's slurm-wlm, munge, iproute2 and util-linux. Nothing outside `folder` is changed but a bridge and two
+What it needs is needs.SLURM. Nothing outside `folder` is changed but a bridge and two
 network namespaces, which `stop` removes, with every process that was started; a lock keeps clusters apart that use the
 same addresses.
 """
@@ -12,16 +12,16 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+from support.points import HANG_S
+
 NODES = ("n1", "n2")
 NETWORK = "10.77.0"
 BRIDGE = "ibqslurm"
-COMMANDS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "ip", "nsenter", "unshare")
 TEXT = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 CONFIG = """\
 ClusterName=ibq
@@ -46,9 +46,9 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-SlurmdTimeout=12
+SlurmdTimeout=20
 SlurmctldTimeout=60
-KillWait=20
+KillWait=120
 MinJobAge=3600
 InactiveLimit=0
 SchedulerParameters=sched_interval=2,bf_interval=2,requeue_setup_env_fail
@@ -57,15 +57,6 @@ GresTypes=gpu
 {nodes}
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
-
-
-def missing() -> str:
-    """Why no cluster can be started here, or nothing."""
-    if os.geteuid():
-        return "needs root"
-    # Slurm's daemons lie where not every user's PATH leads.
-    absent = [name for name in COMMANDS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
-    return f"needs {', '.join(absent)} (apt-get install slurm-wlm munge iproute2 util-linux)" if absent else ""
 
 
 class SlurmCluster:
@@ -97,7 +88,7 @@ class SlurmCluster:
 
     def run(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
         """A command's output; RuntimeError if it fails."""
-        done = subprocess.run(command, cwd=cwd, env=self.environment | environment, timeout=120, **TEXT)
+        done = subprocess.run(command, cwd=cwd, env=self.environment | environment, timeout=HANG_S, **TEXT)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} gave {done.returncode}: {done.stdout}")
         return done.stdout
@@ -107,7 +98,7 @@ class SlurmCluster:
         said = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", said.splitlines()[0]))
 
-    def wait_for_job(self, number: str, states=("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), timeout=120.0) -> str:
+    def wait_for_job(self, number: str, states=("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), timeout=HANG_S) -> str:
         """The state that a job has come to."""
         deadline = time.monotonic() + timeout
         while (state := self.job(number)["JobState"]) not in states:
@@ -133,7 +124,7 @@ class SlurmCluster:
         enter = ["nsenter", f"--net=/run/netns/{self._namespace(node)}", "unshare", "--uts", "--mount"]
         self._spawn(f"slurmd-{node}", *enter, "sh", "-c", script)
 
-    def wait_until_idle(self, timeout: float = 60.0) -> None:
+    def wait_until_idle(self, timeout: float = HANG_S) -> None:
         """Until both nodes can take jobs."""
         deadline = time.monotonic() + timeout
         while True:
@@ -180,7 +171,7 @@ class SlurmCluster:
         files = [f"--{name}-file={self.folder}/munged.{name}" for name in ("pid", "log", "seed")]
         # --force: it minds that others may write to folders above the socket.
         self._spawn("munged", "munged", "-F", "--force", f"--key-file={key}", f"--socket={socket}", *files)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG_S
         while not socket.exists():
             if time.monotonic() > deadline:
                 raise TimeoutError((self.folder / "munged.out").read_text())

@@ -106,6 +106,7 @@ def test_an_unknown_precision(transformer):
 
 
 @pytest.mark.slow
+@pytest.mark.needs("g++")
 @torch.no_grad()
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_compiled_step_is_the_plain_one(precision):

@@ -351,7 +351,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 2, (done.stdout, done.stderr)

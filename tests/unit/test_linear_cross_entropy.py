@@ -1,6 +1,5 @@
 """Head and cross-entropy without the table of logits: against the textbook form in float64, in every way of use."""
 
-import shutil
 import statistics
 import sys
 import types
@@ -237,7 +236,7 @@ def test_compiled_in_one_graph(autocast):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.needs("g++")
 def test_compiled_by_inductor():
     head = Head()
     compiled = torch.compile(head, fullgraph=True)

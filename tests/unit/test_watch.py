@@ -2,11 +2,11 @@
 
 import signal
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.points import wait_for
 
 from ibq.engine.heartbeat import Heartbeat, HeartbeatConfig
 from ibq.engine.watch import Beat, Process, Progress, Verdict, Watch
@@ -103,11 +103,9 @@ def test_a_process_is_told_from_a_later_one_with_its_id():
         assert process.state() in "RSD"
         assert process._replace(born="1").state() == ""
         child.send_signal(signal.SIGSTOP)
-        while process.state() != "T":
-            time.sleep(0.01)
+        wait_for(lambda: process.state() == "T")
         child.kill()
-        while Path(f"/proc/{child.pid}").exists() and process.state() != "":  # a zombie until it is waited for
-            time.sleep(0.01)
+        wait_for(lambda: process.state() == "")  # a zombie until it is waited for
         assert Path(f"/proc/{child.pid}").exists() and process.state() == ""
 
 

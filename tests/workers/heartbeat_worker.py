@@ -7,8 +7,9 @@ the test to do harm to it), "sleep" (the main thread never goes on), "everyone" 
 own), "user" (one of the user, on all ranks), "early" (it ends well while the others go on). "config": settings of the
 heartbeat; null: without.
 
-FOLDER/RANK.pid appears at step 5. FOLDER/RANK.failure holds what on_failure was told, FOLDER/RANK.reason what explain
-answered; FOLDER/RANK.done says that the rank has come to its end.
+FOLDER/RANK.pid appears at step 5, and with "ready" FOLDER/RANK.heard when the rank has heard that all are there.
+FOLDER/RANK.failure holds what on_failure was told, FOLDER/RANK.reason what explain answered; FOLDER/RANK.done says that
+the rank has come to its end.
 """
 
 import json
@@ -45,6 +46,8 @@ def steps(folder: Path, settings: dict, heartbeat: Heartbeat) -> None:
         if settings["fault"] == "ready" and step >= 5:
             while True:
                 dist.all_reduce_mean(torch.ones(1000))
+                if all(seen.beat.progress[:2] == (5, "forward") for seen in heartbeat._watch._seen.values()):
+                    (folder / f"{dist.rank()}.heard").touch()
                 time.sleep(0.01)
 
 

@@ -5,7 +5,7 @@
 CASES: {name: {"ranks": N, "folders": [of each rank], "options": [of launchers/lib/preflight.py], and faults}}. Faults,
 each by a rank: "absent" (it does not start), "clock" ({rank: seconds}), "killed" (by SIGKILL in its all-reduce),
 "stopped" (SIGSTOP there), "mute" (killed after its hello). All cases run at the same time; the answer on stdout is
-{name: {rank: [exit code or minus signal, what it said, seconds]}}.
+{name: {rank: [exit code or minus signal, what it said, whether it had to be ended]}}.
 """
 
 import gc
@@ -23,7 +23,7 @@ import torch.distributed as torch_dist
 
 from launchers.lib import preflight as launcher
 
-LIMIT_S = 90.0
+LIMIT_S = 400.0  # what has not ended by then hangs
 
 
 def plant(case: dict, rank: int) -> None:
@@ -90,7 +90,7 @@ def main() -> None:
             if ended:
                 said.seek(0)
                 code = os.waitstatus_to_exitcode(status)
-                answer[name][rank] = [code, said.read().decode(), time.monotonic() - begun]
+                answer[name][rank] = [code, said.read().decode(), late]
                 del running[name, rank]
         time.sleep(0.02)
     print(json.dumps(answer))
