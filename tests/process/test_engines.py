@@ -178,8 +178,8 @@ def elastic(runner):
     return runner.folder
 
 
-@pytest.mark.parametrize("engine", map(engine_param, ELASTIC))
-@pytest.mark.parametrize("saver", map(engine_param, ELASTIC))
+@pytest.mark.parametrize("engine", [*map(engine_param, ELASTIC)])
+@pytest.mark.parametrize("saver", [*map(engine_param, ELASTIC)])
 def test_a_run_goes_on_under_another_engine(elastic, saver, engine):
     continued, whole = elastic / f"{saver} -> {engine}", elastic / "whole" / saver
     losses, expected = (scalars(folder)["loss/total"] for folder in (continued, whole))
