@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import ROOT, needs
-from support.points import HANG_S, Points, wait_for
+from support.points import HANG_S, wait_for
 from support.slurm_cluster import TEXT, SlurmCluster
 from support.training import make_workplace, scalars
 
@@ -47,15 +47,15 @@ class Jobs:
     def __init__(self, cluster: SlurmCluster, project: Path):
         self.cluster, self.project, self.numbers = cluster, project, []
 
-    def run(self, *command: str, **environment: str) -> str:
+    def run(self, *command: str) -> str:
         """A command of the project, in the environment of the tests."""
         own = {"GLOO_SOCKET_IFNAME": "e0", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
         own["PATH"] = f"{Path(sys.executable).parent}:{self.cluster.environment['PATH']}"
-        return self.cluster.run(*command, cwd=self.project, **own | environment)
+        return self.cluster.run(*command, cwd=self.project, **own)
 
-    def sbatch(self, *command: str, **environment: str) -> str:
+    def sbatch(self, *command: str) -> str:
         """The number of a job that `sbatch` has taken."""
-        return self.note(self.run("sbatch", "--parsable", *SMALL, *command, **environment).strip())
+        return self.note(self.run("sbatch", "--parsable", *SMALL, *command).strip())
 
     def note(self, number: str) -> str:
         """Remember a job."""
@@ -106,10 +106,9 @@ def status(folder: Path) -> dict:
     return json.loads((folder / "status.json").read_text())
 
 
-def stand(folder: Path, output: str) -> Points:
-    """Points at which rank 0 of a run stands: "logged" where step 50 is to be logged, and "saved" after that."""
-    points = {"logged": ("open", rf"/{output}/metrics\.jsonl a", 10), "saved": ("os.rename", r"/\.tmp-step-\d+ ")}
-    return Points(folder / "points", points)
+def wait_for_step(folder: Path, step: int) -> None:
+    there = folder / "metrics.jsonl"
+    wait_for(lambda: there.exists() and max(losses(folder), default=0) >= step, what=f"step {step} of {folder}")
 
 
 @pytest.fixture(scope="module")
@@ -226,21 +225,17 @@ def test_queued_jobs_do_not_see_edits(jobs, project):
 
 
 @pytest.mark.parametrize("how", ["signal", "requeue"])
-def test_preempted_jobs_go_on(jobs, project, undisturbed, tmp_path, how):
-    folder, points = project / "runs" / how, stand(tmp_path, how)
-    own = settings(how, "engine.kind=fsdp", "checkpoint.save_every=100000")
-    number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *own, **points.environment)
-    points.wait("logged")
-    # A signal, as at the time limit, and once more while it saves.
-    preempt = ("scancel", "--signal=USR2") if how == "signal" else ("scontrol", "requeue")
-    jobs.run(*preempt, number)
-    points.wait("logged.signalled")
-    points.release("logged")
-    points.wait("saved")
-    if how == "signal":
-        jobs.run(*preempt, number)
-        points.wait("saved.signalled")
-    points.release("saved")
+def test_preempted_jobs_go_on(jobs, project, undisturbed, how):
+    folder = project / "runs" / how
+    number = jobs.sbatch(
+        "--nodes=2", "slurm/ar_b.sh", *settings(how, "engine.kind=fsdp", "checkpoint.save_every=100000")
+    )
+    wait_for_step(folder, 50)
+    if how == "signal":  # as at the time limit; and once more while it saves
+        jobs.run("scancel", "--signal=USR2", number)
+        jobs.run("scancel", "--signal=USR2", number)
+    else:
+        jobs.run("scontrol", "requeue", number)
     said = jobs.complete(number)
     assert jobs.cluster.job(number)["Restarts"] == "1"
     assert said.count("ended with exit code") == 1 and "start 2" in said
@@ -249,14 +244,10 @@ def test_preempted_jobs_go_on(jobs, project, undisturbed, tmp_path, how):
     assert [row["code"] for row in rows] == [128 + (signal.SIGUSR2 if how == "signal" else signal.SIGTERM), 0]
 
 
-def test_cancelled_jobs_stay_cancelled(jobs, project, tmp_path):
-    points = stand(tmp_path, "cancelled")
-    own = settings("cancelled", "engine.kind=fsdp", "checkpoint.save_every=100000")
-    number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *own, **points.environment)
-    points.wait("logged")
+def test_cancelled_jobs_stay_cancelled(jobs, project):
+    number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *settings("cancelled", "engine.kind=fsdp"))
+    wait_for_step(project / "runs" / "cancelled", 10)
     jobs.run("scancel", number)
-    points.wait("logged.signalled")
-    points.release("logged", "saved")
     assert jobs.cluster.wait_for_job(number) == "CANCELLED"
     jobs.cluster.wait_until_idle()  # nothing of it is left that could requeue it
     assert jobs.cluster.job(number)["JobState"] == "CANCELLED"
@@ -266,14 +257,11 @@ def test_cancelled_jobs_stay_cancelled(jobs, project, tmp_path):
 # --- (4) A node dies ---
 
 
-def test_a_node_dies(jobs, project, undisturbed, tmp_path):
-    folder, points = project / "runs" / "node", stand(tmp_path, "node")
-    points.release("saved")
-    own = settings("node", "engine.kind=fsdp")
-    number = jobs.sbatch("--nodes=1-2", "slurm/ar_b.sh", *own, **points.environment)
-    points.wait("logged")
+def test_a_node_dies(jobs, project, undisturbed):
+    folder = project / "runs" / "node"
+    number = jobs.sbatch("--nodes=1-2", "slurm/ar_b.sh", *settings("node", "engine.kind=fsdp"))
+    wait_for_step(folder, 50)
     jobs.cluster.kill_node("n2")
-    points.release("logged")
     try:
         said = jobs.complete(number)
     finally:
@@ -290,7 +278,7 @@ def test_a_node_dies(jobs, project, undisturbed, tmp_path):
 # --- (5) A sweep ---
 
 
-def test_a_sweep_as_an_array(jobs, project, tmp_path):
+def test_a_sweep_as_an_array(jobs, project):
     sweep = project / "work" / "sweep.yaml"
     sweep.write_text(
         "name: array\nscript: ibq/train_ar.py\nbase: work/transformer.yaml\nevaluation: null\noutput: runs/array\n"
@@ -310,15 +298,12 @@ def test_a_sweep_as_an_array(jobs, project, tmp_path):
     ]
     own = {"SBATCH_GPUS_PER_NODE": "1", "SBATCH_CPUS_PER_GPU": "1", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
     own["PATH"] = f"{Path(sys.executable).parent}:{jobs.cluster.environment['PATH']}"
-    points = Points(tmp_path / "points", {"logged": ("open", r"/learning_rate=1e-3/metrics\.jsonl a", 2)})
     environment = jobs.cluster.environment | own
-    watch = subprocess.Popen(command, cwd=project, env=environment | points.environment, **TEXT)
+    watch = subprocess.Popen(command, cwd=project, env=environment, **TEXT)
     try:
-        (run,) = points.wait("logged", watch)
+        wait_for_step(project / "runs" / "array" / "learning_rate=1e-3", 20)
         array = jobs.note(jobs.run("squeue", "--noheader", "--format=%F").split()[0])
         jobs.run("scancel", "--signal=KILL", "--batch", f"{array}_0")
-        wait_for(lambda: points.standing("logged.signalled") or not Path(f"/proc/{run}").exists())
-        points.release("logged")
         said, _ = watch.communicate(timeout=HANG_S)
     finally:
         watch.kill()

@@ -400,7 +400,7 @@ def as_late_as_it_can(monkeypatch) -> None:
         finally:
             waited_for.clear()
 
-    monkeypatch.setattr(checkpoint, "write_shards", write_late)
+    monkeypatch.setattr(checkpoint, "write_pieces", write_late)
     monkeypatch.setattr(checkpoint.CheckpointWriter, "wait", wait_early)
 
 

@@ -46,9 +46,9 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-SlurmdTimeout=20
+SlurmdTimeout=12
 SlurmctldTimeout=60
-KillWait=120
+KillWait=20
 MinJobAge=3600
 InactiveLimit=0
 SchedulerParameters=sched_interval=2,bf_interval=2,requeue_setup_env_fail
