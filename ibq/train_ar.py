@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_task(command: Command, data: RunData, tokenizer: Tokenizer | None) -> ARTask:
     """Network, engine and the task that trains it."""
     config: ARRunConfig = command.config
-    total_steps = config.training.total_steps(data.steps_per_epoch)
+    steps_per_epoch = data.steps_per_epoch
+    total_steps = config.training.total_steps(steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
     return ARTask(
         command.engine(
@@ -58,7 +59,7 @@ def build_task(command: Command, data: RunData, tokenizer: Tokenizer | None) -> 
             step,
             peak=peak,
             weight_decay=config.optimizer.weight_decay,
-            steps_per_epoch=data.steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
         ),
     )

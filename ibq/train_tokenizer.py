@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_task(command: Command, data: RunData, perceptual: torch.nn.Module | None) -> TokenizerTask:
     """Networks, engines and the task that trains them."""
     config: TokenizerRunConfig = command.config
-    total_steps = config.training.total_steps(data.steps_per_epoch)
+    steps_per_epoch = data.steps_per_epoch
+    total_steps = config.training.total_steps(steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
     # Convolutions on tensor cores want channels last; small ones on the CPU do not.
     memory_format = torch.channels_last if command.device.type == "cuda" else torch.contiguous_format
@@ -68,12 +69,12 @@ def build_task(command: Command, data: RunData, perceptual: torch.nn.Module | No
         discriminator,
         config.loss,
         perceptual=None if perceptual is None else perceptual.to(command.device),
-        learning_rate=lambda step: config.schedule.learning_rate(peak, step, data.steps_per_epoch, total_steps),
+        learning_rate=lambda step: config.schedule.learning_rate(peak, step, steps_per_epoch, total_steps),
         statistics=config.statistics,
         usage_alarm=config.usage_alarm,
         memory_format=memory_format,
         codebook_start=config.codebook_start,
-        first_batches=lambda: data.training(0, math.ceil(min(data.steps_per_epoch, total_steps)), lambda bad: None),
+        first_batches=lambda: data.training(0, math.ceil(min(steps_per_epoch, total_steps)), lambda bad: None),
     )
 
 
