@@ -80,7 +80,8 @@ def understand(script: str, argv: list[str]) -> None:
         case _ if script.startswith("slurm/"):  # what follows are settings over those in the file
             assert all("=" in word for word in argv)
         case _:
-            assert script in ("python", "hf", "tools/test.sh") or script.startswith("tests/"), script  # test_paths_exist
+            # That the tests' files are there is for test_paths_exist.
+            assert script in ("python", "hf", "tools/test.sh") or script.startswith("tests/"), script
 
 
 @each_page
