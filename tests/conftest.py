@@ -3,14 +3,20 @@
 import os
 
 import pytest
+from support import ENVIRONMENT
 
 pytest_plugins = ["support.order", "support.needs"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """Take back the variables that a file of tests has set: loading DeepSpeed sets some, for all that come after it."""
-    before = dict(os.environ)
+    """Give every file of tests the variables that all began with: some modules set others, such as DeepSpeed."""
+    restore_environment()
     yield
+    restore_environment()
+
+
+def restore_environment() -> None:
+    own = {name: value for name, value in os.environ.items() if name.startswith("PYTEST_")}
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(ENVIRONMENT | own)

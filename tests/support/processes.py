@@ -22,15 +22,15 @@ from subprocess import DEVNULL, PIPE, STDOUT
 
 import torch
 
-from support import ROOT
+from support import ENVIRONMENT, ROOT
 
 # What may differ from the forking parent's: read when a script runs, not when modules are imported.
 FREE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")
 # DeepSpeed, which reads DS_ACCELERATOR, is not imported yet.
 FREE += ("SLURM_", "IBQ_", "PYTEST_", "PATH", "VIRTUAL_ENV", "DS_ACCELERATOR", "TEST_POINTS")
+FREE += ("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK")  # set by PyTorch and DeepSpeed themselves
 HANG_S = 600.0  # bounds a hang, on however busy a machine; no test waits for it
 STANDING = Path(__file__).with_name("standing")  # see support/points.py
-AT_FIRST = dict(os.environ)  # before any test has changed it
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
 
@@ -86,7 +86,7 @@ class ForkServer:
 
     def __init__(self):
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.environment = AT_FIRST | {"OMP_NUM_THREADS": "1"}
+        self.environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
         self.environment.pop("PYTHONPATH", None)
         self._lock, log = threading.Lock(), tempfile.TemporaryFile()  # noqa: SIM115 (closed with this process)
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno()), str(ROOT)]
