@@ -22,6 +22,7 @@ from ibq.data.images import ImageDataset
 from ibq.data.index import index_file, write_shard_index
 from ibq.data.shards import ImageDataConfig, open_images
 from ibq.data.storage import ShardStore, is_url
+from ibq.files import lock
 from ibq.training.run_data import image_data
 
 SHARDS, SAMPLES = 6, 8
@@ -193,21 +194,24 @@ def test_processes_of_a_machine_fetch_a_shard_once(server, tmp_path):
 
 
 def test_the_cache_is_bounded_also_for_several_processes(server, tmp_path):
-    """Each reads all shards in an order of its own, all at once."""
+    """Each reads all shards in an order of its own, all at once; looked at while none of them makes room."""
     index_all(server)
     size = max(path.stat().st_size for path in server.folder.glob("*.tar"))
     limit = 3.2 * size
     context = multiprocessing.get_context("fork")
     arguments = place_of(server), str(tmp_path / "cache"), limit / 2**30
     processes = [context.Process(target=read_shards_in_turn, args=(*arguments, n)) for n in range(4)]
+    cache, most = tmp_path / "cache/shards", 0
+    cache.mkdir(parents=True)
     for process in processes:
         process.start()
-    most = 0
     while any(process.is_alive() for process in processes):
         sizes = []
-        for path in [*(tmp_path / "cache/shards").glob("*.tar"), *(tmp_path / "cache/shards").glob("*.part")]:
-            with contextlib.suppress(FileNotFoundError):
-                sizes.append(path.stat().st_blocks * 512)
+        with open(cache / "room.lock", "w") as file:
+            lock(file, wait=True)
+            for path in [*cache.glob("*.tar"), *cache.glob("*.part")]:
+                with contextlib.suppress(FileNotFoundError):  # renamed, as it is whole now
+                    sizes.append(path.stat().st_blocks * 512)
         most = max(most, sum(sizes))
     assert [process.exitcode for process in processes] == [0] * 4
     assert size < most <= limit
