@@ -1,11 +1,17 @@
 """What holds for all tests."""
 
 import os
+import signal
 
 import pytest
 from support import ENVIRONMENT
 
 pytest_plugins = ["support.order", "support.needs"]
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # So it is in a job in the background; all that tests start would ignore Ctrl-C too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

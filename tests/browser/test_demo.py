@@ -392,6 +392,7 @@ class Page:
     def __init__(self, temporary: Path, *options: str):
         self.temporary = temporary
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(temporary.with_name("inductor"))  # PyTorch's own, which stays
         command = [sys.executable, "tools/demo.py", *options, "--device", "cpu", "--port", "0"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
