@@ -28,9 +28,9 @@ from tools.lib import ROOT
 GIB = 2**30
 IMAGES = ROOT / "tests" / "data" / "emoji64"
 TOKENIZER = (
-    *("model.resolution=64", "model.quantizer.num_codes=16384", "training.max_steps=24", "training.batch_size=8"),
-    *("training.micro_batch=8", "codebook_start={kmeans: true, warmup_steps: 16, images: 256, iterations: 1}"),
-    *("loss.gan.enabled=false", "training.validate_every=null", "training.log_every=8", "schedule.warmup_steps=4"),
+    *("model.resolution=64", "model.quantizer.num_codes=16384", "training.max_steps=8", "training.batch_size=8"),
+    *("training.micro_batch=8", "codebook_start={kmeans: true, warmup_steps: 4, images: 256, iterations: 1}"),
+    *("loss.gan.enabled=false", "training.validate_every=null", "training.log_every=8", "schedule.warmup_steps=2"),
 )
 
 
@@ -116,7 +116,7 @@ def _make_codes(folder: Path, config: str, sizes: list[str], images: int) -> Non
         *TOKENIZER, f"model.quantizer.num_codes={wanted.vocab_size}",
     )  # fmt: skip
     _run(
-        sys.executable, "tools/encode_shards.py", "--tokenizer", str(tokenizer / "checkpoints/step-00000024"),
+        sys.executable, "tools/encode_shards.py", "--tokenizer", str(tokenizer / "checkpoints/step-00000008"),
         "--images", str(IMAGES / "val-*.tar"), "--output", str(folder / "encoded"),
     )  # fmt: skip
     encoded = folder / "encoded"
