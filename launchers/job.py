@@ -21,13 +21,7 @@ if __name__ == "__main__":
 from ibq.config import UserError, exit_on_user_error
 from ibq.files import append_line
 from launchers.lib import ROOT
-from launchers.lib.allocation import (
-    Allocation,
-    Step,
-    current_allocation,
-    deepspeed_command,
-    torchrun_command,
-)
+from launchers.lib.allocation import Allocation, Step, current_allocation, deepspeed_command, torchrun_command
 from launchers.lib.executor import in_code
 from launchers.lib.run_config import check_run, is_training_script, load_run
 

@@ -39,14 +39,7 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import weights_hash
 from ibq.training.run import set_up_torch
-from tools.lib.options import (
-    add_device_options,
-    add_image_options,
-    autocast_of,
-    check_least,
-    device_of,
-    open_images_of,
-)
+from tools.lib.options import add_device_options, add_image_options, autocast_of, check_least, device_of, open_images_of
 from tools.lib.ranks import on_main
 
 PLAN_FILE = "plan.json"

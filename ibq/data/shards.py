@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ibq.config import UserError
-from ibq.data.index import (
-    IMAGE_SUFFIXES,
-    NO_LABEL,
-    ImageIndex,
-    ShardIndex,
-    index_file,
-    index_shard,
-    read_shard_index,
-)
+from ibq.data.index import IMAGE_SUFFIXES, NO_LABEL, ImageIndex, ShardIndex, index_file, index_shard, read_shard_index
 from ibq.data.storage import ShardStore, cache_root, is_url, open_url, shard_name
 from ibq.data.transforms import AugmentConfig
 from ibq.files import write_text
@@ -93,10 +85,7 @@ class ImageDataConfig:
         """Reads these sets' shards."""
         checks = {shard: check for index in indexes for shard, check in index.checks.items()}
         return ShardStore(
-            cache=self.cache() / "shards",
-            limit_bytes=int(self.cache_gib * 2**30),
-            retries=self.retries,
-            checks=checks,
+            cache=self.cache() / "shards", limit_bytes=int(self.cache_gib * 2**30), retries=self.retries, checks=checks
         )
 
 
@@ -110,10 +99,7 @@ def expand_place(place: str) -> list[str]:
 
 
 def open_images(
-    place: str,
-    config: ImageDataConfig | None = None,
-    *,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    place: str, config: ImageDataConfig | None = None, *, report: Callable[[int, int], None] = lambda done, total: None
 ) -> ImageIndex:
     """Index a place; UserError if nothing is there. `report` is told (shards indexed, shards).
 

@@ -78,10 +78,7 @@ def extract(
     for rows in pool.split(BLOCK):
         moments.add(rows)
     return SetFeatures(
-        count=images.count,
-        pool=pool,
-        pool_gaussian=moments.gaussian(),
-        spatial_gaussian=spatial.reduce().gaussian(),
+        count=images.count, pool=pool, pool_gaussian=moments.gaussian(), spatial_gaussian=spatial.reduce().gaussian()
     )
 
 

@@ -117,10 +117,7 @@ class Implementation:
 
 
 def split_tokenizer(
-    state: dict[str, Tensor],
-    source: str,
-    prefixes: tuple[str, ...],
-    network: Callable[[Mapping[str, Tensor]], Shapes],
+    state: dict[str, Tensor], source: str, prefixes: tuple[str, ...], network: Callable[[Mapping[str, Tensor]], Shapes]
 ) -> TokenizerParts:
     """Sort a checkpoint's tensors into parts and check that each part is complete.
 

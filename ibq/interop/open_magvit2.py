@@ -36,9 +36,7 @@ def read(path: str | Path, weights: Weights = "ema", hints: Hints = Hints()) -> 
     config = infer_config(chosen, hints.resolution)
     tensors = chosen | {LEVELS: torch.full((config.quantizer.dim,), 2.0)}
     require_config(config, tensors, source)
-    return [
-        Published(config=config, tensors=tensors, weights=weights, rest=rest_of(state, parts.plain, weights)),
-    ]
+    return [Published(config=config, tensors=tensors, weights=weights, rest=rest_of(state, parts.plain, weights))]
 
 
 def infer_config(tensors: Mapping[str, Tensor], resolution: int | None = None) -> TokenizerConfig:

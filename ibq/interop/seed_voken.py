@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibq.interop.lightning_tokenizer import (
-    DISCRIMINATOR,
-    Implementation,
-    Weights,
-    infer_discriminator_config,
-    rest_of,
-)
+from ibq.interop.lightning_tokenizer import DISCRIMINATOR, Implementation, Weights, infer_discriminator_config, rest_of
 from ibq.interop.published import Hints, Published, require_config, require_settings
 from ibq.interop.reference_tensors import (
     FIRST_STAGE,

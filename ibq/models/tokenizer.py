@@ -65,10 +65,7 @@ class Tokenizer(nn.Module):
         """Reconstruct images [B, 3, H, W]."""
         out = self.quantizer(self.encode_latents(images))
         return TokenizerOutput(
-            reconstruction=self.decode_latents(out.latents),
-            codes=out.codes,
-            losses=out.losses,
-            metrics=out.metrics,
+            reconstruction=self.decode_latents(out.latents), codes=out.codes, losses=out.losses, metrics=out.metrics
         )
 
     def encode_latents(self, images: Tensor) -> Tensor:

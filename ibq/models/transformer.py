@@ -13,16 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ibq.models.transformer_blocks import (
-    Attention,
-    Block,
-    FeedForward,
-    Head,
-    HeadNorm,
-    embedding,
-    linear,
-    rotary_table,
-)
+from ibq.models.transformer_blocks import Attention, Block, FeedForward, Head, HeadNorm, embedding, linear, rotary_table
 from ibq.ops.dropout import dropout
 
 INIT_STD = 0.02

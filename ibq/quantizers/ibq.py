@@ -90,10 +90,7 @@ class IndexBackpropQuantizer(CodebookQuantizer):
             latents=result.latents.view(batch, height, width, self.dim).permute(0, 3, 1, 2),
             codes=result.codes.view(batch, height, width),
             losses={"quantization": result.quantization_loss, "entropy": entropy},
-            metrics={
-                "sample_entropy": result.sample_entropy.detach(),
-                "batch_entropy": result.batch_entropy.detach(),
-            },
+            metrics={"sample_entropy": result.sample_entropy.detach(), "batch_entropy": result.batch_entropy.detach()},
         )
 
     def _best(self, tokens: Tensor, codebook: Tensor) -> Tensor:

@@ -116,10 +116,7 @@ class VectorQuantizer(CodebookQuantizer):
             if any(self.entropy_weights):
                 losses["entropy"], metrics = self._entropy_loss(tokens, codebook)
         return QuantizerOutput(
-            latents=to_grid(straight_through(tokens, rows), z),
-            codes=to_grid(codes, z),
-            losses=losses,
-            metrics=metrics,
+            latents=to_grid(straight_through(tokens, rows), z), codes=to_grid(codes, z), losses=losses, metrics=metrics
         )
 
     def _quantization_loss(self, tokens: Tensor, rows: Tensor) -> Tensor:
@@ -135,10 +132,7 @@ class VectorQuantizer(CodebookQuantizer):
             tokens = torch.cat([2 * tokens, torch.ones_like(tokens[:, :1])], dim=1)
             codebook = torch.cat([codebook, -codebook.square().sum(dim=1, keepdim=True)], dim=1)
         entropies = softmax_entropies(
-            tokens,
-            codebook,
-            temperature=self.config.entropy_temperature,
-            mean_over_ranks=self.mean_over_ranks,
+            tokens, codebook, temperature=self.config.entropy_temperature, mean_over_ranks=self.mean_over_ranks
         )
         sample, batch = entropies.sample_entropy, entropies.batch_entropy
         weights = self.entropy_weights

@@ -20,11 +20,7 @@ class ARTask:
     """Trains a transformer on codes, or on images through a frozen tokenizer."""
 
     def __init__(
-        self,
-        engine: Engine,
-        *,
-        hyper: Callable[[int], dict[str, GroupHyper]],
-        tokenizer: Tokenizer | None = None,
+        self, engine: Engine, *, hyper: Callable[[int], dict[str, GroupHyper]], tokenizer: Tokenizer | None = None
     ):
         self.engines = {"transformer": engine}
         self.engine, self.hyper, self.tokenizer = engine, hyper, tokenizer

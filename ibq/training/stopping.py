@@ -76,11 +76,7 @@ def write_status(
     said = {"state": state, "step": step, "total_steps": total_steps, "reason": reason}
     if said.items() <= read_status(folder).items() and state != "running":
         return  # a finished run that is started again stays as it is
-    status = said | {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-    }
+    status = said | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(), "pid": os.getpid()}
     with contextlib.suppress(OSError):
         write_text(folder / STATUS_FILE, json.dumps(status, indent=1) + "\n")
 

@@ -256,9 +256,7 @@ class TokenizerTask:
         self.tokenizer.train()
         grid = torch.stack([report.originals, report.reconstructions]) if len(report.originals) else torch.empty(0)
         return Validation(
-            metrics=report.metrics,
-            score=report.metrics["psnr"],
-            images={"original_above_reconstruction": grid},
+            metrics=report.metrics, score=report.metrics["psnr"], images={"original_above_reconstruction": grid}
         )
 
     def _averages(self) -> dict[str, Tensor]:

@@ -98,13 +98,7 @@ def time_steps(step: Callable[[], float], stopwatch: Stopwatch, held_bytes: int,
         if seconds < best:
             best, parts = seconds, {name.removeprefix("seconds/"): value for name, value in own.items()}
     peak_gib = peak + held_bytes / GIB
-    return {
-        "seconds": best,
-        "parts": parts,
-        "peak_gib": peak_gib,
-        "losses": losses,
-        "threads": torch.get_num_threads(),
-    }
+    return {"seconds": best, "parts": parts, "peak_gib": peak_gib, "losses": losses, "threads": torch.get_num_threads()}
 
 
 def machine_rates(bf16: Sequence[Shape], fp32: Sequence[Shape], device: str) -> dict[str, float]:

@@ -46,10 +46,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def _ratio(form: dict, kept: dict) -> dict[str, float]:
-    return {
-        "memory": form["activation_gib"] / kept["activation_gib"],
-        "time": form["seconds"] / kept["seconds"],
-    }
+    return {"memory": form["activation_gib"] / kept["activation_gib"], "time": form["seconds"] / kept["seconds"]}
 
 
 def table(figures: dict) -> str:

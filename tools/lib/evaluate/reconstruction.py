@@ -17,12 +17,7 @@ from ibq.data.images import BadSample, ImageDataset, Subset
 from ibq.data.loader import validation_batches
 from ibq.evaluation.features import RESIZING, Inception, load_inception, weights_at_hand
 from ibq.evaluation.image_sets import PixelHash
-from ibq.evaluation.reconstruction import (
-    BLOCK,
-    MIN_TOKENS_PER_CODE,
-    ReconstructionReport,
-    evaluate_reconstruction,
-)
+from ibq.evaluation.reconstruction import BLOCK, MIN_TOKENS_PER_CODE, ReconstructionReport, evaluate_reconstruction
 from ibq.files import whole_file
 from ibq.models.perceptual import BACKBONES, build_lpips
 from ibq.models.tokenizer import Tokenizer
