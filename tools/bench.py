@@ -6,7 +6,9 @@ python tools/bench.py loader --json loader.json
 import argparse
 import importlib
 import json
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +18,8 @@ if __name__ == "__main__":
 
 from ibq.config import exit_on_user_error
 from ibq.files import write_text
-from tools.lib.bench.record import file_of, origin
+from ibq.training.provenance import origin
+from tools.lib.bench.record import file_of
 
 # Each has the module tools/lib/bench/NAME.py, which is read only when it is asked for: most read PyTorch.
 BENCHES = {
@@ -63,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = bench.measure(arguments)
     print(bench.table(figures))
     if arguments.json:
-        write_text(arguments.json, json.dumps({"origin": origin(argv), **figures}, indent=1) + "\n")
+        where = origin(shlex.join(["python", "tools/bench.py", *argv])) | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        write_text(arguments.json, json.dumps({"origin": where, **figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,21 @@ def start_record(root: Path) -> dict:
     }
 
 
+def origin(command: str) -> dict:
+    """What a file of figures says of where they come from: command, code, PyTorch's version and machine."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "command": command,
+        **git_state(Path(__file__).resolve().parents[2]),
+        "torch": torch.__version__,
+        "cpu": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
 def packages() -> list[str]:
     """NAME==VERSION of all that is installed.
 

@@ -1,6 +1,7 @@
 """What the pages (every README.md) say is true: their commands, paths, links, settings and the Python example."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -153,6 +154,17 @@ def test_links_and_pictures_exist(page):
         if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
             missing.append(target)
     assert not missing, f"{page} links to what does not exist: {missing}"
+
+
+def test_raw_results_are_named_and_say_where_they_come_from():
+    """Each is BENCH_MODEL_HARDWARE_YYYYMM.json, stands on the page beside it, and was written by the bench it names."""
+    others = {"sweep": "python launchers/sweep.py ", "quickstart": "bash tools/quickstart.sh"}
+    for file in sorted((ROOT / "tools/results").glob("*.json")):
+        bench, *_ = re.fullmatch(r"([a-z-]+)_([\w.-]+)_([\w.-]+)_(\d{6})", file.stem).groups()
+        assert f"({file.name})" in TEXT[Path("tools/results/README.md")], file.name
+        origin = json.loads(file.read_text())["origin"]
+        assert origin["command"].startswith(others.get(bench, f"python tools/bench.py {bench} ")), file.name
+        assert origin["edited"] is False, f"{file.name} is of code that no revision has"
 
 
 def is_setting(name: str) -> bool:

@@ -19,6 +19,7 @@ from ibq.models.transformer import TransformerConfig
 from ibq.reports.ablation import COLUMNS, AblationData, cell, columns_of, head, write_ablation
 from ibq.reports.figures import as_number
 from ibq.scaling.transformer import transformer_flops, transformer_parameters, transformer_weights
+from ibq.training.provenance import origin
 from ibq.training.stopping import read_status
 from launchers.lib.run_config import is_training_script, load_run
 from launchers.lib.sweep.grid import PICTURES, Run, SweepConfig
@@ -43,7 +44,7 @@ def write_results(config: SweepConfig, runs: Sequence[Run], options: str) -> Non
     rows = {run.name: figures(run) for run in done}
     results = {
         "name": config.name,
-        "command": f"python launchers/sweep.py {options}",
+        "origin": origin(f"python launchers/sweep.py {options}"),
         "missing": [run.name for run in runs if run not in done],
         "columns": {name: COLUMNS[name][0] for name in columns_of(rows)},
         "runs": [{"run": run.name, "settings": list(run.overrides), **rows[run.name]} for run in done],
@@ -175,5 +176,5 @@ def ablation_data(config: SweepConfig, done: Sequence[Run], results: Mapping[str
         curves=curves,
         originals=originals,
         reconstructions=reconstructions,
-        command=results["command"],
+        command=results["origin"]["command"],
     )

@@ -1,34 +1,12 @@
-"""Where a bench's figures come from, and where they are kept."""
+"""Where a bench's figures are kept."""
 
 import argparse
 import os
-import platform
 import re
-import shlex
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from ibq.training.provenance import git_state
-from tools.lib import ROOT
-
 # PyTorch is imported where it is needed: --help should not wait for it.
-
-
-def origin(argv: Sequence[str]) -> dict:
-    """What a file of figures says of where they come from: command, code, versions and machine."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return {
-        "command": shlex.join(["python", "tools/bench.py", *argv]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **git_state(ROOT),
-        "torch": torch.__version__,
-        "cpu": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def file_of(place: Path, arguments: argparse.Namespace) -> Path:

@@ -25,6 +25,7 @@ from ibq.config import UserError, exit_on_user_error
 from ibq.data.index import ImageIndex
 from ibq.data.shards import open_images, open_split
 from ibq.files import remove, write_text
+from ibq.training.provenance import origin
 from tools.lib import ROOT
 
 # PyTorch is imported where it is needed: --help should not wait for it.
@@ -291,6 +292,7 @@ def report(quickstart: Quickstart) -> None:
     metrics["steps"] = {stage: quickstart.plan[stage] for stage in STEP_LIMITS}
     metrics["parts"] = {name.replace("_", " "): seconds for name, seconds in quickstart.seconds.items()}
     metrics["seconds"] = quickstart.elapsed()
+    metrics["origin"] = origin(f"bash tools/quickstart.sh {shlex.join(sys.argv[1:])}".strip())
     write_page(output, metrics, quickstart.place.index("train"))
     write_text(output / "metrics.json", json.dumps(metrics, indent=1))
 
