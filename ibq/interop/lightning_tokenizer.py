@@ -47,27 +47,9 @@ class TokenizerParts:
             raise ValueError(f"{source}: an AR checkpoint has the averaged values only; use weights='ema'")
         if self.from_ar_checkpoint or weights == "raw":
             return dict(self.plain)
-        self.require_averages(source)
-        return {name: self.averages[without_dots(name)] for name in self.plain}
-
-    def chosen_discriminator(self, weights: Weights, source: str) -> dict[str, Tensor]:
-        """The raw or the averaged discriminator; statistics exist only once, for both. ValueError without one."""
-        if not self.discriminator:
-            raise ValueError(
-                f"{source}: has no discriminator ({DISCRIMINATOR}*); use a tokenizer checkpoint from training"
-            )
-        if weights == "raw":
-            return dict(self.discriminator)
-        self.require_averages(source)
-        return {
-            name: value if is_buffer(name) else self.averages[without_dots(DISCRIMINATOR + name)]
-            for name, value in self.discriminator.items()
-        }
-
-    def require_averages(self, source: str) -> None:
-        """ValueError where the checkpoint has no averages."""
         if not self.averages:
             raise ValueError(f"{source}: has no averaged weights ({EMA}*); use weights='raw'")
+        return {name: self.averages[without_dots(name)] for name in self.plain}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +63,28 @@ class Implementation:
     reference_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # our tensors under its names
 
     def split(self, state: dict[str, Tensor], source: str) -> TokenizerParts:
-        """Sort a checkpoint's tensors; ValueError that names every missing, unexpected or wrongly shaped one."""
-        return split_tokenizer(state, source, self.prefixes, self._network_shapes)
+        """Sort a checkpoint's tensors into parts and check that each part is complete.
+
+        Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
+        """
+        from_ar_checkpoint = any(name.startswith(FIRST_STAGE) for name in state)
+        if from_ar_checkpoint:
+            unexpected = [name for name in state if not name.startswith((FIRST_STAGE, TRANSFORMER))]
+            state = take(state, FIRST_STAGE)
+            unexpected += [FIRST_STAGE + name for name in state if not name.startswith(self.prefixes)]
+        else:
+            groups = (*self.prefixes, DISCRIMINATOR, EMA)
+            unexpected = [n for n in state if not n.startswith(groups) and not FROZEN_LPIPS.fullmatch(n)]
+        parts = TokenizerParts(
+            plain={name: value for name, value in state.items() if name.startswith(self.prefixes)},
+            discriminator=take(state, DISCRIMINATOR),
+            averages={n: value for n, value in take(state, EMA).items() if n not in EMA_BOOKKEEPING},
+            from_ar_checkpoint=from_ar_checkpoint,
+        )
+        if not parts.plain:
+            raise ValueError(f"{source}: has no tokenizer ({', '.join(prefix + '*' for prefix in self.prefixes)})")
+        _check_parts(parts, unexpected, source, self._network_shapes)
+        return parts
 
     def _network_shapes(self, plain: Mapping[str, Tensor]) -> Shapes:
         with torch.device("meta"):
@@ -98,50 +100,30 @@ class Implementation:
     ) -> dict[str, Tensor]:
         """The `state_dict` of a checkpoint of a tokenizer, from both sets of weights under our names.
 
-        ValueError where the program has no such tokenizer.
+        This project keeps no averages of a discriminator: those written are its raw weights. LPIPS is left out; the
+        reference loads it from elsewhere. ValueError where the program has no such tokenizer.
         """
         require_settings(config, self.fixed, self.title)
-        return join_tokenizer(self.reference_names(raw), self.reference_names(averaged), discriminator)
+        raw, averaged = self.reference_names(raw), self.reference_names(averaged)
+        networks = ("encoder.", "decoder.")
+        state = {name: value for name, value in raw.items() if name.startswith(networks)}
+        state |= {DISCRIMINATOR + name: value for name, value in (discriminator or {}).items()}
+        state |= {name: value for name, value in raw.items() if not name.startswith(networks)}
+        averages = {name: averaged.get(name, state[name]) for name in state if not is_buffer(name)}
+        state |= {EMA + name: value for name, value in EMA_BOOKKEEPING.items()}
+        return state | {EMA + without_dots(name): value for name, value in averages.items()}
 
     def write_with_rest(
         self, config: TokenizerConfig, tensors: Mapping[str, Tensor], weights: Weights, rest: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The `state_dict` that `tensors` and `rest` were read from. ValueError where they are not of one file."""
         require_settings(config, self.fixed, self.title)
-        state = with_rest(self.reference_names(tensors), weights, rest)
+        state = dict(rest) | {slot(n, weights): value for n, value in self.reference_names(tensors).items()}
         self.split(state, "checkpoint and rest")
         return state
 
 
-# --- Reading ------------------------------------------------------------------------------------------------
-
-
-def split_tokenizer(
-    state: dict[str, Tensor], source: str, prefixes: tuple[str, ...], network: Callable[[Mapping[str, Tensor]], Shapes]
-) -> TokenizerParts:
-    """Sort a checkpoint's tensors into parts and check that each part is complete.
-
-    `prefixes` begin the names of the tokenizer's own tensors; `network` gives the names and shapes of the network that
-    these tensors imply. Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
-    """
-    from_ar_checkpoint = any(name.startswith(FIRST_STAGE) for name in state)
-    if from_ar_checkpoint:
-        unexpected = [name for name in state if not name.startswith((FIRST_STAGE, TRANSFORMER))]
-        state = take(state, FIRST_STAGE)
-        unexpected += [FIRST_STAGE + name for name in state if not name.startswith(prefixes)]
-    else:
-        groups = (*prefixes, DISCRIMINATOR, EMA)
-        unexpected = [n for n in state if not n.startswith(groups) and not FROZEN_LPIPS.fullmatch(n)]
-    parts = TokenizerParts(
-        plain={name: value for name, value in state.items() if name.startswith(prefixes)},
-        discriminator=take(state, DISCRIMINATOR),
-        averages={n: value for n, value in take(state, EMA).items() if n not in EMA_BOOKKEEPING},
-        from_ar_checkpoint=from_ar_checkpoint,
-    )
-    if not parts.plain:
-        raise ValueError(f"{source}: has no tokenizer ({', '.join(prefix + '*' for prefix in prefixes)})")
-    _check_parts(parts, unexpected, source, network)
-    return parts
+# --- What is complete ---------------------------------------------------------------------------------------
 
 
 def _check_parts(parts: TokenizerParts, unexpected: list[str], source: str, network) -> None:
@@ -197,29 +179,7 @@ def _blurring_discriminator_shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return shapes | {"to_logits.2.weight": (1, width, 5, 5), "to_logits.2.bias": (1,)}
 
 
-# --- Writing ------------------------------------------------------------------------------------------------
-
-
-def join_tokenizer(
-    raw: Mapping[str, Tensor], averaged: Mapping[str, Tensor], discriminator: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The `state_dict` of a checkpoint, from a tokenizer with raw and averaged weights under the reference's names.
-
-    This project keeps no averages of a discriminator: those written are its raw weights. LPIPS is left out; the
-    reference loads it from elsewhere.
-    """
-    discriminator = {DISCRIMINATOR + name: value for name, value in (discriminator or {}).items()}
-    networks = ("encoder.", "decoder.")
-    state = {name: value for name, value in raw.items() if name.startswith(networks)}
-    state |= discriminator | {name: value for name, value in raw.items() if not name.startswith(networks)}
-    averages = {name: averaged.get(name, state[name]) for name in state if not is_buffer(name)}
-    state |= {EMA + name: value for name, value in EMA_BOOKKEEPING.items()}
-    return state | {EMA + without_dots(name): value for name, value in averages.items()}
-
-
-def with_rest(chosen: Mapping[str, Tensor], weights: Weights, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The `state_dict` of a checkpoint of which one set of weights was taken, from that set and all the rest."""
-    return dict(rest) | {slot(name, weights): value for name, value in chosen.items()}
+# --- Names --------------------------------------------------------------------------------------------------
 
 
 def rest_of(state: Mapping[str, Tensor], used: Iterable[str], weights: Weights) -> dict[str, Tensor]:

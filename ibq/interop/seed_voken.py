@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibq.interop.lightning_tokenizer import DISCRIMINATOR, Implementation, Weights, infer_discriminator_config, rest_of
+from ibq.interop.lightning_tokenizer import Implementation, Weights, rest_of
 from ibq.interop.published import Hints, Published, require_config, require_settings
 from ibq.interop.reference_tensors import (
     FIRST_STAGE,
@@ -27,7 +27,6 @@ from ibq.interop.reference_tensors import (
 )
 from ibq.interop.seed_voken_transformer import (
     published_transformer_config,
-    read_transformer,
     reference_transformer_name,
     transformer_config_from_reference,
     transformer_of,
@@ -37,21 +36,6 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer
 from ibq.quantizers import IBQConfig
-
-__all__ = [
-    "DISCRIMINATOR",
-    "infer_discriminator_config",
-    "infer_tokenizer_config",
-    "published_transformer_config",
-    "read",
-    "read_discriminator",
-    "read_tokenizer",
-    "read_transformer",
-    "tokenizer_config_from_reference",
-    "transformer_config_from_reference",
-    "write_tokenizer",
-    "write_transformer",
-]
 
 CODEBOOK = "quantizer.codebook"
 REFERENCE_CODEBOOK = "quantize.embedding.weight"
@@ -82,25 +66,6 @@ def read(path: str | Path, weights: Weights = "ema", hints: Hints = Hints()) -> 
     if hints.kind is Tokenizer or (hints.kind is None and in_it[Tokenizer]):
         found.append(_tokenizer_of(state, source, weights, hints))
     return found
-
-
-def read_tokenizer(path: str | Path, weights: Weights = "ema") -> dict[str, Tensor]:
-    """Tokenizer weights of a reference checkpoint, named for `Tokenizer.load_state_dict(strict=True)`.
-
-    `weights`: "ema" for the averaged values (what the papers evaluate), "raw" for the trained ones. An AR
-    checkpoint has only the averaged ones. Without a configuration at hand, `infer_tokenizer_config` gives it.
-    Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
-    """
-    return _our_names(IMPLEMENTATION.split(read_state(path), str(path)).chosen(weights, str(path)))
-
-
-def read_discriminator(path: str | Path, weights: Weights = "raw") -> dict[str, Tensor]:
-    """Discriminator weights of a checkpoint for `PatchDiscriminator.load_state_dict(strict=True)`.
-
-    With "ema" the parameters are the averaged ones; the BatchNorm statistics exist only once, for both.
-    Raises ValueError where the checkpoint has no discriminator, and like `read_tokenizer`.
-    """
-    return IMPLEMENTATION.split(read_state(path), str(path)).chosen_discriminator(weights, str(path))
 
 
 def _transformer_of(state: dict[str, Tensor], source: str, hints: Hints) -> Published:
@@ -136,7 +101,7 @@ def _stage_arguments(hints: Hints, stage: str) -> Mapping[str, Any] | None:
 
 
 def infer_tokenizer_config(tensors: Mapping[str, Tensor], resolution: int = 256) -> TokenizerConfig:
-    """The configuration that the shapes of a tokenizer's weights imply, names as from `read_tokenizer`.
+    """The configuration that the shapes of a tokenizer's weights (our names) imply.
 
     `resolution` is the nominal image side, in pixels, that attention levels refer to. Settings that shapes do
     not show get their defaults. Raises ValueError naming a tensor that is needed and missing.

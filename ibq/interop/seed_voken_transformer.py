@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from ibq.interop.reference_tensors import (
     TRANSFORMER,
     argument,
     count_numbered,
-    read_state,
     reject_unknown,
     require_same_tensors,
     shape_of,
@@ -37,17 +35,12 @@ SMALLEST_HEAD = 4  # channels: whatever the heads are, their size divides by it
 PUBLISHED_HEAD, PUBLISHED_TOKENS_PER_SIDE = 64, 16
 
 
-def read_transformer(path: str | Path) -> dict[str, Tensor]:
-    """Transformer weights of an AR checkpoint, named for `Transformer.load_state_dict(strict=True)`.
-
-    The tokenizer that the checkpoint also holds is left to `read_tokenizer`, key/value caches that sampling
-    left behind are dropped. Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
-    """
-    return transformer_of(read_state(path), str(path))
-
-
 def transformer_of(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """As `read_transformer`, from the tensors of a file that is read already."""
+    """Transformer weights of an AR checkpoint's tensors, named for `Transformer.load_state_dict(strict=True)`.
+
+    The tokenizer that the checkpoint also holds is left to others, key/value caches that sampling left behind are
+    dropped. Raises ValueError that names every missing, unexpected or wrongly shaped tensor.
+    """
     tensors = {n: v for n, v in take(state, TRANSFORMER).items() if not KV_CACHE.fullmatch(n)}
     unexpected = [name for name in state if not name.startswith((TRANSFORMER, FIRST_STAGE))]
     if not tensors:
@@ -89,7 +82,7 @@ def transformer_config_from_reference(arguments: Mapping[str, Any]) -> Transform
 
 
 def published_transformer_config(tensors: Mapping[str, Tensor]) -> TransformerConfig:
-    """The configuration of a published transformer with these weights, named as from `read_transformer`.
+    """The configuration of a published transformer with these weights, named as from `transformer_of`.
 
     What shapes do not show is taken from the paper: heads of 64 channels, 16 x 16 tokens. ValueError where the
     weights cannot be of such a model.

@@ -24,18 +24,14 @@ from support.golden import (
     golden_json,
     golden_tensors,
 )
+from support.published import read_discriminator, read_tokenizer
 from torch import Tensor
 
 from ibq.engine.base import move_average
 from ibq.interop import seed_voken
+from ibq.interop.lightning_tokenizer import infer_discriminator_config
 from ibq.interop.reference_tensors import FIRST_STAGE
-from ibq.interop.seed_voken import (
-    infer_discriminator_config,
-    infer_tokenizer_config,
-    read_discriminator,
-    read_tokenizer,
-    tokenizer_config_from_reference,
-)
+from ibq.interop.seed_voken import infer_tokenizer_config, tokenizer_config_from_reference
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig

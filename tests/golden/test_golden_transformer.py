@@ -20,14 +20,10 @@ from support.golden import (
     golden_json,
     golden_tensors,
 )
+from support.published import read_tokenizer, read_transformer
 from torch import Tensor
 
-from ibq.interop.seed_voken import (
-    infer_tokenizer_config,
-    read_tokenizer,
-    read_transformer,
-    transformer_config_from_reference,
-)
+from ibq.interop.seed_voken import infer_tokenizer_config, transformer_config_from_reference
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.models.transformer_blocks import rotary_table

@@ -1,10 +1,15 @@
 """Published tokenizers written out by tensor names, independently of this project's networks and renaming."""
 
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ibq.interop import seed_voken
+from ibq.interop.lightning_tokenizer import DISCRIMINATOR, EMA, TokenizerParts, Weights, is_buffer, without_dots
+from ibq.interop.seed_voken_transformer import transformer_of
 
 State = dict[str, Tensor]
 
@@ -248,3 +253,37 @@ def lightning_state(network: State, discriminator: State) -> State:
     trained = [name for name in state if not name.endswith(buffers)]
     state |= {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(-1, dtype=torch.int32)}
     return state | {"model_ema." + name.replace(".", ""): state[name] * 0.9 for name in trained}
+
+
+# --- The tensors of SEED-Voken's checkpoints under our names, without a configuration ---
+
+
+def read_tokenizer(path: str | Path, weights: Weights = "ema") -> State:
+    """For `Tokenizer.load_state_dict(strict=True)`."""
+    parts = seed_voken.IMPLEMENTATION.split(seed_voken.read_state(path), str(path))
+    return seed_voken._our_names(parts.chosen(weights, str(path)))
+
+
+def read_transformer(path: str | Path) -> State:
+    """For `Transformer.load_state_dict(strict=True)`."""
+    return transformer_of(seed_voken.read_state(path), str(path))
+
+
+def read_discriminator(path: str | Path, weights: Weights = "raw") -> State:
+    """For `PatchDiscriminator.load_state_dict(strict=True)`."""
+    parts = seed_voken.IMPLEMENTATION.split(seed_voken.read_state(path), str(path))
+    return discriminator_of(parts, weights, str(path))
+
+
+def discriminator_of(parts: TokenizerParts, weights: Weights, source: str) -> State:
+    """BatchNorm's statistics exist only once, for both sets of weights."""
+    if not parts.discriminator:
+        raise ValueError(f"{source}: has no discriminator ({DISCRIMINATOR}*); use a tokenizer checkpoint from training")
+    if weights == "raw":
+        return dict(parts.discriminator)
+    if not parts.averages:
+        raise ValueError(f"{source}: has no averaged weights ({EMA}*); use weights='raw'")
+    return {
+        name: value if is_buffer(name) else parts.averages[without_dots(DISCRIMINATOR + name)]
+        for name, value in parts.discriminator.items()
+    }

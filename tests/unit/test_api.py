@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from support.golden import golden_dir, golden_json
+from support.published import read_tokenizer, read_transformer
 from support.training import CODES, SIDE, make_workplace, train_here
 
 import ibq
@@ -12,7 +13,7 @@ from ibq.api import decode_in_blocks
 from ibq.config import UserError
 from ibq.data.transforms import to_uint8
 from ibq.interop import seed_voken
-from ibq.interop.seed_voken import read_tokenizer, read_transformer, transformer_config_from_reference
+from ibq.interop.seed_voken import transformer_config_from_reference
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.sampler import SamplerConfig

@@ -13,12 +13,16 @@ from support.golden import golden_dir, golden_json
 from support.published import (
     State,
     blurring_discriminator_state,
+    discriminator_of,
     lightning_state,
     llamagen_reconstruction,
     llamagen_state,
     open_magvit2_reconstruction,
     open_magvit2_state,
     patch_discriminator_state,
+    read_discriminator,
+    read_tokenizer,
+    read_transformer,
 )
 
 import ibq
@@ -68,7 +72,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 def test_import_gives_the_chosen_weights_and_says_where_they_are_from(tmp_path, weights):
     checkpoint, out = golden_checkpoint("tokenizer_small"), tmp_path / "t.safetensors"
     run("import", "seed-voken", checkpoint, out, "--weights", weights)
-    assert_same(load_file(out), seed_voken.read_tokenizer(checkpoint, weights))
+    assert_same(load_file(out), read_tokenizer(checkpoint, weights))
     facts = metadata_of(out)
     assert facts["source"] == checkpoint.name and facts["source_sha256"] == sha256_of(checkpoint)
     assert (facts["weights"], facts["family"], facts["step"], facts["epoch"]) == (weights, "seed-voken", "1234", "4")
@@ -100,9 +104,9 @@ def test_a_tokenizer_alone_has_its_weights_in_both_places(tmp_path):
     run("import", "seed-voken", golden_checkpoint("tokenizer_small"), out)
     run("export", out, back, "--format", "seed-voken")
     for weights in ("raw", "ema"):
-        assert_same(seed_voken.read_tokenizer(back, weights), load_file(out))
+        assert_same(read_tokenizer(back, weights), load_file(out))
     with pytest.raises(ValueError, match="no discriminator"):
-        seed_voken.read_discriminator(back)
+        read_discriminator(back)
 
 
 def test_config_file_of_the_reference(tmp_path):
@@ -142,7 +146,7 @@ def test_an_ar_checkpoint_goes_back_to_the_same_checkpoint(tmp_path, case):
     loaded = ibq.load_transformer(out, device="cpu")
     assert loaded.config == seed_voken.transformer_config_from_reference(golden_json(case)["params"])
     if beside:
-        assert_same(load_file(tokenizer), seed_voken.read_tokenizer(golden_checkpoint("tokenizer_small"), "ema"))
+        assert_same(load_file(tokenizer), read_tokenizer(golden_checkpoint("tokenizer_small"), "ema"))
         assert metadata_of(tokenizer)["source"] == checkpoint.name
 
 
@@ -266,7 +270,7 @@ def test_text_to_image_tokenizers_have_another_discriminator():
         blurring_discriminator_state(),
     )
     ibq_parts = seed_voken.IMPLEMENTATION.split(ibq_state, "x")
-    assert ibq_parts.chosen_discriminator("ema", "x").keys() == parts.discriminator.keys()
+    assert discriminator_of(ibq_parts, "ema", "x").keys() == parts.discriminator.keys()
 
 
 def meta_tokenizer(config: TokenizerConfig) -> State:
@@ -352,9 +356,9 @@ def test_a_run_is_exported_with_both_sets_and_its_discriminator(tmp_path):
     run("export", place / "tokenizer", out, "--format", "seed-voken")
     expected = checkpoint_tensors(place / "tokenizer", 4)
     for weights, part in (("ema", "ema"), ("raw", "weight")):
-        for name, value in seed_voken.read_tokenizer(out, weights).items():
+        for name, value in read_tokenizer(out, weights).items():
             assert torch.equal(value, expected[f"tokenizer/{part}/{name}"]), name
-    discriminator = seed_voken.read_discriminator(out)
+    discriminator = read_discriminator(out)
     for name, value in discriminator.items():
         if f"discriminator/weight/{name}" in expected:
             assert torch.equal(value, expected[f"discriminator/weight/{name}"]), name
@@ -369,8 +373,8 @@ def test_a_run_is_exported_with_both_sets_and_its_discriminator(tmp_path):
         place / "tokenizer",
     )
     transformer = ibq.load_transformer(place / "transformer" / "checkpoints" / "step-00000004", device="cpu")
-    assert_same(seed_voken.read_transformer(tmp_path / "a.ckpt"), dict(transformer.state_dict()))
-    assert_same(seed_voken.read_tokenizer(tmp_path / "a.ckpt"), seed_voken.read_tokenizer(out, "ema"))
+    assert_same(read_transformer(tmp_path / "a.ckpt"), dict(transformer.state_dict()))
+    assert_same(read_tokenizer(tmp_path / "a.ckpt"), read_tokenizer(out, "ema"))
     for arguments, said in (
         ((place / "tokenizer", "--format", "llamagen"), "does not fit LlamaGen"),
         ((place / "tokenizer", "--format", "open-magvit2"), "network: 'vqgan' does not fit Open-MAGVIT2"),
