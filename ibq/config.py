@@ -34,16 +34,6 @@ from ibq.config_yaml import (
     wrap,
 )
 
-__all__ = [
-    "ConfigError",
-    "UserError",
-    "config_to_dict",
-    "dump_config",
-    "exit_on_user_error",
-    "load_config",
-    "parse_config",
-]
-
 Config = TypeVar("Config")
 COMMAND_LINE = "command line"
 # PyYAML (YAML 1.1) reads a number as text where the point or the exponent's sign is missing: 1e-4, 1.5e3.

@@ -34,7 +34,20 @@ class BadSampleError(ValueError):
         self.sample = sample
 
 
-class ImageDataset(torch.utils.data.Dataset):
+class BatchSource:
+    """Images by number, in batches, of what has a `fill`."""
+
+    sample_shape: tuple[int, int, int]  # of an image as `fill` writes it
+
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
+        """What `fill` gives, as tensors: images uint8 [B, 3, S, S], channels last in memory, and labels [B]."""
+        out = np.empty((len(numbers), *self.sample_shape), np.uint8)
+        labels, bad = self.fill(numbers, out)
+        images = torch.from_numpy(out[: len(labels)]).permute(0, 3, 1, 2)
+        return images, torch.tensor(labels, dtype=torch.int64), bad
+
+
+class ImageDataset(BatchSource, torch.utils.data.Dataset):
     """(image uint8 [3, S, S], label) for a sample number, or for (number, epoch) with that epoch's augmentation.
 
     `augment`: random views, one fixed view, or None for the centre crop. Raises BadSampleError.
@@ -51,7 +64,7 @@ class ImageDataset(torch.utils.data.Dataset):
         store: ShardStore | None = None,
     ):
         self.index = index
-        self.size = size
+        self.size, self.sample_shape = size, (size, size, 3)
         self.augment = augment
         self.seed = seed
         self.store = store or ShardStore(checks=index.checks)
@@ -65,11 +78,6 @@ class ImageDataset(torch.utils.data.Dataset):
         number, epoch = key if isinstance(key, tuple) else (key, 0)
         return torch.from_numpy(self.pixels(number, epoch).copy()).permute(2, 0, 1), int(self.index.label[number])
 
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """Of an image as `fill` writes it."""
-        return self.size, self.size, 3
-
     def fill(self, numbers: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
         """Write images to `out` [B, S, S, 3]; (labels of those that could be written, what had to be left out)."""
         labels, bad = [], []
@@ -80,10 +88,6 @@ class ImageDataset(torch.utils.data.Dataset):
             except BadSampleError as error:
                 bad.append(error.sample)
         return labels, bad
-
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        """(images uint8 [B, 3, S, S], labels [B], what had to be left out) of samples that are taken once each."""
-        return filled(self, numbers)
 
     def pixels(self, number: int, epoch: int) -> np.ndarray:
         """One view: uint8 [S, S, 3], read-only."""
@@ -116,7 +120,7 @@ class ImageDataset(torch.utils.data.Dataset):
         raise BadSampleError(BadSample(entry.shard, self.index.key(number), problem))
 
 
-class ImageStream:
+class ImageStream(BatchSource):
     """(images uint8 [B, 3, S, S], labels [B], bad samples) for a list of positions of an order.
 
     A sample that can't be used is replaced by the next good one of its stream, whatever the ranks and workers.
@@ -129,10 +133,6 @@ class ImageStream:
     def sample_shape(self) -> tuple[int, int, int]:
         """Of an image as `fill` writes it."""
         return self.sets[0].sample_shape
-
-    def batch(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        """The images that stand at these positions."""
-        return filled(self, positions)
 
     def fill(self, positions: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
         """Write images to `out` [B, S, S, 3]; (their labels, the samples that were replaced)."""
@@ -157,35 +157,18 @@ class ImageStream:
         raise UserError(f"{GIVE_UP:,} samples in a row can't be used, the first: {BadSampleError(problem)}")
 
 
-class Subset:
+class Subset(BatchSource):
     """Some images of a set, in the form of the whole set."""
 
     def __init__(self, dataset: ImageDataset, numbers: Sequence[int]):
-        self.dataset, self.numbers = dataset, numbers
+        self.dataset, self.numbers, self.sample_shape = dataset, numbers, dataset.sample_shape
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """As the set's own."""
-        return self.dataset.sample_shape
-
-    def batch(self, places: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        """As the set's own."""
-        return self.dataset.batch([self.numbers[place] for place in places])
-
     def fill(self, places: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
         """As the set's own."""
         return self.dataset.fill([self.numbers[place] for place in places], out)
-
-
-def filled(source, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-    """What `source.fill` gives, as tensors: images uint8 [B, 3, S, S], channels last in memory, and labels [B]."""
-    out = np.empty((len(numbers), *source.sample_shape), np.uint8)
-    labels, bad = source.fill(numbers, out)
-    images = torch.from_numpy(out[: len(labels)]).permute(0, 3, 1, 2)
-    return images, torch.tensor(labels, dtype=torch.int64), bad
 
 
 class ShardSequence(Sequence[ImageDataset]):

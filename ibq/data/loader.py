@@ -20,16 +20,6 @@ SLOTS = PREFETCH + 2
 Report = Callable[[Sequence[BadSample]], None]
 
 
-class MicroBatchSampler:
-    """The positions of a rank's micro-batches for so many steps, in the form that DataLoader takes."""
-
-    def __init__(self, batching: Batching, position: int, steps: int):
-        self.batching, self.position, self.steps = batching, position, steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.batching.micro_batches(self.position, self.steps)
-
-
 def training_batches(
     stream: ImageStream | CodeStream,
     batching: Batching,
@@ -45,8 +35,8 @@ def training_batches(
     The batches do not depend on the number of workers, nor on what was read before. `report` is told of samples that
     were replaced, when the batch with them is given out.
     """
-    sampler = MicroBatchSampler(batching, position, steps)
-    micro_batches = _ahead(_read(stream, sampler, batching.micro_batch, workers), device)
+    positions = batching.micro_batches(position, steps)
+    micro_batches = _ahead(_read(stream, positions, batching.micro_batch, workers), device)
     for _ in range(steps):
         step = []
         for _ in range(batching.accumulation):

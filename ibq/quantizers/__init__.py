@@ -15,28 +15,6 @@ from ibq.quantizers.vq import SimVectorQuantizer, SimVQConfig, VectorQuantizer, 
 
 QuantizerConfig = IBQConfig | VQConfig | LFQConfig | BSQConfig | FSQConfig | SimVQConfig
 
-__all__ = [
-    "BSQConfig",
-    "BinarySphericalQuantizer",
-    "FSQConfig",
-    "FiniteScalarQuantizer",
-    "IBQConfig",
-    "IndexBackpropQuantizer",
-    "LFQConfig",
-    "LinearProjectorConfig",
-    "LookupFreeBinaryQuantizer",
-    "ProjectorConfig",
-    "Quantizer",
-    "QuantizerConfig",
-    "QuantizerOutput",
-    "SimVQConfig",
-    "SimVectorQuantizer",
-    "VQBridgeConfig",
-    "VQConfig",
-    "VectorQuantizer",
-    "build_quantizer",
-]
-
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
     """The quantizer that `config` describes."""

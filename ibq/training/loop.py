@@ -179,7 +179,7 @@ class _Run:
         self.state.position += self.config.batch_size
         self.bad_in_a_row = self.bad_in_a_row + 1 if outcome.skipped else 0
         if not outcome.skipped:
-            self.log.add(outcome.metrics)
+            self.log.means.add(outcome.metrics)
             return
         self.state.bad_steps += 1
         values = {name: float(value) for name, value in outcome.metrics.items()}

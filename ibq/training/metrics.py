@@ -35,7 +35,7 @@ class RunLog:
         self.stopwatch = Stopwatch(device, entered=mark)
         self.bad_samples = BadSamples(folder, data.order.size, data.max_bad_fraction)
         self._data, self._state, self._device, self._mark = data, state, device, mark
-        self._means = RunningMeans(device)
+        self.means = RunningMeans(device)  # of the steps since the last log
         self._since, self._started = 0, time.perf_counter()  # of the interval between two logs
         self._aside = 0.0  # seconds of it that are no part of the steps
         self._summary: dict[str, float] = {}
@@ -60,10 +60,6 @@ class RunLog:
                 torch.cuda.synchronize(self._device)  # once: until now the step may only have been queued
             start_up.finish(self.folder)
 
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add the detached scalars of a good step."""
-        self._means.add(metrics)
-
     def bad_step(self) -> None:
         """Log that there is one more."""
         self._logger.scalars(self._state.step, {"bad_steps": self._state.bad_steps})
@@ -79,7 +75,7 @@ class RunLog:
         self.reduce_bad_samples()
         steps = state.step - self._since
         seconds = (time.perf_counter() - self._started - self._aside) / steps
-        values = self._means.means() | self.stopwatch.means(steps) | {"seconds/step": seconds}
+        values = self.means.means() | self.stopwatch.means(steps) | {"seconds/step": seconds}
         images = batch_size / seconds
         values["images_per_second"] = images
         values["peak_memory_gib"] = peak_memory_gib(self._device)
@@ -108,14 +104,6 @@ class RunLog:
     def summary(self) -> str:
         """The few figures beside the progress bar."""
         return " ".join(f"{name} {value:.3f}" for name, value in self._summary.items())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What has been added since the last log, for the checkpoint."""
-        return self._means.tensors()
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on with what a checkpoint holds."""
-        self._means.load_tensors(tensors)
 
 
 class MetricLogger:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ibq import dist
 from ibq.config import UserError
 from ibq.data.codes import CodeDataConfig, CodeDataset, CodeStream
-from ibq.data.images import ArrivalOrder, BadSample, ImageDataset, ImageStream, ShardSequence, filled
+from ibq.data.images import ArrivalOrder, BadSample, BatchSource, ImageDataset, ImageStream, ShardSequence
 from ibq.data.index import ImageIndex
 from ibq.data.loader import Report, training_batches, validation_batches
 from ibq.data.order import Batching, MixedOrder, Order, StreamOrder
@@ -158,24 +158,15 @@ def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size
     return ConcatenatedSets([ImageDataset(i, size, in_memory=config.in_memory, store=store) for i in indexes])
 
 
-class ConcatenatedSets:
+class ConcatenatedSets(BatchSource):
     """Several image sets, one after the other."""
 
     def __init__(self, sets: Sequence[ImageDataset]):
-        self.sets = list(sets)
+        self.sets, self.sample_shape = list(sets), sets[0].sample_shape
         self._ends = np.cumsum([len(part) for part in sets])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """Of an image as `fill` writes it."""
-        return self.sets[0].sample_shape
-
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        """The images of these numbers; see ImageDataset.batch."""
-        return filled(self, numbers)
 
     def fill(self, numbers: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
         """Write the images of these numbers; see ImageDataset.fill."""

@@ -61,7 +61,7 @@ class Saver:
             return
         saved, tensors = load_checkpoint(path, self._task.engines)
         self._task.load_rank_tensors(tensors)
-        self._log.load_tensors(tensors)
+        self._log.means.load_tensors(tensors)
         saved.position = self._data.resume_position(saved)
         saved.order = self._state.order
         for field in fields(saved):
@@ -86,7 +86,7 @@ class Saver:
         self._mark("save")
         self._log.reduce_bad_samples()
         self._state.bad_samples = dict(self._log.bad_samples.by_epoch)
-        tensors = self._task.rank_tensors() | self._log.tensors()
+        tensors = self._task.rank_tensors() | self._log.means.tensors()
         self._saving = self._now()
         with self._log.besides_steps():
             try:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from launchers.lib import ROOT
 
@@ -24,22 +23,6 @@ class Ended:
     key: str
     code: int  # the exit code; negative or above 128 after a signal
     seconds: float
-
-
-class Executor(Protocol):
-    """Runs commands, some of them at the same time."""
-
-    def free(self) -> int:
-        """How many commands may be started now."""
-
-    def start(self, key: str, command: Sequence[str], log: Path) -> None:
-        """Start a Python script with its arguments; what it prints is added to `log`."""
-
-    def ended(self) -> list[Ended]:
-        """The commands that have ended since the last call."""
-
-    def signal(self, number: int) -> None:
-        """Pass a signal on to all commands that are running."""
 
 
 class LocalExecutor:

@@ -14,7 +14,7 @@ from ibq.config import UserError, load_config
 from ibq.training.run import run_folder
 from launchers.lib import ROOT
 from launchers.lib.allocation import SlurmAllocation, srun_prefix
-from launchers.lib.executor import PROJECT, Ended, Executor, LocalExecutor, StopRequest, shown
+from launchers.lib.executor import PROJECT, Ended, LocalExecutor, StopRequest, shown
 from launchers.lib.sweep.grid import Run, SweepConfig, runs_of
 from launchers.lib.sweep.results import write_results
 from launchers.lib.sweep.slurm import SlurmSweep, check_slurm
@@ -28,7 +28,7 @@ STOPPED = {128 + number: number for number in (signal.SIGTERM, signal.SIGUSR1, s
 class Sweep:
     """Brings the runs to their end, as many at a time as the executor takes."""
 
-    def __init__(self, states: Sequence[RunState], executor: Executor, table: SweepTable, retries: int):
+    def __init__(self, states: Sequence[RunState], executor: LocalExecutor, table: SweepTable, retries: int):
         self.states, self.executor, self.table, self.retries = states, executor, table, retries
         self.started = time.monotonic()
         self.stopped_by = 0  # the number of a signal that ended a run from outside
