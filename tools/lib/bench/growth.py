@@ -10,7 +10,6 @@ below the expected one says that small sizes do not use the machine as well as l
 
 import argparse
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from ibq.scaling.tokenizer import quantizer_flops
 from ibq.scaling.transformer import Flops, transformer_flops
 from ibq.training.run import set_up_torch
 from tools.lib.bench.options import add_device, check
-from tools.lib.bench.process import run_apart, synchronize
+from tools.lib.bench.process import exponent, run_apart, seconds_of
 from tools.lib.bench.trainer import Trainer, step_on_one_batch
 
 BASE = {"depth": 4, "width": 256, "tokens_per_side": 16, "vocab_size": 1_024, "num_classes": 100}
@@ -104,17 +103,6 @@ def exponents(points: Sequence[Mapping]) -> dict[str, float]:
         "measured": exponent(sizes, [point["seconds"] for point in points]),
         "expected": exponent(sizes, [point["flops"] for point in points]),
     }
-
-
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The slope of the logarithms of values over those of sizes, by least squares; ValueError for a single size."""
-    x = [math.log(size) for size in sizes]
-    y = [math.log(value) for value in values]
-    middle, height = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((one - middle) ** 2 for one in x)
-    if spread == 0.0:
-        raise ValueError(f"no exponent follows from one size, {sizes[0]}; give at least two")
-    return sum((one - middle) * (other - height) for one, other in zip(x, y, strict=True)) / spread
 
 
 def table(figures: dict) -> str:
@@ -222,11 +210,4 @@ def _best(step: Callable[[], object], steps: int, device: str) -> float:
     """The shortest of so many steps, in seconds, after some that are not timed."""
     for _ in range(WARM_UP):
         step()
-    best = float("inf")
-    for _ in range(steps):
-        synchronize(device)
-        started = time.perf_counter()
-        step()
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+    return min(seconds_of(step, device) for _ in range(steps))

@@ -1,8 +1,9 @@
-"""What benches of numeric cores share: time, extra peak memory, the machine's matrix-product rate, fresh processes."""
+"""What benches of numeric cores share: seconds, peak memory, matrix-product rates, exponents, fresh processes."""
 
 import ctypes
 import importlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -32,17 +33,19 @@ def run_apart(function: Callable[..., dict], **arguments) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def median_seconds(function: Callable[[], object], repeats: int, device: str = "cpu") -> float:
-    """Median wall-clock seconds of a call, after one call that is not counted."""
+def seconds_of(function: Callable[[], object], device: str | torch.device = "cpu") -> float:
+    """Wall-clock seconds of a call, and of the device's work for it."""
+    synchronize(device)
+    start = time.perf_counter()
     function()
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def median_seconds(function: Callable[[], object], repeats: int, device: str = "cpu") -> float:
+    """Median of `seconds_of` so many calls, after one call that is not counted."""
+    function()
+    return statistics.median(seconds_of(function, device) for _ in range(repeats))
 
 
 def extra_peak_gib(function: Callable[[], object], device: str = "cpu") -> float:
@@ -94,7 +97,14 @@ def _product_rates(rows: int, inner: int, columns: int, dtype: torch.dtype, devi
     return [calls * 2 * rows * inner * columns / seconds(calls) for _ in range(5)]
 
 
-def synchronize(device: str) -> None:
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The slope of the logarithms of values over those of sizes, by least squares; ValueError for a single size."""
+    if len(set(sizes)) < 2:
+        raise ValueError(f"no exponent follows from one size, {sizes[0]}; give at least two")
+    return statistics.linear_regression(*([math.log(one) for one in some] for some in (sizes, values))).slope
+
+
+def synchronize(device: str | torch.device) -> None:
     """Wait for the device's work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

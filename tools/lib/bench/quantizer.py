@@ -7,7 +7,6 @@ flushed to zero as this project's entry points have it (on some CPUs they slow a
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from ibq.ops import textbook
 from ibq.progress import progress_bar, say
 from ibq.reports.charts import new_figure, save_png
 from tools.lib.bench.options import add_device, check
-from tools.lib.bench.process import GIB, extra_peak_gib, median_seconds, product_rate, run_apart
+from tools.lib.bench.process import GIB, exponent, extra_peak_gib, median_seconds, product_rate, run_apart
 
 FORMS = {"ours": lean.index_backprop, "textbook": textbook.index_backprop}
 MISSING = {"seconds": None, "extra_peak_gib": None}
@@ -111,11 +110,10 @@ def exponents(growth: Sequence[dict]) -> dict[str, float]:
     Only of sizes that take a tenth of a second and more: below, calls and caches count.
     """
     points = [(row["codes"] * row["images"], row["ours"]["seconds"]) for row in growth]
-    x, y = torch.tensor([[math.log(size), math.log(s)] for size, s in points if s >= 0.1] or [[0.0, 0.0]]).t()
-    if len(x.unique()) < 2:
+    points = [(size, seconds) for size, seconds in points if seconds >= 0.1]
+    if len({size for size, _ in points}) < 2:
         return {}
-    x = x - x.mean()
-    return {"seconds_over_tokens_times_codes": float((x * (y - y.mean())).sum() / x.square().sum())}
+    return {"seconds_over_tokens_times_codes": exponent(*zip(*points, strict=True))}
 
 
 def table(figures: dict) -> str:

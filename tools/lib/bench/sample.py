@@ -1,7 +1,6 @@
 """Sampling with a KV cache and guidance against a textbook sampler on equal weights, and against memory bandwidth."""
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from ibq.sampler import PRECISIONS, SamplerConfig
 from ibq.sampling import decoder_for, sample_codes
 from ibq.training.run import set_up_torch
 from tools.lib.bench.options import add_device
+from tools.lib.bench.process import seconds_of
 
 GUIDANCE = 2.0
 PROBE_BYTES = 512 * 2**20  # of what is read to measure the bandwidth: far more than any cache
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with progress_bar("sample", arguments.rounds * len(forms), "run") as progress:
         for _ in range(arguments.rounds):
             for name, run in forms.items():
-                seconds[name].append(_timed(run, device))
+                seconds[name].append(seconds_of(run, device))
                 progress.update()
     return _figures(arguments, transformer, tokens, {name: min(found) for name, found in seconds.items()})
 
@@ -133,16 +133,6 @@ def _forms(transformer: Transformer, images: int, tokens: int) -> dict[str, Call
     return forms
 
 
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def _figures(arguments, transformer: Transformer, tokens: int, seconds: dict[str, float]) -> dict[str, Any]:
     config, images = transformer.config, arguments.images
     drawn = {name: images * (tokens if name.startswith("textbook") else config.num_tokens) for name in seconds}
@@ -174,7 +164,7 @@ def read_bandwidth(device: torch.device) -> float:
     """Bytes a second at which a product with a vector reads a matrix that fits no cache: the best of eight."""
     matrix = torch.ones(PROBE_BYTES // 4096, 1024, device=device)
     vector = torch.ones(1024, device=device)
-    return PROBE_BYTES / min(_timed(lambda: torch.mv(matrix, vector), device) for _ in range(8))
+    return PROBE_BYTES / min(seconds_of(lambda: torch.mv(matrix, vector), device) for _ in range(8))
 
 
 @torch.no_grad()

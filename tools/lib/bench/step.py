@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ibq.engine.configs import EngineConfig, LocalEngineConfig
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
 from tools.lib.bench.options import add_device, check
-from tools.lib.bench.process import GIB, extra_peak_gib, median_seconds, product_rate, run_apart, synchronize
+from tools.lib.bench.process import GIB, extra_peak_gib, median_seconds, product_rate, run_apart, seconds_of
 
 FORMS = ("ours", "plain")
 
@@ -90,11 +89,8 @@ def time_steps(step: Callable[[], float], stopwatch: Stopwatch, held_bytes: int,
     stopwatch.means(1)
     best, parts = float("inf"), {}
     for _ in range(steps):
-        synchronize(device)
-        started = time.perf_counter()
-        losses.append(step())
-        synchronize(device)
-        seconds, own = time.perf_counter() - started, stopwatch.means(1)
+        seconds = seconds_of(lambda: losses.append(step()), device)
+        own = stopwatch.means(1)
         if seconds < best:
             best, parts = seconds, {name.removeprefix("seconds/"): value for name, value in own.items()}
     peak_gib = peak + held_bytes / GIB

@@ -21,8 +21,9 @@ import torch
 
 from ibq.config import UserError, load_section
 from ibq.data.codes import META_FILE, CodesMeta, code_files, write_codes
-from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.models.transformer import TransformerConfig
 from ibq.progress import progress_bar, say
+from ibq.scaling.transformer import transformer_parameters
 from tools.lib import ROOT
 
 GIB = 2**30
@@ -48,17 +49,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Both runs, one after the other, by the deepspeed launcher."""
-    sizes = [override for override in arguments.overrides if override.startswith("model.")]
-    parameters = _count(arguments.config, sizes)
+    sizes = [override.removeprefix("model.") for override in arguments.overrides if override.startswith("model.")]
+    model = load_section(TransformerConfig, arguments.config, "model", sizes)
     folder = arguments.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     free = shutil.disk_usage(folder).free
-    if free < (needed := 25 * parameters):  # optimizer state, and a checkpoint of it
+    if free < (needed := 25 * transformer_parameters(model)):  # optimizer state, and a checkpoint of it
         raise UserError(
             f"--folder {folder}: {free / GIB:.0f} GiB are free, {needed / GIB:.0f} are needed; name another"
         )
-    _make_codes(folder, arguments.config, sizes, arguments.batch)
+    _make_codes(folder, model, arguments.batch)
     last = arguments.steps + arguments.more_steps
     first_rows = _train(arguments, arguments.steps)
     rows = _train(arguments, last, after=arguments.steps)
@@ -95,25 +96,18 @@ def table(figures: dict) -> str:
     )
 
 
-def _count(config: str, sizes: list[str]) -> int:
-    model = load_section(TransformerConfig, config, "model", [size.removeprefix("model.") for size in sizes])
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Transformer(model).parameters())
-
-
 def _stored(folder: Path, step: int) -> int:
     """The parameters that the checkpoint holds."""
     index = json.loads((folder / f"run/checkpoints/step-{step:08d}/transformer.index.json").read_text())
     return sum(torch.Size(entry["shape"]).numel() for entry in index["parameters"].values())
 
 
-def _make_codes(folder: Path, config: str, sizes: list[str], images: int) -> None:
+def _make_codes(folder: Path, model: TransformerConfig, images: int) -> None:
     """Codes of some of the bundled images, and class names for all the classes that the model knows."""
-    wanted = load_section(TransformerConfig, config, "model", [size.removeprefix("model.") for size in sizes])
     tokenizer = folder / "tokenizer"
     _run(
         sys.executable, "ibq/train_tokenizer.py", "--config", "yaml/quickstart/tokenizer.yaml", f"output={tokenizer}",
-        *TOKENIZER, f"model.quantizer.num_codes={wanted.vocab_size}",
+        *TOKENIZER, f"model.quantizer.num_codes={model.vocab_size}",
     )  # fmt: skip
     _run(
         sys.executable, "tools/encode_shards.py", "--tokenizer", str(tokenizer / "checkpoints/step-00000008"),
@@ -121,7 +115,7 @@ def _make_codes(folder: Path, config: str, sizes: list[str], images: int) -> Non
     )  # fmt: skip
     encoded = folder / "encoded"
     meta = json.loads((encoded / META_FILE).read_text())
-    meta["classes"] += [f"unused {number}" for number in range(wanted.num_classes - len(meta["classes"]))]
+    meta["classes"] += [f"unused {number}" for number in range(model.num_classes - len(meta["classes"]))]
     codes, labels = (np.load(file) for file in code_files(encoded, 0))
     # The same images at every step: so few steps show a falling loss only on what they have seen.
     chosen = np.linspace(0, len(codes) - 1, images).astype(int)
