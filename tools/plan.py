@@ -7,16 +7,15 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_type_hints
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error, load_config
 from ibq.config_yaml import read_layers
-from ibq.engine.base import OptimizerConfig
 from ibq.engine.configs import (
     EngineConfig,
     FsdpEngineConfig,
@@ -31,8 +30,8 @@ from ibq.scaling.hardware import GIB, GPUS, Gpu
 from ibq.scaling.layouts import Layout, Training
 from ibq.scaling.networks import TokenizerLosses
 from ibq.scaling.plan import Machine, Stage, TokenizerStage, TransformerStage, layouts, plan
-from ibq.training.loop import TrainingConfig
-from ibq.training.tokenizer_config import TokenizerLossConfig
+from ibq.training.ar_config import ARRunConfig
+from ibq.training.tokenizer_config import TokenizerRunConfig
 from tools.lib.scaling.plan_table import Answer, as_json, as_text
 
 IMAGENET = 1_281_167
@@ -53,43 +52,21 @@ examples:
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class _RunPlan:
-    """What both kinds of run say about their size; the rest of a run's settings is not looked at."""
-
-    precision: Literal["fp32", "bf16"] = "bf16"
-    training: TrainingConfig
-    engine: EngineConfig = field(default_factory=LocalEngineConfig)
-    output: Any = None
-    seed: Any = None
-    device: Any = None
-    ema_warmup: Any = None
-    data: Any = None
-    schedule: Any = None
-    checkpoint: Any = None
-    heartbeat: Any = None
+LOOKED_AT = ("precision", "ema_decay", "model", "loss", "optimizer", "training", "engine")  # of a run's settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransformerPlan(_RunPlan):
-    """The sizes in the config of a transformer run."""
+def _plan_of(run: type) -> type:
+    """The settings of a run of which those that say nothing of its size may have any value, or none."""
+    hints = get_type_hints(run)
+    found = []
+    for own in fields(run):
+        same = {"default": own.default, "default_factory": own.default_factory}
+        seen = own.name in LOOKED_AT
+        found.append((own.name, hints[own.name] if seen else Any, field(**same if seen else {"default": None})))
+    return make_dataclass(run.__name__, found, frozen=True, kw_only=True)
 
-    ema_decay: float | None = 0.9999
-    model: TransformerConfig = field(default_factory=TransformerConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(kind="adamw"))
 
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerPlan(_RunPlan):
-    """The sizes in the config of a tokenizer run."""
-
-    ema_decay: float = 0.999
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    statistics: Any = None
-    usage_alarm: Any = None
-    codebook_start: Any = None
+TransformerPlan, TokenizerPlan = _plan_of(ARRunConfig), _plan_of(TokenizerRunConfig)
 
 
 def read_config(path: str, overrides: Sequence[str]) -> TransformerPlan | TokenizerPlan:

@@ -56,7 +56,7 @@ from ibq.scaling.transformer import (
     transformer_parameters,
     transformer_weights,
 )
-from tools.plan import TokenizerPlan, TransformerPlan, main
+from tools.plan import LOOKED_AT, TokenizerPlan, TransformerPlan, main
 
 YAML = ROOT / "yaml"
 BATCH = 5
@@ -466,6 +466,14 @@ def test_configs_are_read_whole():
         (TokenizerRunConfig, TokenizerPlan),
     ):
         assert {field.name for field in fields(run)} == {field.name for field in fields(planned)}
+
+
+def test_what_says_nothing_of_the_size_may_be_anything():
+    """The data need not be there; what a run does not know is an error all the same."""
+    others = [f"{own.name}=[1]" for own in fields(TransformerPlan) if own.name not in LOOKED_AT]
+    assert "data=[1]" in others and "schedule=[1]" in others
+    assert run_plan("--config", YAML / "b.yaml", "--gpus", 8, *others) == 0
+    assert run_plan("--config", YAML / "b.yaml", "--gpus", 8, "sizes=[1]") == 2
 
 
 def run_plan(*argv) -> int:
