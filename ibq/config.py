@@ -94,6 +94,14 @@ def dump_config(config: Any) -> str:
     return dump_yaml(_plain(config))
 
 
+def require_least(config: Any, **least: float) -> None:
+    """Raise ValueError for a field that is less than it may be; None may stand for anything."""
+    for name, value in least.items():
+        found = getattr(config, name)
+        if found is not None and found < value:
+            raise ValueError(f"{name}: must be at least {value}, got {found}")
+
+
 def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its code; ConfigError and UserError: one line, exit 2; Ctrl-C: exit 130."""
     try:

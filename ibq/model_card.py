@@ -119,7 +119,7 @@ def _front_matter(model: nn.Module, facts: CardFacts, records: list[tuple[Path, 
 
 def _result(record: Mapping) -> dict:
     task = TASKS[record["command"]]
-    metrics = [{"type": name, "name": name, "value": value} for name, value in _leaves(record["metrics"])]
+    metrics = [{"type": name, "name": name, "value": value} for name, value in _numbers(record)]
     dataset = {"type": "custom", "name": _images_of(record)}
     return {"task": {"type": task.replace(" ", "-"), "name": task}, "dataset": dataset, "metrics": metrics}
 
@@ -186,7 +186,7 @@ def _figures(records: list[tuple[Path, dict]]) -> str:
         return "## Figures\n\nNone measured.\n"
     text = "## Figures\n\nMeasured with `tools/evaluate.py` on exactly these weights.\n"
     for path, record in records:
-        rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in _leaves(record["metrics"]))
+        rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in _numbers(record))
         proof = "".join(f"- {name}: {value}\n" for name, value in _provenance(record))
         text += f"\n### {TASKS[record['command']].capitalize()}, {_images_of(record)}\n\n"
         text += f"| figure | measured |\n|---|---|\n{rows}\nFrom `{path.name}`:\n\n{proof}"
@@ -243,13 +243,11 @@ def _steps_of(origin: Mapping[str, str]) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _leaves(values: Mapping, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of nested metrics, with names of the whole way."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}: ")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            yield f"{prefix}{name}", value
+def _numbers(record: Mapping) -> Iterator[tuple[str, float]]:
+    """All figures of a record that are numbers, with names of the whole way."""
+    for name, value in evaluation.leaves(record["metrics"]).items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield name, value
 
 
 def _short(digest: str | None) -> str:

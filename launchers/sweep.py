@@ -11,7 +11,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ibq.config import UserError, exit_on_user_error
+from ibq.config import exit_on_user_error
+from tools.lib.options import check_least
 
 HELP = """\
 The sweep file names what all runs share and what makes each different:
@@ -60,10 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--collect", action="store_true", help="run nothing, only write the results of what is done")
     add("overrides", nargs="*", metavar="key=value", help="settings over the sweep file's, such as output=runs/other")
     arguments = parser.parse_intermixed_args(argv)
-    for name, least in (("max_parallel", 1), ("retries", 0)):
-        if getattr(arguments, name) < least:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} must be at least {least}, got {getattr(arguments, name)}")
+    check_least(arguments, max_parallel=1, retries=0)
     return arguments
 
 

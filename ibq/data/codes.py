@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ibq.config import UserError
+from ibq.config import UserError, require_least
 from ibq.data.order import Order, StreamOrder
 from ibq.files import write_array, write_text
 
@@ -39,9 +39,7 @@ class CodeDataConfig:
     streams: int = 192  # the order is the same for every number of ranks that divides this
 
     def __post_init__(self):
-        for name, least in (("workers", 0), ("streams", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        require_least(self, workers=0, streams=1)
 
 
 @dataclass(frozen=True, kw_only=True)

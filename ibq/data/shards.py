@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ibq.config import UserError
+from ibq.config import UserError, require_least
 from ibq.data.index import IMAGE_SUFFIXES, NO_LABEL, ImageIndex, ShardIndex, index_file, index_shard, read_shard_index
 from ibq.data.storage import ShardStore, cache_root, is_url, open_url, shard_name
 from ibq.data.transforms import AugmentConfig
@@ -59,10 +59,7 @@ class ImageDataConfig:
     def __post_init__(self):
         if (self.train is None) == (not self.sources):
             raise ValueError("train: give either `train` or `sources`")
-        for name, least in (("validation_every", 2), ("workers", 0), ("retries", 0), ("streams", 1),
-                            ("shuffle_window", 1)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        require_least(self, validation_every=2, workers=0, retries=0, streams=1, shuffle_window=1)
         if self.workers and self.in_memory:
             raise ValueError("workers: must be 0 with in_memory, or every process would keep all images")
         if not 0 <= self.max_bad_fraction <= 1:

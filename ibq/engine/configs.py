@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ibq.config import UserError
+from ibq.config import UserError, require_least
 
 Target = Literal["none", "cpu", "nvme"]
 
@@ -31,14 +31,12 @@ class FsdpEngineConfig:
     compile: bool | None = None  # as in `LocalEngineConfig`
 
     def __post_init__(self):
-        if self.tensor_parallel < 1:
-            raise ValueError(f"tensor_parallel: must be at least 1, got {self.tensor_parallel}")
+        require_least(self, tensor_parallel=1)
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel: needs tensor_parallel of at least 2")
         if self.shard_ranks is not None and self.shard == "full":
             raise ValueError("shard_ranks: is for shard: hybrid; leave it out")
-        if self.shard_ranks is not None and self.shard_ranks < 1:
-            raise ValueError(f"shard_ranks: must be at least 1, got {self.shard_ranks}")
+        require_least(self, shard_ranks=1)
 
     def mesh_sizes(self, world_size: int) -> tuple[int, int, int]:
         """(replicate, shard, tensor) ranks; UserError where the numbers do not divide."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ibq.config import UserError
+from ibq.config import UserError, require_least
 from ibq.data.transforms import to_unit_range
 from ibq.evaluation.distances import nearest
 
@@ -31,8 +31,7 @@ class ClassifierConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps: must be at least 1, got {self.steps}")
+        require_least(self, steps=1)
 
 
 class Classifier(nn.Module):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ibq.config import require_least
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
@@ -15,9 +17,7 @@ class DiscriminatorConfig:
     layers: int = 3  # strided convolutions
 
     def __post_init__(self):
-        for name in ("channels", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        require_least(self, channels=1, layers=1)
 
     @property
     def smallest_side(self) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ibq.config import require_least
 from ibq.quantizers import IBQConfig, QuantizerConfig
 from ibq.quantizers.base import require_choice
 
@@ -29,9 +30,7 @@ class TokenizerConfig:
     quantizer: QuantizerConfig = field(default_factory=IBQConfig)
 
     def __post_init__(self):
-        for name in ("in_channels", "channels", "latent_channels", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        require_least(self, in_channels=1, channels=1, latent_channels=1, norm_groups=1)
         if self.resolution < SMALLEST_IMAGE:
             raise ValueError(
                 f"resolution: must be at least {SMALLEST_IMAGE}, the pixels that SSIM needs, got {self.resolution}"

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ibq import dist
-from ibq.config import UserError, dump_config
+from ibq.config import UserError, dump_config, require_least
 from ibq.data.index import sha256_of
 from ibq.engine.base import Engine
 from ibq.engine.state_files import (
@@ -65,9 +65,7 @@ class CheckpointConfig:
     signal: Literal["USR1", "USR2", "none"] = "USR2"  # besides TERM and INT: save once and exit
 
     def __post_init__(self):
-        for name in ("save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        require_least(self, save_every=1, keep=1)
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ibq import dist
-from ibq.config import UserError
+from ibq.config import UserError, require_least
 from ibq.data.images import BadSample
 from ibq.engine.heartbeat import Heartbeat, HeartbeatConfig
 from ibq.files import write_text
@@ -42,11 +42,7 @@ class TrainingConfig:
     def __post_init__(self):
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("epochs: give exactly one of `epochs` and `max_steps`")
-        for name in ("epochs", "max_steps", "batch_size", "micro_batch", "log_every", "validate_every",
-                     "validation_images", "max_bad_steps"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
+        require_least(self, **dict.fromkeys(vars(self), 1))
 
     def validates_after(self, step: int, total_steps: int) -> bool:
         """Whether the run validates after so many steps."""

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ibq.config import require_least
 from ibq.data.shards import ImageDataConfig
 from ibq.engine.base import OptimizerConfig
 from ibq.engine.configs import EngineConfig, LocalEngineConfig, ZeroEngineConfig
@@ -65,9 +66,7 @@ class CodebookStartConfig:
     iterations: int = 8
 
     def __post_init__(self):
-        for name, least in (("warmup_steps", 0), ("images", 1), ("iterations", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        require_least(self, warmup_steps=0, images=1, iterations=1)
         if self.warmup_steps and not self.kmeans:
             raise ValueError("warmup_steps: makes sense only with kmeans: true")
 

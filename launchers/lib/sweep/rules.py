@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from ibq.config import require_least
 from ibq.models.transformer import TransformerConfig
 from ibq.reports.figures import short_number
 from ibq.scaling.transformer import transformer_flops, transformer_parameters
@@ -71,9 +72,7 @@ class ScalingRules:
     validations: int = 4  # in equal distances, the last at the end
 
     def __post_init__(self):
-        for name in ("width_per_depth", "validations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        require_least(self, width_per_depth=1, validations=1)
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"warmup_share: must lie in [0, 1), got {self.warmup_share}; it is a share of the steps")
 
