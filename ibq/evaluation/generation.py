@@ -4,6 +4,7 @@ A distance to a reference is meaningless without the reference, so figures stand
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,11 +109,15 @@ def evaluate_generation(
     *,
     distances: Distances = "exact",
     batch_size: int = BLOCK,
-    progress: Callable[[str, int], Callable[[int], None]] = lambda title, images: lambda done: None,
+    progress: Callable[[str, int], AbstractContextManager] = lambda title, images: nullcontext(lambda done: None),
 ) -> GenerationReport:
-    """Figures of samples against references; whole on rank 0 alone. UserError for sets that can't be used."""
+    """Figures of samples against references; whole on rank 0 alone. UserError for sets that can't be used.
+
+    `progress` (title, images) is a context around each set, which gives what is told the images that are done.
+    """
     hashes = [images.sha256() for images in references]
-    own = extract(network, samples, batch_size=batch_size, advance=progress("samples", samples.count))
+    with progress("samples", samples.count) as advance:
+        own = extract(network, samples, batch_size=batch_size, advance=advance)
     notes = _notes_on_count(samples.place, own.count, USUAL_SAMPLES, "samples")
     metrics, described = {}, {}
     device = network.fc.weight.device
@@ -121,7 +126,8 @@ def evaluate_generation(
     for images, digest in zip(references, hashes, strict=True):
         name = reference_name(images, digest)
         stored = images.statistics()
-        found = reference_features(network, images, batch_size=batch_size, advance=progress(name, images.count))
+        with progress(name, images.count) as advance:
+            found = reference_features(network, images, batch_size=batch_size, advance=advance)
         metrics[name] = compare(own, found, distances, device)
         notes += _notes_on_reference(images, found, metrics[name])
         described[name] = {

@@ -1,19 +1,20 @@
 """Layers of the autoregressive transformer: rotary embedding, adaptive norms, attention, feed-forward."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ibq.ops.dropout import dropout
 from ibq.ops.linear_cross_entropy import linear_cross_entropy
 
 NORM_EPS = 1e-5
 # What "selective" recomputation keeps: the results that are dear to make again.
-KEPT = {
+KEPT = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -21,7 +22,8 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
+]
+_KEEP_PRODUCTS = partial(create_selective_checkpoint_contexts, KEPT)
 
 
 def rotary_table(tokens_per_side: int, head_dim: int, base: float) -> Tensor:
@@ -182,7 +184,7 @@ class Block(nn.Module):
         if self.recompute is None or not torch.is_grad_enabled():
             return self._forward(x, condition, rope)
         # Within this module's call, not around it: engines gather its weights once for both.
-        kept = {"context_fn": _keep_products} if self.recompute == "cheap" else {}
+        kept = {"context_fn": _KEEP_PRODUCTS} if self.recompute == "cheap" else {}
         return checkpoint(self._forward, x, condition, rope, use_reentrant=False, **kept)
 
     def _forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
@@ -234,14 +236,6 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits [..., V] of hidden [..., C], or with targets [N] the negative log likelihoods [N] of hidden [N, C]."""
         return F.linear(hidden, self.weight) if targets is None else self.loss(hidden, self.weight, targets)
-
-
-def _keep_products() -> tuple:
-    return create_selective_checkpoint_contexts(_policy)
-
-
-def _policy(_ctx, operator, *_args, **_kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from ibq.config import load_section
 from ibq.engine.base import OptimizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
-from ibq.progress import progress_bar
 from ibq.scaling.transformer import transformer_flops
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
 from tools.lib.bench import step as bench_step
-from tools.lib.bench.process import run_apart
 from tools.lib.bench.trainer import Trainer, blueprint_of, random_batch
 
 LOSS = "loss, of the forward pass"  # head and cross-entropy
@@ -32,19 +30,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Each form in a fresh process, then the machine's own rates."""
-    settings = bench_step.settings_of(arguments)
     config = load_section(TransformerConfig, arguments.config, "model")  # errors before the wait
-    with progress_bar("ar-step", len(bench_step.FORMS) + 1, "run") as progress:
-        figures = bench_step.measure_forms(measure_form, settings, progress.update)
-        rates = run_apart(measure_rates, config=arguments.config, batch=arguments.batch, device=arguments.device)
-        progress.update()
+    figures = bench_step.measure_forms(arguments, measure_form, measure_rates)
     flops = arguments.batch * transformer_flops(config).textbook
     for form in bench_step.FORMS:
         own = figures[form]
         own["tokens_per_second"] = arguments.batch * config.num_tokens / own["seconds"]
-        own["mfu"] = flops / own["seconds"] / rates["bf16"]
+        own["mfu"] = flops / own["seconds"] / figures["rates"]["bf16"]
     figures["ratio"]["mfu"] = figures["ours"]["mfu"]
-    return figures | {"rates": rates, "flops_per_step": flops}
+    return figures | {"flops_per_step": flops}
 
 
 def table(figures: dict) -> str:

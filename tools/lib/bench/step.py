@@ -10,6 +10,7 @@ from torch import nn
 
 from ibq.config import load_section
 from ibq.engine.configs import EngineConfig, LocalEngineConfig
+from ibq.progress import progress_bar
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
 from tools.lib.bench.options import add_device, check
@@ -35,12 +36,6 @@ def add_options(parser: argparse.ArgumentParser, *, config: str, batch: int, ste
     add_device(parser)
 
 
-def settings_of(arguments: argparse.Namespace) -> dict:
-    """The options, as `measure_form` takes them; UserError for impossible ones."""
-    check(arguments, batch=1, steps=1)
-    return {name: getattr(arguments, name) for name in ("config", "batch", "steps", "compile", "device")}
-
-
 def set_up(form: str) -> None:
     """The process as this project's commands have it, or as a plain script would, with denormals flushed in both."""
     if form == "ours":
@@ -58,17 +53,25 @@ def engine_config(config: str, compile: str) -> LocalEngineConfig:
     return LocalEngineConfig(compile=getattr(chosen, "compile", None))
 
 
-def measure_forms(measure_form: Callable[..., dict], settings: dict, advance: Callable[[], object]) -> dict:
-    """Each form in a fresh process, their ratios, and what the figures depend on."""
+def measure_forms(
+    arguments: argparse.Namespace, measure_form: Callable[..., dict], measure_rates: Callable[..., dict]
+) -> dict:
+    """Each form in a fresh process, their ratios, the machine's own rates, and what the figures depend on."""
+    check(arguments, batch=1, steps=1)
+    settings = {name: getattr(arguments, name) for name in ("config", "batch", "steps", "compile", "device")}
     figures: dict = {}
-    for form in FORMS:
-        figures[form] = run_apart(measure_form, form=form, **settings)
-        advance()
+    with progress_bar(arguments.name, len(FORMS) + 1, "run") as progress:
+        for form in FORMS:
+            figures[form] = run_apart(measure_form, form=form, **settings)
+            progress.update()
+        rates = run_apart(measure_rates, **{name: settings[name] for name in ("config", "batch", "device")})
+        progress.update()
     ours, plain = (figures[form] for form in FORMS)
     return figures | {
         "ratio": {"speedup": plain["seconds"] / ours["seconds"], "memory": ours["peak_gib"] / plain["peak_gib"]},
         **settings,
         "threads": ours["threads"],
+        "rates": rates,
     }
 
 

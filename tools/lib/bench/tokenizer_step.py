@@ -24,7 +24,6 @@ from ibq.models.perceptual import build_lpips
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.ops import textbook
-from ibq.progress import progress_bar
 from ibq.quantizers import IBQConfig
 from ibq.scaling.tokenizer import discriminator_flops, perceptual_flops, quantizer_flops, tokenizer_flops
 from ibq.training.metrics import Stopwatch
@@ -32,7 +31,6 @@ from ibq.training.run import set_up_torch
 from ibq.training.tokenizer_config import TokenizerLossConfig
 from ibq.training.tokenizer_task import TokenizerTask
 from tools.lib.bench import step as bench_step
-from tools.lib.bench.process import run_apart
 
 RATE = 1e-4
 OPTIMIZER = OptimizerConfig(kind="adam", learning_rate=RATE, betas=(0.5, 0.9))
@@ -47,19 +45,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Each form in a fresh process, then the machine's own rates."""
-    settings = bench_step.settings_of(arguments)
     model = load_section(TokenizerConfig, arguments.config, "model")  # errors before the wait
     loss = load_section(TokenizerLossConfig, arguments.config, "loss")
-    with progress_bar("tokenizer-step", len(bench_step.FORMS) + 1, "run") as progress:
-        figures = bench_step.measure_forms(measure_form, settings, progress.update)
-        rates = run_apart(measure_rates, config=arguments.config, batch=arguments.batch, device=arguments.device)
-        progress.update()
+    figures = bench_step.measure_forms(arguments, measure_form, measure_rates)
     flops = needed_flops(model, loss)
-    floor = arguments.batch * sum(flops[precision] / rates[precision] for precision in flops)
+    floor = arguments.batch * sum(flops[precision] / figures["rates"][precision] for precision in flops)
     for form in bench_step.FORMS:
         figures[form]["images_per_second"] = arguments.batch / figures[form]["seconds"]
         figures[form]["of_limit"] = floor / figures[form]["seconds"]
-    return figures | {"rates": rates, "flops_per_image": flops, "floor_seconds": floor}
+    return figures | {"flops_per_image": flops, "floor_seconds": floor}
 
 
 def needed_flops(model: TokenizerConfig, loss: TokenizerLossConfig) -> dict[str, float]:

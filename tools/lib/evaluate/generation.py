@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -112,18 +113,14 @@ def against_references(samples: ImageSet, arguments: argparse.Namespace, device:
     """FID and its relatives, into the record."""
     network = dist.main_first(lambda: load_inception(arguments.inception)).to(device)
     references = [open_set(place, arguments.size) for place in arguments.reference]
-    bars = Bars()
-    try:
-        report = evaluate_generation(
-            network,
-            samples,
-            references,
-            distances=arguments.precision_recall,
-            batch_size=arguments.batch_size,
-            progress=bars.start,
-        )
-    finally:
-        bars.close()  # before an error is told: a bar would be drawn again below it
+    report = evaluate_generation(
+        network,
+        samples,
+        references,
+        distances=arguments.precision_recall,
+        batch_size=arguments.batch_size,
+        progress=image_bar,
+    )
     record["metrics"] |= report.metrics
     record["references"] = report.references
     record["protocol"] = protocol(network, arguments.precision_recall)
@@ -148,22 +145,11 @@ def show(report: GenerationReport, settings: Mapping) -> None:
             print(f"{f'{LABELS[key]} vs {name}':50s} {value:12.4f}")
 
 
-class Bars:
-    """One progress bar after the other."""
-
-    def __init__(self):
-        self.bar = None
-
-    def start(self, title: str, images: int):
-        """Begin the next; what is given is called with the number of further images."""
-        self.close()
-        self.bar = progress_bar(title, images, "image", disable=not dist.is_main())
-        return lambda done: self.bar.update(min(done, self.bar.total - self.bar.n))
-
-    def close(self) -> None:
-        """End the last."""
-        if self.bar is not None:
-            self.bar.close()
+@contextmanager
+def image_bar(title: str, images: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; what is given is called with the number of further images."""
+    with progress_bar(title, images, "image", disable=not dist.is_main()) as bar:
+        yield lambda done: bar.update(min(done, bar.total - bar.n))
 
 
 # --- By a classifier ---
