@@ -102,9 +102,8 @@ def listening(arguments: argparse.Namespace) -> socket.socket:
         raise UserError(f"--host {host}: no address of this machine ({error.strerror})") from error
     for candidate in [port] if port is not None else range(FIRST_PORT, FIRST_PORT + PORTS):
         listener = socket.socket(family, kind)
-        listener.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # not from one that listens: from one just closed
+        # Not from one that listens: from one just closed.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((address[0], candidate, *address[2:]))
             listener.listen(128)

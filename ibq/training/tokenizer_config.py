@@ -79,10 +79,9 @@ class TokenizerRunConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"  # the quantizer always runs in fp32
-    statistics: Literal["rank", "world"] = (
-        "rank"  # of batch normalization, batch entropy and LeCAM; "world" gives the same
-    )
-    # training for every world size with the same world size x micro-batch
+    # Of batch normalization, batch entropy and LeCAM; "world" gives the same training for every world size with the
+    # same world size x micro-batch.
+    statistics: Literal["rank", "world"] = "rank"
     ema_decay: float = 0.999
     ema_warmup: bool = False  # average over fewer steps at first: for short runs
     usage_alarm: float = 0.1  # share of the reachable codes under which the codebook counts as collapsed

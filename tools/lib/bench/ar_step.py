@@ -55,12 +55,7 @@ def measure_rates(*, config: str, batch: int, device: str) -> dict[str, float]:
     set_up_torch(training=True)
     model = load_section(TransformerConfig, config, "model")
     tokens, width = batch * model.num_tokens, model.model_width
-    shapes = [
-        (tokens, width, 3 * width),
-        (tokens, width, width),
-        (tokens, width, 4 * width),
-        (tokens, 3 * width, width),
-    ]
+    shapes = [(tokens, width, outputs * width) for outputs in (3, 1, 4)] + [(tokens, 3 * width, width)]
     return bench_step.machine_rates(shapes, shapes, device)
 
 

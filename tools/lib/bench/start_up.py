@@ -82,9 +82,8 @@ def table(figures: dict) -> str:
 
 def quickstart_start(repeats: int) -> dict:
     """The first training of tools/quickstart.sh, of one step: the run of the median time."""
-    from tools.lib.quickstart import (
-        recipe as quickstart,  # it reads much of the project, which the other runs do not need
-    )
+    # It reads much of the project, which the other runs do not need.
+    from tools.lib.quickstart import recipe as quickstart
 
     starts = []
     with tempfile.TemporaryDirectory(prefix="ibq-startup-") as folder:

@@ -17,13 +17,7 @@ from ibq.models.tokenizer_config import SMALLEST_IMAGE
 from ibq.quantizers.base import Quantizer
 
 UPLOAD_MB, UPLOAD_MEGAPIXELS = 20, 40
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "GIF",
-    "BMP",
-)  # of Pillow's many: formats that start other programs are not among them
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow has others that start programs
 LARGEST = f"up to {UPLOAD_MB} MB and {UPLOAD_MEGAPIXELS} megapixels"
 LIMITS = f"PNG, JPEG, WebP, GIF or BMP, {LARGEST}"
 SHAPES = ("centre square", "whole picture")

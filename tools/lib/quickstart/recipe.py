@@ -31,19 +31,8 @@ from tools.lib import ROOT
 # PyTorch is imported where it is needed: --help should not wait for it.
 
 EMOJI = ("tests/data/emoji64/train-*.tar", "tests/data/emoji64/val-*.tar")
-OWN_FILES = (
-    "tokenizer",
-    "transformer",
-    "codes",
-    "samples",
-    "calibration",
-    "plan.json",
-    "metrics.json",
-    "report.html",
-    "reconstruction.json",
-    "reconstruction.npz",
-    "generation.json",
-)
+OWN_FILES = ("tokenizer", "transformer", "codes", "samples", "calibration", "plan.json", "metrics.json", "report.html",
+             "reconstruction.json", "reconstruction.npz", "generation.json")  # fmt: skip
 # Shares of the time budget; the rest goes to starting the commands, encoding, evaluating, sampling and the report.
 TOKENIZER_SHARE, TRANSFORMER_END = 0.51, 0.93
 GAN_START = 0.75  # of the tokenizer's steps
