@@ -1,5 +1,6 @@
 """Rank, world size and the few collectives the project needs; everything works without a launcher."""
 
+import json
 import os
 import re
 import secrets
@@ -269,3 +270,19 @@ def main_first(action: Callable[[], T]) -> T:
     finally:
         if is_main():
             barrier()
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Rank 0's result, which JSON can say, on every rank; an error of rank 0 ends all of them, and it alone says so."""
+    result, problem = None, None
+    if is_main():
+        try:
+            result = action()
+        except Exception as caught:
+            problem = caught
+    result, failed = json.loads(text_from_main(json.dumps([result, problem is not None])))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise SystemExit(2)
+    return result

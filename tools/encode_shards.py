@@ -40,7 +40,6 @@ from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import weights_hash
 from ibq.training.run import set_up_torch
 from tools.lib.options import add_device_options, add_image_options, autocast_of, check_least, device_of, open_images_of
-from tools.lib.ranks import on_main
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = 1
@@ -100,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(arguments.tokenizer, device=device)
     job = Job(tokenizer, dist.main_first(lambda: open_usable(arguments)), arguments)
     with explained(arguments.output):
-        if on_main(lambda: prepare(job, fresh=arguments.fresh)):
+        if dist.on_main(lambda: prepare(job, fresh=arguments.fresh)):
             check_plan(job)
             encode_own_shards(job)
             wait_for_all(job)
-            on_main(lambda: finish(job))
+            dist.on_main(lambda: finish(job))
     dist.shutdown()
 
 

@@ -39,7 +39,6 @@ from ibq.training.provenance import git_state
 from ibq.training.run import set_up_torch
 from tools.lib import ROOT
 from tools.lib.options import add_device_option, add_settings, device_of, settings_of
-from tools.lib.ranks import on_main
 
 PIECES, PLAN_FILE, SET_FILE, INFO_FILE = ".pieces", ".pieces/plan.json", "samples.npz", "samples.json"
 SHARD_ROWS = 10_000  # images of a tar shard
@@ -139,9 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = {**hashes, "sampler": asdict(sampler), "labels_sha256": weights_hash(_as_tensors(request))}
     plan |= {"images": len(request.labels), "piece": request.piece}
     with explained():
-        if on_main(lambda: begin(arguments.output, plan, fresh=arguments.fresh)):
+        if dist.on_main(lambda: begin(arguments.output, plan, fresh=arguments.fresh)):
             draw(request, tokenizer, transformer, sampler, arguments.output)
-            on_main(lambda: finish(request, arguments, plan))
+            dist.on_main(lambda: finish(request, arguments, plan))
     dist.barrier()
     if dist.is_main():
         print(f"{len(request.labels)} images in {arguments.output}")
