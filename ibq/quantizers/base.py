@@ -183,7 +183,7 @@ def initialise(codebook: Tensor, init: Init, scale: float, generator: torch.Gene
             nn.init.uniform_(codebook, -scale, scale, generator=generator)
 
 
-# --- Tokens and grids --------------------------------------------------------
+# --- Tokens, grids and losses --------------------------------------------------------
 
 
 def to_tokens(z: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,6 +196,12 @@ def to_grid(tokens: Tensor, z: Tensor) -> Tensor:
     batch, _, height, width = z.shape
     grid = tokens.view(batch, height, width, *tokens.shape[1:])
     return grid if tokens.dim() == 1 else grid.permute(0, 3, 1, 2)
+
+
+def entropy_loss(config: Any, sample: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the weighted entropy of each token less that of the batch, both for the log)."""
+    loss = config.sample_entropy_weight * sample - config.batch_entropy_weight * batch
+    return loss, {"sample_entropy": sample.detach(), "batch_entropy": batch.detach()}
 
 
 def straight_through(tokens: Tensor, rows: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from ibq.quantizers.base import (
     CodebookQuantizer,
     Init,
     QuantizerOutput,
+    entropy_loss,
     require_choice,
     require_not_negative,
     require_positive,
+    to_grid,
 )
 from ibq.quantizers.projector import ProjectorConfig, build_projector, check_projector
 
@@ -67,7 +69,6 @@ class IndexBackpropQuantizer(CodebookQuantizer):
         """Quantize z [B, D, h, w]."""
         self.check_latents(z)
         config = self.config
-        batch, _, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):
             codebook, tokens = self.code_vectors(), self.tokens(z)
             if self.passthrough:
@@ -82,15 +83,12 @@ class IndexBackpropQuantizer(CodebookQuantizer):
                 mean_over_ranks=self.mean_over_ranks,
                 precision=config.logits,
             )
-            entropy = (
-                config.sample_entropy_weight * result.sample_entropy
-                - config.batch_entropy_weight * result.batch_entropy
-            )
+            entropy, metrics = entropy_loss(config, result.sample_entropy, result.batch_entropy)
         return QuantizerOutput(
-            latents=result.latents.view(batch, height, width, self.dim).permute(0, 3, 1, 2),
-            codes=result.codes.view(batch, height, width),
+            latents=to_grid(result.latents, z),
+            codes=to_grid(result.codes, z),
             losses={"quantization": result.quantization_loss, "entropy": entropy},
-            metrics={"sample_entropy": result.sample_entropy.detach(), "batch_entropy": result.batch_entropy.detach()},
+            metrics=metrics,
         )
 
     def _best(self, tokens: Tensor, codebook: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ibq.ops.index_backprop import softmax_entropies
 from ibq.quantizers.base import (
     Quantizer,
     QuantizerOutput,
+    entropy_loss,
     require_not_negative,
     require_positive,
     straight_through,
@@ -182,10 +183,6 @@ class LookupFreeQuantizer(Quantizer):
         """Losses and metrics of tokens [N, D] and what became of them."""
         raise NotImplementedError
 
-    def _entropy_loss(self, sample: Tensor, batch: Tensor) -> tuple[Tensor, Losses]:
-        loss = self.config.sample_entropy_weight * sample - self.config.batch_entropy_weight * batch
-        return loss, {"sample_entropy": sample.detach(), "batch_entropy": batch.detach()}
-
 
 class LookupFreeBinaryQuantizer(LookupFreeQuantizer):
     """LFQ (MAGVIT-v2, arXiv 2310.05737) as in Open-MAGVIT2: each channel becomes its sign, +1 or -1 (also for zero).
@@ -209,7 +206,7 @@ class LookupFreeBinaryQuantizer(LookupFreeQuantizer):
             temperature=self.config.entropy_temperature,
             mean_over_ranks=self.mean_over_ranks,
         )
-        entropy, metrics = self._entropy_loss(entropies.sample_entropy, entropies.batch_entropy)
+        entropy, metrics = entropy_loss(self.config, entropies.sample_entropy, entropies.batch_entropy)
         return {"quantization": self.config.beta * F.mse_loss(tokens, rows), "entropy": entropy}, metrics
 
 
@@ -239,7 +236,7 @@ class BinarySphericalQuantizer(LookupFreeQuantizer):
         # A bit's two values differ by 2 / sqrt(D) in c, so by 4 u / sqrt(D) in the logit.
         logits = tokens * (4 / (math.sqrt(self.dim) * self.config.entropy_temperature))
         sample = _binary_entropy(logits).sum(dim=1).mean()
-        entropy, metrics = self._entropy_loss(sample, self._batch_entropy(tokens))
+        entropy, metrics = entropy_loss(self.config, sample, self._batch_entropy(tokens))
         commitment = (tokens - rows).square().sum(dim=1).mean()
         return {"quantization": self.config.beta * commitment, "entropy": entropy}, metrics
 

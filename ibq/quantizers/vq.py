@@ -12,6 +12,7 @@ from ibq.quantizers.base import (
     CodebookQuantizer,
     Init,
     QuantizerOutput,
+    entropy_loss,
     require_choice,
     require_not_negative,
     require_positive,
@@ -134,10 +135,7 @@ class VectorQuantizer(CodebookQuantizer):
         entropies = softmax_entropies(
             tokens, codebook, temperature=self.config.entropy_temperature, mean_over_ranks=self.mean_over_ranks
         )
-        sample, batch = entropies.sample_entropy, entropies.batch_entropy
-        weights = self.entropy_weights
-        metrics = {"sample_entropy": sample.detach(), "batch_entropy": batch.detach()}
-        return weights[0] * sample - weights[1] * batch, metrics
+        return entropy_loss(self.config, entropies.sample_entropy, entropies.batch_entropy)
 
     def _compared(self, tokens: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and codes as the search compares them."""
