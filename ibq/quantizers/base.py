@@ -47,12 +47,16 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        """Codes [B, h, w] of z [B, D, h, w]; a kind that can do without the losses overrides this."""
-        return self(z).codes
+        """Codes [B, h, w] of z [B, D, h, w], without the losses."""
+        self.check_latents(z)
+        with torch.autocast(z.device.type, enabled=False):
+            return to_grid(self._codes(self.tokens(z)), z)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Latents [B, D, h, w] of codes [B, h, w]."""
-        raise NotImplementedError
+        self.check_codes(codes)
+        # By the table, so that codes out of range are noticed on accelerators as well.
+        return F.embedding(codes, self.code_vectors()).permute(0, 3, 1, 2)
 
     def code_vectors(self) -> Tensor:
         """The latents [K, D] that the codes stand for."""
@@ -60,6 +64,15 @@ class Quantizer(nn.Module):
 
     def tokens(self, z: Tensor) -> Tensor:
         """The vectors [N, D] that are compared with the codes, of z [B, D, h, w]."""
+        tokens = to_tokens(z, self._dtype)
+        return F.normalize(tokens, dim=1) if self.spherical else tokens
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    def _codes(self, tokens: Tensor) -> Tensor:
+        """The codes [N] of tokens [N, D]."""
         raise NotImplementedError
 
     def check_latents(self, z: Tensor) -> None:
@@ -138,22 +151,8 @@ class CodebookQuantizer(Quantizer):
             codebook = codebook.to(self._dtype)
             return F.normalize(codebook, dim=1) if self.spherical else codebook
 
-    def tokens(self, z: Tensor) -> Tensor:
-        """The vectors [N, D] that are compared with the codes, of z [B, D, h, w]."""
-        tokens = to_tokens(z, self._dtype)
-        return F.normalize(tokens, dim=1) if self.spherical else tokens
-
-    @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        """Codes [B, h, w] of z [B, D, h, w], without the losses."""
-        self.check_latents(z)
-        with torch.autocast(z.device.type, enabled=False):
-            return to_grid(self._best(self.tokens(z), self.code_vectors()), z)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Latents [B, D, h, w] of codes [B, h, w]."""
-        self.check_codes(codes)
-        return F.embedding(codes, self.code_vectors()).permute(0, 3, 1, 2)
+    def _codes(self, tokens: Tensor) -> Tensor:
+        return self._best(tokens, self.code_vectors())
 
     @property
     def _dtype(self) -> torch.dtype:

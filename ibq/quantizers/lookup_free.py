@@ -22,7 +22,6 @@ from ibq.quantizers.base import (
     require_positive,
     straight_through,
     to_grid,
-    to_tokens,
 )
 
 MAX_BITS = 20  # of a code: usage is counted per code
@@ -31,10 +30,10 @@ Losses = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LFQConfig:
-    """Lookup-free quantization; the defaults are those of Open-MAGVIT2 (arXiv 2409.04410)."""
+class _BinaryConfig:
+    """What LFQ and BSQ share."""
 
-    kind: Literal["lfq"] = "lfq"
+    kind: str = ""
     dim: int = 18  # bits: 2^dim codes
     beta: float = 0.25  # weight of the commitment in the quantization loss
     entropy_temperature: float = 0.01
@@ -42,7 +41,13 @@ class LFQConfig:
     batch_entropy_weight: float = 1.0  # all codes should be in use
 
     def __post_init__(self):
-        _check_binary(self)
+        if not 1 <= self.dim <= MAX_BITS:
+            raise ValueError(
+                f"dim: must lie in [1, {MAX_BITS}], got {self.dim}; "
+                "it is the number of bits, and 2^dim codes are counted"
+            )
+        require_positive(self, "entropy_temperature")
+        require_not_negative(self, "beta", "sample_entropy_weight", "batch_entropy_weight")
 
     @property
     def num_codes(self) -> int:
@@ -51,26 +56,23 @@ class LFQConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BSQConfig:
-    """Binary spherical quantization (arXiv 2406.07548)."""
+class LFQConfig(_BinaryConfig):
+    """Lookup-free quantization; the defaults are those of Open-MAGVIT2 (arXiv 2409.04410)."""
+
+    kind: Literal["lfq"] = "lfq"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BSQConfig(_BinaryConfig):
+    """Binary spherical quantization (arXiv 2406.07548), whose tau is 2 / `entropy_temperature`."""
 
     kind: Literal["bsq"] = "bsq"
-    dim: int = 18  # bits: 2^dim codes
-    beta: float = 0.25  # weight of the commitment in the quantization loss
-    entropy_temperature: float = 0.01  # the paper's tau is 2 / temperature
-    sample_entropy_weight: float = 1.0  # each token should be certain of its code
-    batch_entropy_weight: float = 1.0  # all codes should be in use
     # Bits whose joint entropy over the batch is exact: 1 takes all for independent as the paper does, dim is exact.
     entropy_group: int = 9
 
     def __post_init__(self):
-        _check_binary(self)
+        super().__post_init__()
         require_positive(self, "entropy_group")
-
-    @property
-    def num_codes(self) -> int:
-        """2^dim."""
-        return 2**self.dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +99,6 @@ class FSQConfig:
     def num_codes(self) -> int:
         """The product of the levels."""
         return math.prod(self.levels)
-
-
-def _check_binary(config: LFQConfig | BSQConfig) -> None:
-    if not 1 <= config.dim <= MAX_BITS:
-        raise ValueError(
-            f"dim: must lie in [1, {MAX_BITS}], got {config.dim}; it is the number of bits, and 2^dim codes are counted"
-        )
-    require_positive(config, "entropy_temperature")
-    require_not_negative(config, "beta", "sample_entropy_weight", "batch_entropy_weight")
 
 
 class LookupFreeQuantizer(Quantizer):
@@ -135,28 +128,14 @@ class LookupFreeQuantizer(Quantizer):
             metrics=metrics,
         )
 
-    @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        """Codes [B, h, w] of z [B, D, h, w], without the losses."""
-        self.check_latents(z)
-        with torch.autocast(z.device.type, enabled=False):
-            return to_grid(self._index(self._digits(self.tokens(z))), z)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Latents [B, D, h, w] of codes [B, h, w]."""
-        self.check_codes(codes)
-        # By the table, so that codes out of range are noticed on accelerators as well.
-        return F.embedding(codes, self.code_vectors()).permute(0, 3, 1, 2)
-
     def code_vectors(self) -> Tensor:
         """The latents [K, D] that the codes stand for."""
         codes = torch.arange(self.num_codes, device=self.levels.device)[:, None]
         radices = self.levels.long()
         return self._vectors(codes // self._places() % radices)
 
-    def tokens(self, z: Tensor) -> Tensor:
-        """The vectors [N, D] that are compared with the codes, of z [B, D, h, w]."""
-        return to_tokens(z, self._dtype)
+    def _codes(self, tokens: Tensor) -> Tensor:
+        return self._index(self._digits(tokens))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -224,10 +203,6 @@ class BinarySphericalQuantizer(LookupFreeQuantizer):
 
     def __init__(self, config: BSQConfig):
         super().__init__(config, [2] * config.dim)
-
-    def tokens(self, z: Tensor) -> Tensor:
-        """The unit vectors [N, D] that are compared with the codes, of z [B, D, h, w]."""
-        return F.normalize(super().tokens(z), dim=1)
 
     def _vectors(self, digits: Tensor) -> Tensor:
         return (2 * digits - 1).to(self._dtype) / math.sqrt(self.dim)
