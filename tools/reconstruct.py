@@ -5,7 +5,6 @@ python tools/reconstruct.py --tokenizer runs/tokenizer_16384 --images photos/*.j
 """
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from ibq.files import whole_file
 from ibq.models.tiling import reconstruct
 from ibq.models.tokenizer import Tokenizer
 from ibq.progress import progress_bar, say
+from ibq.training.metrics import peak_memory_gib
 from ibq.training.run import set_up_torch
 from tools.lib.options import add_device_options, autocast_of, device_of
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for file in files:
             one(tokenizer, file, arguments)
             progress.update()
-    say(f"{arguments.output}: {len(files)} pictures; peak memory {peak_gib(device):.2f} GiB")
+    say(f"{arguments.output}: {len(files)} pictures; peak memory {peak_memory_gib(device):.2f} GiB")
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -149,13 +149,6 @@ def write(path: Path, image: Tensor) -> None:
     """Write uint8 [1, 3, H, W] as PNG."""
     with whole_file(path) as file:
         Image.fromarray(image[0].permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
-
-
-def peak_gib(device: torch.device) -> float:
-    """The most memory so far: the device's, or this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
 if __name__ == "__main__":

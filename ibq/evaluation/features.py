@@ -107,8 +107,8 @@ class Inception(nn.Module):
         return Features(pool=found.pool[: len(images)].cpu(), spatial=found.spatial[: len(images)].cpu())
 
 
-def load_inception(weights: str | None = None, device: torch.device | str = "cpu") -> Inception:
-    """The network in eval mode; UserError if the weights can't be had.
+def load_inception(weights: str | None = None) -> Inception:
+    """The network in eval mode, on the CPU; UserError if the weights can't be had.
 
     `weights` is a file; without one, the file that IBQ_INCEPTION_WEIGHTS names, or the usual download. A file whose
     name ends with a part of its SHA-256, as the published one's does, is held to it.
@@ -126,12 +126,12 @@ def load_inception(weights: str | None = None, device: torch.device | str = "cpu
     network = Inception().eval().requires_grad_(False)
     _fill(network, state, path)
     network.sha256 = digest
-    return network.to(device)
+    return network
 
 
-def weights_at_hand(weights: str | None = None) -> bool:
-    """Whether the weights are named by the option or the environment, or have been downloaded before."""
-    return bool(weights or os.environ.get(ENVIRONMENT)) or any(path.is_file() for path in _cached())
+def weights_at_hand() -> bool:
+    """Whether the weights are named by the environment, or have been downloaded before."""
+    return bool(os.environ.get(ENVIRONMENT)) or any(path.is_file() for path in _cached())
 
 
 def _cached() -> list[Path]:

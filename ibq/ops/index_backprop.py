@@ -72,18 +72,12 @@ def index_backprop(
 
 
 def softmax_entropies(
-    tokens: Tensor,
-    codebook: Tensor,
-    *,
-    temperature: float,
-    mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
-    precision: Precision = "float32",
-    backend: Backend = "auto",
+    tokens: Tensor, codebook: Tensor, *, temperature: float, mean_over_ranks: Callable[[Tensor], Tensor] | None = None
 ) -> SoftmaxEntropies:
     """Sample and batch entropy of softmax(tokens [N, D] . codebook [K, D] / temperature), differentiable in both."""
     check_sizes(tokens, codebook)
     check_temperatures(temperature=temperature)
-    latents, *_, usage, sample_entropy = _quantize(tokens, codebook, temperature, 1.0, precision, backend)
+    latents, *_, usage, sample_entropy = _quantize(tokens, codebook, temperature, 1.0, "float32", "auto")
     return SoftmaxEntropies(**_entropies(usage, sample_entropy, latents.dtype, mean_over_ranks))
 
 
