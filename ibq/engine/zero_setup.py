@@ -15,7 +15,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -25,10 +25,8 @@ from ibq import dist
 from ibq.config import UserError
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.configs import ZeroEngineConfig
 from ibq.files import lock
-
-if TYPE_CHECKING:
-    from ibq.engine.configs import ZeroEngineConfig
 
 PREFIX = "ibq-zero-"
 PERSISTENT = 100_000  # parameters of at most so many elements stay gathered in stage 3 (DeepSpeed's default)
@@ -84,7 +82,7 @@ def silence() -> contextlib.AbstractContextManager:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def build_operators(config: "ZeroEngineConfig", optimizer: OptimizerConfig) -> None:
+def build_operators(config: ZeroEngineConfig, optimizer: OptimizerConfig) -> None:
     """Compile what offloading needs; done once per machine, and each time loaded from the cache afterwards."""
     builders = importlib.import_module("deepspeed.ops.op_builder")
     wanted = {}
@@ -121,7 +119,7 @@ def partition_numel(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(-(-math.prod(shape) // dist.world_size()) for shape in shapes.values())
 
 
-def nvme_bytes(config: "ZeroEngineConfig", settings: EngineSettings, numel: int) -> int:
+def nvme_bytes(config: ZeroEngineConfig, settings: EngineSettings, numel: int) -> int:
     """Bytes on NVMe of a rank that holds `numel` elements of the parameters."""
     size = 0
     if config.offload_optimizer == "nvme":
@@ -131,7 +129,7 @@ def nvme_bytes(config: "ZeroEngineConfig", settings: EngineSettings, numel: int)
     return size
 
 
-def check_nvme(config: "ZeroEngineConfig", settings: EngineSettings, numel: int) -> None:
+def check_nvme(config: ZeroEngineConfig, settings: EngineSettings, numel: int) -> None:
     """Raise UserError where offloading to NVMe cannot work; nothing is written."""
     if not config.uses_nvme:
         return
@@ -234,7 +232,7 @@ def freed_at_once() -> Iterator[None]:
 
 
 def deepspeed_settings(
-    config: "ZeroEngineConfig", settings: EngineSettings, largest: int, folder: Path | None
+    config: ZeroEngineConfig, settings: EngineSettings, largest: int, folder: Path | None
 ) -> dict[str, Any]:
     """DeepSpeed's configuration; `largest`: elements of the largest parameter's partition on this rank."""
     bf16 = settings.precision == "bf16" and config.stage > 0  # stage 0 keeps float32 weights under autocast
@@ -261,9 +259,7 @@ def deepspeed_settings(
     return result
 
 
-def _zero_settings(
-    config: "ZeroEngineConfig", device: torch.device, largest: int, folder: Path | None
-) -> dict[str, Any]:
+def _zero_settings(config: ZeroEngineConfig, device: torch.device, largest: int, folder: Path | None) -> dict[str, Any]:
     cuda = device.type == "cuda"
     zero = {
         "stage": config.stage,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ibq.interop.lightning_tokenizer import Weights
 from ibq.interop.published import Hints, Published, require_config, require_settings
-from ibq.interop.reference_tensors import count_numbered, read_file, shape_of, table_of
+from ibq.interop.reference_tensors import count_numbered, encoder_sizes, read_file, shape_of, table_of
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import VQConfig
 
@@ -61,17 +61,11 @@ def infer_config(tensors: Mapping[str, Tensor], resolution: int = RESOLUTION) ->
     def shape(name: str, dimensions: int = 4) -> torch.Size:
         return shape_of(tensors, name, dimensions, reference_name(name, levels))
 
-    channels = shape("encoder.conv_in.weight")[0]
     num_codes, dim = shape(CODEBOOK, 2)
     return TokenizerConfig(
+        **encoder_sizes(tensors, shape),
         resolution=resolution,
-        channels=channels,
-        channel_multipliers=tuple(
-            shape(f"encoder.down.{i}.block.0.conv1.weight")[0] // channels for i in range(levels)
-        ),
-        res_blocks=count_numbered(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         attention_resolutions=(resolution // 2 ** (levels - 1),),
-        latent_channels=shape("encoder.conv_out.weight")[0],
         quantizer=VQConfig(num_codes=num_codes, dim=dim, normalize="vectors", beta_weighs="commitment"),
     )
 

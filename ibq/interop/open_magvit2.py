@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ibq.interop.lightning_tokenizer import Implementation, Weights, rest_of
 from ibq.interop.published import Hints, Published, require_config
-from ibq.interop.reference_tensors import TRANSFORMER, count_numbered, read_state, shape_of
+from ibq.interop.reference_tensors import TRANSFORMER, encoder_sizes, read_state, shape_of
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import LFQConfig
 
@@ -41,23 +41,13 @@ def read(path: str | Path, weights: Weights = "ema", hints: Hints = Hints()) -> 
 
 def infer_config(tensors: Mapping[str, Tensor], resolution: int | None = None) -> TokenizerConfig:
     """The configuration that the shapes of a tokenizer's weights imply; ValueError naming a tensor that is missing."""
-
-    def width(name: str) -> int:
-        return shape_of(tensors, name, 4)[0]
-
-    channels, in_channels = shape_of(tensors, "encoder.conv_in.weight", 4)[:2]
-    levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.block\.")
-    bits = width("encoder.conv_out.weight")
+    sizes = encoder_sizes(tensors, lambda name: shape_of(tensors, name, 4))
     return TokenizerConfig(
         network="open_magvit2",
-        resolution=resolution or RESOLUTIONS.get(levels, 256),
-        in_channels=in_channels,
-        channels=channels,
-        channel_multipliers=tuple(width(f"encoder.down.{i}.block.0.conv1.weight") // channels for i in range(levels)),
-        res_blocks=count_numbered(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        **sizes,
+        resolution=resolution or RESOLUTIONS.get(len(sizes["channel_multipliers"]), 256),
         attention_resolutions=(),
-        latent_channels=bits,
-        quantizer=LFQConfig(dim=bits),
+        quantizer=LFQConfig(dim=sizes["latent_channels"]),
     )
 
 

@@ -3,7 +3,7 @@
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -147,6 +147,20 @@ def count_numbered(tensors: Iterable[str], pattern: str) -> int:
     """One more than the largest number that `pattern` finds in the names; 0 where it finds none."""
     numbers = [int(match[1]) for name in tensors if (match := re.match(pattern, name))]
     return max(numbers, default=-1) + 1
+
+
+def encoder_sizes(tensors: Iterable[str], shape: Callable[[str], torch.Size]) -> dict[str, Any]:
+    """What the shapes of an encoder's weights (our names) say of a `TokenizerConfig`."""
+    channels, in_channels = shape("encoder.conv_in.weight")[:2]
+    levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.block\.")
+    widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+    return {
+        "in_channels": in_channels,
+        "channels": channels,
+        "channel_multipliers": tuple(width // channels for width in widths),
+        "res_blocks": count_numbered(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": shape("encoder.conv_out.weight")[0],
+    }
 
 
 def argument(arguments: Mapping[str, Any], key: str, where: str = "") -> Any:

@@ -20,7 +20,7 @@ from ibq.interop.reference_tensors import (
     FIRST_STAGE,
     TRANSFORMER,
     argument,
-    count_numbered,
+    encoder_sizes,
     read_state,
     reject_unknown,
     shape_of,
@@ -110,20 +110,14 @@ def infer_tokenizer_config(tensors: Mapping[str, Tensor], resolution: int = 256)
     def shape(name: str, dimensions: int = 4) -> torch.Size:
         return shape_of(tensors, name, dimensions, _reference_name(name))
 
-    channels, in_channels = shape("encoder.conv_in.weight")[:2]
-    levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.block\.")
-    attention = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in tensors]
+    sizes = encoder_sizes(tensors, shape)
+    levels = range(len(sizes["channel_multipliers"]))
+    attention = [level for level in levels if f"encoder.down.{level}.attn.0.q.weight" in tensors]
     num_codes, dim = shape(CODEBOOK, 2)
     return TokenizerConfig(
+        **sizes,
         resolution=resolution,
-        in_channels=in_channels,
-        channels=channels,
-        channel_multipliers=tuple(
-            shape(f"encoder.down.{i}.block.0.conv1.weight")[0] // channels for i in range(levels)
-        ),
-        res_blocks=count_numbered(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-        attention_resolutions=tuple(resolution // 2**i for i in attention),
-        latent_channels=shape("encoder.conv_out.weight")[0],
+        attention_resolutions=tuple(resolution // 2**level for level in attention),
         quantizer=IBQConfig(num_codes=num_codes, dim=dim),
     )
 
