@@ -53,7 +53,8 @@ class Job:
         allocation = current_allocation(self.ranks)
         _, *arguments = in_code((self.script, *self.arguments))
         if self.script in ONE_PROCESS:
-            return self._conclude(allocation, None, _wait(_spawn_here(self.script, arguments)))
+            here = subprocess.Popen([sys.executable, "-u", str(ROOT / self.script), *arguments])
+            return self._conclude(allocation, None, _wait([here]))
         run = load_run(str(ROOT / self.script), arguments) if is_training_script(self.script) else None
         nodes = usable_nodes(run, len(allocation.nodes), allocation.ranks_per_node) if run else len(allocation.nodes)
         folder = Path(run.output) if run is not None else None
@@ -170,10 +171,6 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _spawn_here(script: str, arguments: Sequence[str]) -> list[subprocess.Popen]:
-    return [subprocess.Popen([sys.executable, "-u", str(ROOT / script), *arguments])]
-
-
 def _wait(processes: Sequence[subprocess.Popen]) -> int:
     """The exit code of several processes, with signals passed on to them; a signal's as shells have it.
 
@@ -192,15 +189,11 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
-        codes = [_code(process.wait()) for process in processes]
+        codes = [process.wait() for process in processes]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return max(codes)
-
-
-def _code(returned: int) -> int:
-    return 128 - returned if returned < 0 else returned
+    return max(128 - code if code < 0 else code for code in codes)
 
 
 def say(message: str) -> None:

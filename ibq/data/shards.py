@@ -269,11 +269,9 @@ def _open_named(name: str, place: str, config: ImageDataConfig, report: Report) 
         raise UserError(f"data.{name}: {error}") from error
 
 
-def _no_report(_place: str):
-    return lambda done, total: None
-
-
-def split_sources(config: ImageDataConfig, report: Report = _no_report) -> tuple[list[ImageIndex], list[ImageIndex]]:
+def split_sources(
+    config: ImageDataConfig, report: Report = lambda place: lambda done, total: None
+) -> tuple[list[ImageIndex], list[ImageIndex]]:
     """(training sets, validation sets) as the config says; one validation set of each source where none is given."""
     names = ["train"] if config.train is not None else [f"sources[{i}].train" for i in range(len(config.sources))]
     places = zip(names, config.places, strict=True)

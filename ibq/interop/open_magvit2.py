@@ -51,15 +51,11 @@ def infer_config(tensors: Mapping[str, Tensor], resolution: int | None = None) -
     )
 
 
-def _without_levels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in tensors.items() if name != LEVELS}
-
-
 IMPLEMENTATION = Implementation(
     title="Open-MAGVIT2",
     fixed={"network": "open_magvit2", "norm_groups": 32, "quantizer.kind": "lfq"},
     prefixes=("encoder.", "decoder."),
     infer_config=infer_config,
-    reference_names=_without_levels,
+    reference_names=lambda tensors: {name: value for name, value in tensors.items() if name != LEVELS},
 )
 write_tokenizer, write_tokenizer_with_rest = IMPLEMENTATION.write, IMPLEMENTATION.write_with_rest
