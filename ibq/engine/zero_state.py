@@ -73,8 +73,8 @@ class Group:
         """Give back the memory of what was read."""
 
     def show(self, values: Tensor) -> None:
-        """Put values into the module's own weights."""
-        self._weights.data.view(-1).copy_(values)
+        """Put values into the module's own weights: a flat tensor, or `ParameterWeights`."""
+        (self._weights.data.view(-1) if isinstance(self._weights, Tensor) else self._weights).copy_(values)
 
 
 def _new_state(master: Tensor, steps: int) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class ParameterPartitions(Partitions):
             weights = ParameterWeights(optimizer, number)
         elif weights.data_ptr() == master.data_ptr():
             weights = None  # in fp32 DeepSpeed keeps no second copy
-        return (ListedGroup if isinstance(weights, ParameterWeights) else Group)(fragments, master, self.base, weights)
+        return Group(fragments, master, self.base, weights)
 
     def step(self, apply: Callable[[], bool], after: Update | None) -> bool:
         """As in `Partitions`, but while a sub-group is in memory: one on NVMe is not read again."""
@@ -334,15 +334,7 @@ class ParameterWeights:
             swapped[0].nvme_swapper.swap_out_partitioned_params(dst_fp16_params=swapped, src_fp32_params=sources)
 
 
-class ListedGroup(Group):
-    """A group in memory whose module weights are not one flat tensor."""
-
-    def show(self, values: Tensor) -> None:
-        """Put values into the module's own weights."""
-        self._weights.copy_(values)
-
-
-class SwappedGroup(ListedGroup):
+class SwappedGroup(Group):
     """A sub-group whose masters and moments lie in files: DeepSpeed's, read and written through its buffers."""
 
     swapped = True
