@@ -19,7 +19,6 @@ from ibq import dist
 from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
-from ibq.engine.configs import check_tensor_parallel
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.training.ar_config import ARRunConfig
@@ -67,15 +66,8 @@ def build_task(command: Command, data: RunData, tokenizer: Tokenizer | None) -> 
 
 def share_model(config: ARRunConfig) -> None:
     """Say how many ranks share each matrix, and so their data; UserError where the model's sizes do not allow it."""
-    ranks = getattr(config.engine, "tensor_parallel", 1)
-    model = config.model
+    ranks = config.sharing_ranks()
     if ranks > 1:
-        check_tensor_parallel(
-            ranks,
-            heads=model.num_heads,
-            kv_heads=model.num_kv_heads,
-            tokens=model.num_tokens if config.engine.sequence_parallel else None,
-        )
         config.engine.mesh_sizes(dist.world_size())
     dist.share_data(ranks)
 

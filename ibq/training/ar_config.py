@@ -6,7 +6,7 @@ from typing import Literal
 from ibq.data.codes import CodeDataConfig
 from ibq.data.shards import ImageDataConfig
 from ibq.engine.base import OptimizerConfig
-from ibq.engine.configs import EngineConfig, LocalEngineConfig
+from ibq.engine.configs import EngineConfig, LocalEngineConfig, check_tensor_parallel
 from ibq.engine.heartbeat import HeartbeatConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.training.checkpoint import CheckpointConfig
@@ -49,3 +49,11 @@ class ARRunConfig:
 
     def __post_init__(self):
         check_seed_and_average(self.seed, self.ema_decay)
+
+    def sharing_ranks(self) -> int:
+        """How many ranks share each matrix, and so see the same data; UserError where the model cannot be split so."""
+        ranks, model = getattr(self.engine, "tensor_parallel", 1), self.model
+        if ranks > 1:
+            tokens = model.num_tokens if self.engine.sequence_parallel else None
+            check_tensor_parallel(ranks, heads=model.num_heads, kv_heads=model.num_kv_heads, tokens=tokens)
+        return ranks

@@ -10,7 +10,6 @@ from typing import Any
 
 from ibq.config import UserError
 from ibq.data.order import Batching
-from ibq.engine.configs import check_tensor_parallel
 from launchers.lib import ROOT
 from launchers.lib.executor import in_code
 
@@ -65,16 +64,9 @@ def check_run(config: Any, ranks: int = 1) -> None:
 
     Raises UserError that begins with the setting.
     """
-    from ibq.models.transformer import TransformerConfig  # as above
-
     shared = getattr(config.engine, "tensor_parallel", 1)  # ranks that see the same data
-    if shared > 1 and isinstance(config.model, TransformerConfig):
-        check_tensor_parallel(
-            shared,
-            heads=config.model.num_heads,
-            kv_heads=config.model.num_kv_heads,
-            tokens=config.model.num_tokens if config.engine.sequence_parallel else None,
-        )
+    if shared > 1 and hasattr(config, "sharing_ranks"):  # of a transformer; other models are refused by their engine
+        config.sharing_ranks()
         if ranks > 1:
             config.engine.mesh_sizes(ranks)
     training = config.training
