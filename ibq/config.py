@@ -52,6 +52,8 @@ _SCALARS = {
 class UserError(Exception):
     """A problem that the user can solve; its text is one line with a remedy."""
 
+    exit_code = 2
+
 
 def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration `cls` from a YAML file, what it inherits, and `key.path=value` overrides.
@@ -103,12 +105,12 @@ def require_least(config: Any, **least: float) -> None:
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit with its code; ConfigError and UserError: one line, exit 2; Ctrl-C: exit 130."""
+    """Run `main` and exit with its code; ConfigError and UserError: one line, their code, 2; Ctrl-C: exit 130."""
     try:
         code = main()
     except (ConfigError, UserError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        code = 2
+        code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except Exception:
@@ -127,7 +129,7 @@ def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
 
 def _one_of_several() -> bool:
     """Whether this is one rank of a larger world; known once `dist.setup` has read the launcher's variables."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
 
 
 def _override_layer(overrides: Sequence[str]) -> Node:

@@ -33,6 +33,8 @@ _TAG = "tag:yaml.org,2002:"
 class ConfigError(ValueError):
     """A problem in a configuration; one line: file (with line) or command line, key, problem and remedy."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Node:

@@ -1,11 +1,7 @@
 """Rank, world size and the few collectives the project needs; everything works without a launcher."""
 
 import json
-import os
-import re
-import secrets
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -14,102 +10,50 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from ibq.config import UserError
+from ibq.meeting import Meeting, meet, number, place, telling_others
 
 TIMEOUT = timedelta(minutes=30)
-PORTS = range(12_000, 28_000)  # of the rendezvous under Slurm: below those that the system hands out
 T = TypeVar("T")
 _sharing = 1  # neighbouring ranks that work on the same samples
 
 
-def setup(device: str = "auto") -> torch.device:
+def setup(device: str = "auto", meeting: Meeting | None = None) -> torch.device:
     """Join the process group that the launcher's variables describe, if any; returns this rank's device.
 
     `device`: "auto" takes CUDA when there is one. NCCL for tensors on CUDA, gloo for those on the CPU. A task of `srun`
-    needs no launcher: rank and rendezvous follow from Slurm's variables.
+    needs no launcher: rank and rendezvous follow from Slurm's variables. `meeting`: where the ranks have met before.
+    Errors: UserError, as of `own_device` and `meet`.
     """
-    os.environ.update(slurm_task(os.environ))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"device: process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices; "
-                "start fewer processes, or set device=cpu"
-            )
-        torch.cuda.set_device(local_rank)
-    chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
-        backend, own = ("cpu:gloo,cuda:nccl", chosen) if device == "cuda" else ("gloo", None)
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store, own_rank, ranks = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
-            store = torch_dist.PrefixStore(f"ibq/group/{_agree_on_life(store, own_rank, ranks)}", store)
-            torch_dist.init_process_group(
-                backend, timeout=TIMEOUT, device_id=own, store=store, rank=own_rank, world_size=ranks
-            )
-        else:
-            torch_dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
+    with telling_others():
+        chosen = own_device(device)
+    if not torch_dist.is_initialized() and (meeting := meeting or meet()) is not None:
+        meeting.store.set_timeout(TIMEOUT)
+        torch_dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            timeout=TIMEOUT,
+            device_id=chosen if chosen.type == "cuda" else None,
+            store=torch_dist.PrefixStore("group", meeting.store),
+            rank=meeting.rank,
+            world_size=meeting.ranks,
+        )
     return chosen
 
 
-def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
-    """torch's variables for a task that srun has started with others; none where a launcher has set them already.
-
-    The variables of the job are not enough: a batch script has them too, and is no rank.
-    """
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks == 1 or "WORLD_SIZE" in environment:
-        return {}
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": str(tasks),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(slurm_port(environment)),
-    }
-
-
-def slurm_port(environment: Mapping[str, str]) -> int:
-    """A port that differs between the jobs, the steps and the restarts of a job that may meet on a node."""
-    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
-    number = 7 * job + 3 * step + int(environment.get("SLURM_RESTART_COUNT", "0"))
-    return PORTS[number % len(PORTS)]
-
-
-def first_host(nodes: str) -> str:
-    """The first of a list of hosts as Slurm writes it: `node[03-07,12],login` begins with `node03`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
-
-
-def _agree_on_life(store: torch_dist.Store, own_rank: int, ranks: int) -> str:
-    """A name that these processes have in common, and with no others that used the store before.
-
-    torchrun's agent keeps one store over all restarts, and the processes of a new life would find the addresses of
-    dead ones in it (https://github.com/pytorch/pytorch/issues/135712). No number that a launcher gives tells the lives
-    apart: every agent counts its own restarts. So each rank asks rank 0 under a random name, and rank 0 answers every
-    name that it finds until each rank has confirmed its own.
-    """
-    own = secrets.token_hex(8)
-    if own_rank:
-        store.set(f"ibq/asks/{own_rank}", own)
-        life = store.get(f"ibq/answer/{own}").decode()  # waits
-        store.set(f"ibq/confirmed/{life}/{own_rank}", "")
-        return life
-    waiting, answered = set(range(1, ranks)), set()
-    end = time.monotonic() + TIMEOUT.total_seconds()
-    while waiting:
-        if time.monotonic() > end:
-            raise TimeoutError(f"ranks {sorted(waiting)} did not start")
-        for rank in [rank for rank in waiting if store.check([f"ibq/asks/{rank}"])]:
-            name = store.get(f"ibq/asks/{rank}").decode()
-            if name not in answered:
-                answered.add(name)
-                store.set(f"ibq/answer/{name}", own)
-            if store.check([f"ibq/confirmed/{own}/{rank}"]):
-                waiting.remove(rank)
-        time.sleep(0.01)
-    return own
+def own_device(device: str) -> torch.device:
+    """The device of this rank; UserError if its machine has fewer than ranks."""
+    place()  # takes over what srun says
+    local_rank = number("LOCAL_RANK", "0")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cuda":
+        return torch.device(device)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"device: process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices; "
+            "start fewer processes, or set device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device(device, local_rank)
 
 
 def ensure_group() -> None:

@@ -32,15 +32,15 @@ EXAMPLE = "torchrun --nproc-per-node 8 ibq/train_ar.py --config yaml/b.yaml data
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the exit code."""
-    command = Command.begin(ARRunConfig, __doc__.splitlines()[0], EXAMPLE, argv)
-    share_model(command.config)
-    with command.part("data"), naming(command.source):
-        data, tokenizer = open_data(command.config, command.device)
-    command.bind(data)
-    with command.part("engine"):
-        task = build_task(command, data, tokenizer)
-    command.check_schedule(task.hyper)
-    return command.train(task, data, title="transformer")
+    with Command.begin(ARRunConfig, __doc__.splitlines()[0], EXAMPLE, argv) as command:
+        share_model(command.config)
+        with command.part("data"), naming(command.source):
+            data, tokenizer = open_data(command.config, command.device)
+        command.bind(data)
+        with command.part("engine"):
+            task = build_task(command, data, tokenizer)
+        command.check_schedule(task.hyper)
+        return command.train(task, data, title="transformer")
 
 
 def build_task(command: Command, data: RunData, tokenizer: Tokenizer | None) -> ARTask:

@@ -33,22 +33,23 @@ EXAMPLE = "python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml trai
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the exit code."""
-    command = Command.begin(TokenizerRunConfig, __doc__.splitlines()[0], EXAMPLE, argv)
-    config: TokenizerRunConfig = command.config
-    with command.part("model"):
-        perceptual = dist.main_first(lambda: build_perceptual(config.loss.perceptual))  # one rank downloads the weights
-    with command.part("data"), naming(command.source):
-        data = image_data(config.data, config.model.resolution, config.seed)
-    command.bind(data)
-    with command.part("engine"):
-        task = build_task(command, data, perceptual)
-    command.check_schedule(task.learning_rate)
-    warmup, total = config.codebook_start.warmup_steps, config.training.total_steps(data.steps_per_epoch)
-    if warmup >= total:
-        raise UserError(
-            f"{command.source}: codebook_start.warmup_steps: {warmup} must be below the run's {total} steps"
-        )
-    return command.train(task, data, title="tokenizer")
+    with Command.begin(TokenizerRunConfig, __doc__.splitlines()[0], EXAMPLE, argv) as command:
+        config: TokenizerRunConfig = command.config
+        with command.part("model"):
+            # One rank downloads the weights.
+            perceptual = dist.main_first(lambda: build_perceptual(config.loss.perceptual))
+        with command.part("data"), naming(command.source):
+            data = image_data(config.data, config.model.resolution, config.seed)
+        command.bind(data)
+        with command.part("engine"):
+            task = build_task(command, data, perceptual)
+        command.check_schedule(task.learning_rate)
+        warmup, total = config.codebook_start.warmup_steps, config.training.total_steps(data.steps_per_epoch)
+        if warmup >= total:
+            raise UserError(
+                f"{command.source}: codebook_start.warmup_steps: {warmup} must be below the run's {total} steps"
+            )
+        return command.train(task, data, title="tokenizer")
 
 
 def build_task(command: Command, data: RunData, perceptual: torch.nn.Module | None) -> TokenizerTask:

@@ -5,7 +5,6 @@ with the address of a socket, and a rank whose main thread sleeps is not found a
 """
 
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -15,12 +14,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 
-import torch
 import torch.distributed as torch_dist
 
-from ibq import dist
 from ibq.config import UserError
 from ibq.engine.watch import Beat, HeartbeatConfig, Process, Progress, Verdict, Watch
+from ibq.meeting import Meeting, RanksError, first_line
 
 __all__ = ["Heartbeat", "HeartbeatConfig"]
 
@@ -33,12 +31,13 @@ CONNECTION_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection res
 
 
 class Heartbeat:
-    """A rank's signs of life, and its watch over the others; a context around the training loop.
+    """A rank's signs of life, and its watch over the others; a context around all that a run does once they have met.
 
-    Within it `mark` notes progress, which costs next to nothing. All ranks enter it together, after `dist.setup`.
+    Within it `mark` notes progress, which costs next to nothing. All ranks enter it together, after their `meeting` and
+    before their process group is made, whose first collective may be what waits for a rank that has died.
     When a rank dies or the run hangs, one rank of each host prints which it is to stderr, the lowest one that is left
     calls `on_failure(line)`, and all end with exit code 1, whatever their main threads wait for. A main thread that
-    gets an error first calls `explain(error)`. A rank of a world of one does nothing here.
+    gets an error first calls `explain(error)`. A process that is alone (no meeting) does nothing here.
 
     Beats go through a connection of their own to the store of the process group (torchrun's agent keeps it, or with
     other launchers rank 0), so that a main thread that waits does not keep them. One rank per host reads the beats of
@@ -46,11 +45,13 @@ class Heartbeat:
     """
 
     def __init__(
-        self, config: HeartbeatConfig, rank: int, world_size: int, on_failure: Callable[[str], None] = lambda _: None
+        self, config: HeartbeatConfig, meeting: Meeting | None, on_failure: Callable[[str], None] = lambda _: None
     ):
-        self._config, self._rank, self._world_size, self._on_failure = config, rank, world_size, on_failure
+        self.on_failure = on_failure
+        self._config, self._meeting = config, meeting
+        self._rank, self._world_size = (meeting.rank, meeting.ranks) if meeting else (0, 1)
         self._progress = Progress()
-        self._beat = Beat(rank=rank, process=Process.current())
+        self._beat = Beat(rank=self._rank, process=Process.current())
         self._outbox: Verdict | None = None  # what this rank has found, to be told
         self._inbox: tuple[dict[int, str], list[Beat], Verdict | None] | None = None
         self._lost = ""  # why there is no store any more
@@ -60,7 +61,7 @@ class Heartbeat:
         self._decided, self._reported = threading.Event(), threading.Event()
         self._failing, self._waiting, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
-        look_s = config.every_s * max(1.0, world_size / RANKS_PER_LOOK)
+        look_s = config.every_s * max(1.0, self._world_size / RANKS_PER_LOOK)
         self._look_s = min(look_s, config.dead_after_s / 5)
 
     def mark(self, step: int, phase: str) -> None:
@@ -74,7 +75,7 @@ class Heartbeat:
         self._progress = Progress(step, phase, place + entered, last.marks + 1)
 
     def __enter__(self) -> "Heartbeat":
-        if self._world_size > 1:
+        if self._meeting is not None:
             self._connect()
             jobs = (self._exchange_beats, self._watch_others)
             self._threads = [threading.Thread(target=job, daemon=True, name="heartbeat") for job in jobs]
@@ -130,10 +131,8 @@ class Heartbeat:
         return self._verdict.message
 
     def _connect(self) -> None:
-        """Open the connection, leave the first beat, learn who the others are; every rank calls it."""
-        # Restarts are told apart by a number that the ranks agree on: torchrun's count of restarts is each agent's own.
-        number = int(dist.from_main(torch.tensor(secrets.randbits(62))))
-        self._prefix = f"ibq/heartbeat/{number:x}/"
+        """Open the connection, leave the first beat, learn who the others are; RanksError if one has ended."""
+        self._prefix = f"{self._meeting.life}heartbeat/"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # Where torchrun's agent keeps the store; otherwise rank 0 does.
         self._agent = f"{address}:{port}" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
@@ -142,8 +141,12 @@ class Heartbeat:
         self._store.set(f"{self._prefix}{self._rank}", self._beat.dumps())
         if self._rank == 0:
             self._store.set(f"{self._prefix}verdict", UNDECIDED)
-        dist.barrier()
-        beats = self._read(range(self._world_size))
+        ranks = range(self._world_size)
+        try:
+            self._store.wait([f"{self._prefix}{rank}" for rank in ranks])
+            beats = self._read(ranks)
+        except torch_dist.DistError as error:
+            raise RanksError(f"a rank has ended at its start: {first_line(error)}; see the ranks' output") from error
         machine = self._beat.process.machine
         self._host_of_store = beats[0]
         self._neighbours = [beat for beat in beats if machine and beat.process.machine == machine]
@@ -173,7 +176,7 @@ class Heartbeat:
                     looked = time.monotonic()
                     self._look()
             except RuntimeError as error:  # torch's DistError among them
-                self._lost = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+                self._lost = first_line(error)
                 return
             self._wake.wait(self._config.every_s)
             self._wake.clear()
@@ -255,7 +258,7 @@ class Heartbeat:
             print(f"rank {self._rank} waits here (innermost call last):\n{stack}", file=sys.stderr, flush=True)
         left = [rank for rank in range(self._world_size) if verdict.kind != "dead" or rank not in verdict.ranks]
         if self._rank == left[0]:
-            self._on_failure(verdict.message)
+            self.on_failure(verdict.message)
         if verdict.kind == "dead":
             self._kill(verdict.ranks)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
-from ibq import dist
+from ibq.meeting import place
 
 FOLDER = ".preflight-"  # and a random word, beside the run's files; removed again
 POLL_S = 0.05
@@ -65,18 +65,17 @@ class PreflightReport:
 def preflight(config: PreflightConfig, hosts: Sequence[str] = ()) -> PreflightReport:
     """Check the ranks that a launcher or srun has started; every rank calls it and gets the verdict.
 
-    `hosts`: the host of each rank where the scheduler knows it, so that a rank that never speaks can be named.
+    `hosts`: the host of each rank where the scheduler knows it, so that a rank that never speaks can be named. Errors:
+    UserError where the launcher's variables make no sense.
     """
-    os.environ.update(dist.slurm_task(os.environ))
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    started = time.monotonic()
-    if ranks == 1:
+    started, own = time.monotonic(), place()
+    if own is None:
         folder = config.folder / f"{FOLDER}{secrets.token_hex(4)}"
         problem = _write_own(folder, 0)
         shutil.rmtree(folder, ignore_errors=True)
         problems = (f"{_own_name()}: {problem}",) if problem else ()
         return PreflightReport(problems=problems, ranks=1, hosts=1, seconds=time.monotonic() - started)
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    rank, ranks, where = own.rank, own.ranks, f"{own.address}:{own.port}"
     what = f"opens no port at {where}" if rank == 0 else f"does not reach rank 0 at {where}"
     try:
         store = _store(rank, timedelta(seconds=config.wait_s))

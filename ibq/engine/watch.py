@@ -15,12 +15,14 @@ class HeartbeatConfig:
     """When a rank is taken for dead and when the run for hung; either ends all ranks."""
 
     every_s: float = 1.0  # between two signs of life of a rank
+    start_within_s: float = 300.0  # that the last rank may start after the first
     dead_after_s: float = 60.0  # without a sign of life; a process that is gone is noticed at once on its own host
     hang_after_s: float | None = 1_800.0  # without progress on any rank; null waits for ever
 
     def __post_init__(self):
-        if self.every_s <= 0:
-            raise ValueError(f"every_s: must be greater than 0, got {self.every_s}")
+        for name in ("every_s", "start_within_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: must be greater than 0, got {getattr(self, name)}")
         if self.dead_after_s < 5 * self.every_s:
             raise ValueError(
                 f"dead_after_s: must be at least 5 * every_s = {5 * self.every_s}, got {self.dead_after_s}"

@@ -13,7 +13,7 @@ import torch
 from ibq import dist
 from ibq.config import UserError, require_least
 from ibq.data.images import BadSample
-from ibq.engine.heartbeat import Heartbeat, HeartbeatConfig
+from ibq.engine.heartbeat import Heartbeat
 from ibq.files import write_text
 from ibq.progress import progress_bar, say
 from ibq.training import provenance
@@ -70,7 +70,7 @@ def train(
     folder: Path,
     config: TrainingConfig,
     checkpoint: CheckpointConfig,
-    heartbeat: HeartbeatConfig,
+    heart: Heartbeat,
     config_text: str,
     total_steps: int,
     seed: int,
@@ -91,11 +91,11 @@ def train(
     def mark(phase: str) -> None:
         heart.mark(state.step, phase)
 
-    heart = Heartbeat(heartbeat, dist.rank(), dist.world_size(), write_failure)
+    heart.on_failure = write_failure
     log = RunLog(folder, data, state, device, mark)
     saver = Saver(folder, checkpoint, task, data, state, log, total_steps, mark)
     run = _Run(task=task, data=data, config=config, state=state, log=log, saver=saver, signals=signals, mark=mark)
-    with signals.noted(), heart:
+    with signals.noted():
         with start_up.part("checkpoint"):
             saver.resume()
         with start_up.part("log"):
@@ -110,6 +110,7 @@ def train(
         except BaseException as error:
             write_status(folder, "failed", state.step, total_steps, heart.explain(error))
             raise
+        heart.stop()
     if saver.unsaved:
         reason = f"the checkpoint of step {state.step} could not be written ({saver.unsaved})"
         write_status(folder, "failed", state.step, total_steps, reason)

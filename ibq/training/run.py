@@ -17,7 +17,9 @@ from ibq.config import UserError, dump_config, load_config
 from ibq.engine.base import Engine, EngineSettings
 from ibq.engine.build import build_engine
 from ibq.engine.configs import EngineConfig
+from ibq.engine.heartbeat import Heartbeat
 from ibq.files import lock, remove
+from ibq.meeting import meet, telling_others
 from ibq.progress import say
 from ibq.training import bad_samples, provenance, startup
 from ibq.training.loop import train
@@ -74,14 +76,25 @@ class Command:
     fresh: bool
     device: torch.device
     start_up: StartUp
+    heart: Heartbeat
 
     @classmethod
-    def begin(cls, kind: type, description: str, example: str, argv: Sequence[str] | None) -> "Command":
-        """Read the command line (`parse_arguments`), set PyTorch up, and join the other ranks."""
+    @contextlib.contextmanager
+    def begin(cls, kind: type, description: str, example: str, argv: Sequence[str] | None) -> Iterator["Command"]:
+        """Read the command line (`parse_arguments`), set PyTorch up, and join the other ranks.
+
+        An error in this context ends the others too.
+        """
         start_up = StartUp()
-        arguments = parse_arguments(kind, description, example, argv)
-        set_up_torch(training=True)
-        return cls(**vars(arguments), device=dist.setup(arguments.config.device), start_up=start_up)
+        with telling_others():
+            arguments = parse_arguments(kind, description, example, argv)
+            set_up_torch(training=True)
+            dist.own_device(arguments.config.device)
+        heartbeat = arguments.config.heartbeat
+        meeting = meet(heartbeat.start_within_s)
+        with Heartbeat(heartbeat, meeting) as heart:
+            device = dist.setup(arguments.config.device, meeting)
+            yield cls(**vars(arguments), device=device, start_up=start_up, heart=heart)
 
     def bind(self, data: RunData) -> None:
         """Set how a run's data is batched; UserError when batch, micro-batch and world size do not fit."""
@@ -104,6 +117,7 @@ class Command:
 
     def part(self, name: str) -> contextlib.AbstractContextManager[None]:
         """This context belongs to a part of the start."""
+        self.heart.mark(0, name)
         return self.start_up.part(name)
 
     def engine(
@@ -142,7 +156,7 @@ class Command:
                     folder=folder,
                     config=config.training,
                     checkpoint=config.checkpoint,
-                    heartbeat=config.heartbeat,
+                    heart=self.heart,
                     config_text=dump_config(config),
                     total_steps=config.training.total_steps(data.steps_per_epoch),
                     seed=config.seed,

@@ -178,6 +178,6 @@ def _said(*command: str) -> str:
 
 
 def _slurm_port() -> int:
-    from ibq.dist import slurm_port  # reads PyTorch, for which --help should not wait
+    from ibq.meeting import slurm_port  # reads PyTorch, for which --help should not wait
 
     return slurm_port(os.environ)

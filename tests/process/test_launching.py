@@ -17,7 +17,7 @@ from support.points import HANG_S, wait_for
 from support.processes import run_script
 from support.training import make_workplace, scalars
 
-from ibq import dist
+from ibq import meeting
 from ibq.config import ConfigError, UserError, exit_on_user_error
 from ibq.training import provenance
 from launchers import job, slurm
@@ -95,13 +95,13 @@ TASK = {
     ],
 )
 def test_the_first_host_of_a_list(nodes, first):
-    assert dist.first_host(nodes) == first
+    assert meeting.first_host(nodes) == first
 
 
 def test_ranks_of_a_task():
     expected = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "gpu07"}
-    assert dist.slurm_task(TASK) == expected | {"MASTER_PORT": str(dist.slurm_port(TASK))}
-    own = dist.slurm_task(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5"})
+    assert meeting.slurm_task(TASK) == expected | {"MASTER_PORT": str(meeting.slurm_port(TASK))}
+    own = meeting.slurm_task(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5"})
     assert own["MASTER_ADDR"] == "10.0.0.1" and own["MASTER_PORT"] == "5"
 
 
@@ -116,19 +116,19 @@ def test_ranks_of_a_task():
     ids=["torchrun", "batch script", "alone", "no Slurm"],
 )
 def test_what_is_no_rank_of_slurm(environment):
-    assert dist.slurm_task(environment) == {}
+    assert meeting.slurm_task(environment) == {}
 
 
 def test_ports_of_what_may_meet_on_a_node():
     ports = {
-        dist.slurm_port({"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(restart)})
+        meeting.slurm_port({"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(restart)})
         for j in (999, 1000, 1001)
         for step in (0, 1)
         for restart in (0, 1, 2)
     }
-    assert len(ports) == 3 * 2 * 3 and ports <= set(dist.PORTS)
-    large = {dist.slurm_port({"SLURM_JOB_ID": str(j)}) for j in range(2**31, 2**31 + 2000)}
-    assert len(large) == 2000 and large <= set(dist.PORTS)
+    assert len(ports) == 3 * 2 * 3 and ports <= set(meeting.PORTS)
+    large = {meeting.slurm_port({"SLURM_JOB_ID": str(j)}) for j in range(2**31, 2**31 + 2000)}
+    assert len(large) == 2000 and large <= set(meeting.PORTS)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from support import ROOT
 
 ENTRY_SCRIPTS = {"train_tokenizer", "train_ar"}
 LAYERS = [
-    {"config", "config_yaml", "files", "tensor_file", "progress", "dist", "ops"},
+    {"config", "config_yaml", "files", "tensor_file", "progress", "meeting", "dist", "ops"},
     {"quantizers"},
     {"models", "losses"},
     {"data", "engine", "sampler", "decoding", "sampling", "evaluation", "reports", "interop", "scaling"},
@@ -29,16 +29,17 @@ NARROW = {
     "files": set(),
     "tensor_file": set(),
     "progress": set(),
-    "dist": {"config"},
+    "meeting": {"config"},
+    "dist": {"config", "meeting"},
     "ops": {"config"},
     "data": {"config", "dist", "files", "ops"},
-    "engine": {"config", "dist", "files", "ops", "tensor_file"},
+    "engine": {"config", "dist", "meeting", "files", "ops", "tensor_file"},
 }
 # Models and what they are made of are told about other ranks through callables.
 BLIND_TO_DISTRIBUTION = {"ops", "quantizers", "models", "losses"}
 # Third-party modules and the only files (relative to the repository) that may import them.
 CONFINED = {
-    "torch.distributed": ["ibq/dist.py", "ibq/engine/*.py", "ibq/training/checkpoint.py"],
+    "torch.distributed": ["ibq/dist.py", "ibq/meeting.py", "ibq/engine/*.py", "ibq/training/checkpoint.py"],
     "deepspeed": ["ibq/engine/zero*.py"],
     "triton": ["ibq/ops/triton_*.py"],
 }
@@ -251,7 +252,7 @@ def test_allowed_imports_pass(path, source):
         (
             "ibq/engine/x.py",
             "from ibq.quantizers import base",
-            "engine may import only config, dist, files, ops, tensor_file",
+            "engine may import only config, dist, files, meeting, ops, tensor_file",
         ),
         ("ibq/config.py", "from ibq.dist import rank", "config may import only config_yaml"),
         ("ibq/engine/fsdp.py", "import deepspeed", "only ibq/engine/zero*.py may import deepspeed"),

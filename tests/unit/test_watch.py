@@ -81,7 +81,7 @@ def test_a_store_whose_host_has_ended_well_is_missed_by_none():
 
 
 def test_a_phase_that_comes_again_is_progress_but_no_other_place():
-    heartbeat = Heartbeat(HeartbeatConfig(), 0, 1)
+    heartbeat = Heartbeat(HeartbeatConfig(), None)
     seen = []
     with heartbeat:
         for step, phase in [(0, "forward"), (0, "backward"), (0, "forward"), (0, "forward"), (1, "forward")]:

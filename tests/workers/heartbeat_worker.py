@@ -24,6 +24,7 @@ import torch
 from ibq import dist
 from ibq.config import UserError, exit_on_user_error
 from ibq.engine.heartbeat import Heartbeat, HeartbeatConfig
+from ibq.meeting import meet
 
 STEPS = 10
 
@@ -66,12 +67,12 @@ def work(folder: Path, settings: dict) -> int:
     torch.set_num_threads(1)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ["RANK"] == "0":
         time.sleep(3)  # a late rank 0: the others must not take addresses of its first life from the store
-    dist.setup("cpu")
-    own = folder / str(dist.rank())
+    meeting = meet()
+    own = folder / str(meeting.rank)
     config = settings.get("config", {})
-    world_size = 1 if config is None else dist.world_size()
     on_failure = own.with_suffix(".failure").write_text
-    with Heartbeat(HeartbeatConfig(**config or {}), dist.rank(), world_size, on_failure) as heartbeat:
+    with Heartbeat(HeartbeatConfig(**config or {}), meeting if config is not None else None, on_failure) as heartbeat:
+        dist.setup("cpu", meeting)
         try:
             steps(folder, settings, heartbeat)
         except BaseException as error:
