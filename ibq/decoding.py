@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq.models.transformer import Condition, KVCache, Transformer
+from ibq.ops.backend import require_compile
 from ibq.sampler import Precision, check_precision
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -15,11 +16,13 @@ class Decoder:
 
     `precision`: fp32; or bf16 weights, cache and activations, with norms and rotations in float32. `compile_step`
     compiles the step by torch.compile, once for all positions: the first image takes minutes. Errors: ValueError for a
-    precision that does not exist.
+    precision that does not exist, UserError where nothing can be compiled.
     """
 
     def __init__(self, transformer: Transformer, precision: Precision, rows: int, *, compile_step: bool = False):
         check_precision(precision)
+        if compile_step:
+            require_compile(transformer.head.weight.device.type, "compile", "leave it out")
         self.precision, self.rows, self.config = precision, rows, transformer.config
         self.dtype, self.device = DTYPES[precision], transformer.head.weight.device
         self.null_class = transformer.null_class

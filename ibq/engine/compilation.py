@@ -5,15 +5,12 @@ is done, and units that are alike are compiled once.
 """
 
 import contextlib
-import os
-import shutil
 from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
-from ibq.config import UserError
-from ibq.ops.backend import triton_is_installed
+from ibq.ops.backend import missing_for_compile, require_compile
 
 # That PyTorch may make of one function before it gives up: shapes of the levels, with gradients and without.
 VARIANTS = 64
@@ -27,13 +24,13 @@ def units_of(module: nn.Module) -> list[nn.Module]:
 def compile_units(module: nn.Module, setting: bool | None, device: torch.device) -> bool:
     """Compile the module's units at their first use, for the shapes that they meet; whether that will be.
 
-    `setting` None: on a GPU with Triton, if all units are alike, so that it takes seconds and not minutes. UserError
+    `setting` None: on a GPU where it can, if all units are alike, so that it takes seconds and not minutes. UserError
     where there is no compiler.
     """
     if setting is None:
-        setting = device.type == "cuda" and triton_is_installed() and _alike(units_of(module))
-    if setting and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError("engine.compile: no C++ compiler was found; install g++, or set engine.compile=false")
+        setting = device.type == "cuda" and not missing_for_compile("cuda") and _alike(units_of(module))
+    if setting:
+        require_compile(device.type, "engine.compile", "set engine.compile=false")
     units = units_of(module) if setting else []
     if units:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)

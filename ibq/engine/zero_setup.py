@@ -27,6 +27,7 @@ from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.configs import ZeroEngineConfig
 from ibq.files import lock
+from ibq.ops.backend import cxx_is_installed
 
 PREFIX = "ibq-zero-"
 PERSISTENT = 100_000  # parameters of at most so many elements stay gathered in stage 3 (DeepSpeed's default)
@@ -65,7 +66,7 @@ def load_deepspeed(device: torch.device) -> Any:
         with silence():
             deepspeed.init_distributed(dist_backend=torch_dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     except Exception as error:  # on the CPU it compiles its collectives
-        if _compiler_is_there():
+        if cxx_is_installed():
             raise
         raise UserError(
             "engine.kind: zero on the CPU needs a C++ compiler; install g++, or use fsdp or local"
@@ -89,7 +90,7 @@ def build_operators(config: ZeroEngineConfig, optimizer: OptimizerConfig) -> Non
     if config.uses_nvme:
         if not builders.AsyncIOBuilder().is_compatible(verbose=False):  # which compiles a program
             wants, install = "libaio", "libaio-dev (libaio-devel)"
-            if not _compiler_is_there():
+            if not cxx_is_installed():
                 wants, install = f"{wants} and a C++ compiler", f"{install} and g++"
             raise UserError(f"engine: offloading to nvme needs {wants}; install {install}, or offload to cpu")
         wanted["NVMe offload"] = builders.AsyncIOBuilder
@@ -100,15 +101,11 @@ def build_operators(config: ZeroEngineConfig, optimizer: OptimizerConfig) -> Non
             dist.main_first(lambda builder=builder: builder().load(verbose=False))
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if not _compiler_is_there():
+            if not cxx_is_installed():
                 reason = "no C++ compiler was found"
             raise UserError(
                 f"engine: DeepSpeed could not compile {what} ({reason}); install ninja and a C++ compiler (g++)"
             ) from error
-
-
-def _compiler_is_there() -> bool:
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 # --- Memory and space ---

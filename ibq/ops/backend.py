@@ -1,11 +1,15 @@
 """Which form of an operator runs: Triton kernels or plain PyTorch."""
 
 import importlib.util
+import os
+import shutil
 from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ibq.config import UserError
 
 Backend = Literal["auto", "torch", "triton"]
 TRITON_DTYPES = (torch.float32, torch.bfloat16)
@@ -34,6 +38,30 @@ def use_triton(operand: Tensor, dtype: torch.dtype, backend: str) -> bool:
 def triton_is_installed() -> bool:
     """Whether the Triton kernels can be had; looks without importing them."""
     return importlib.util.find_spec("triton") is not None
+
+
+def cxx_is_installed() -> bool:
+    """Whether there is a C++ compiler, as PyTorch and DeepSpeed look for one."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def missing_for_compile(device: str) -> str:
+    """What torch.compile lacks on "cpu" or "cuda", and how to get it; nothing if all is there.
+
+    On the CPU it writes C++; on CUDA it writes Triton kernels, and Triton a module in C that starts them.
+    """
+    if device != "cuda":
+        return "" if cxx_is_installed() else "no C++ compiler was found; install g++"
+    if not triton_is_installed():
+        return "triton is not installed; pip install triton"
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return "" if any(map(shutil.which, names)) else "no C compiler was found; install gcc"
+
+
+def require_compile(device: str, setting: str, otherwise: str) -> None:
+    """UserError that names the setting and the remedy where torch.compile cannot run on "cpu" or "cuda"."""
+    if missing := missing_for_compile(device):
+        raise UserError(f"{setting}: {missing}, or {otherwise}")
 
 
 def float32_products() -> str:

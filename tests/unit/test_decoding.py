@@ -7,7 +7,10 @@ import torch
 from support.models import VARIANTS, small_transformer
 from torch import nn
 
+from ibq.config import UserError
 from ibq.decoding import Decoder, PackedLinear
+from ibq.engine.compilation import compile_units
+from ibq.ops.backend import missing_for_compile, triton_is_installed
 from ibq.sampler import SCHEDULES, SamplerConfig
 from ibq.sampling import sample_codes
 
@@ -103,6 +106,24 @@ def test_weights_that_a_step_reads(transformer):
 def test_an_unknown_precision(transformer):
     with pytest.raises(ValueError, match="'fp8' does not exist; use one of fp32, bf16"):
         Decoder(transformer, "fp8", 1)
+
+
+def test_no_compiler(transformer, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"^compile: no C\+\+ compiler was found; install g\+\+, or leave it out$"):
+        Decoder(transformer, "fp32", 1, compile_step=True)
+    with pytest.raises(UserError, match=r"^engine.compile: no C\+\+ compiler .*, or set engine.compile=false$"):
+        compile_units(transformer, True, torch.device("cpu"))
+    if triton_is_installed():  # which builds a module in C
+        assert missing_for_compile("cuda") == "no C compiler was found; install gcc"
+        (tmp_path / "clang").touch(mode=0o755)
+        assert missing_for_compile("cuda") == ""
+        monkeypatch.setenv("CC", "icx")
+        assert missing_for_compile("cuda")
+    else:
+        assert missing_for_compile("cuda") == "triton is not installed; pip install triton"
 
 
 @pytest.mark.slow
