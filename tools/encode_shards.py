@@ -41,8 +41,8 @@ from ibq.training.checkpoint import weights_hash
 from ibq.training.run import set_up_torch
 from tools.lib.options import add_device_options, add_image_options, autocast_of, check_least, device_of, open_images_of
 
-PLAN_FILE = "plan.json"
-PLAN_FORMAT = 1
+DESCRIPTION_FILE = "plan.json"  # by the name that earlier runs gave it
+DESCRIPTION_FORMAT = 1
 # What this tool writes, whole or half-written by a run that was killed; --fresh removes these and nothing else.
 OWN_FILE = re.compile(r"(\.tmp-\d+-)?((codes|labels)-\d{5,}\.npy|plan\.json|meta\.json)")
 NAMED = 20  # images that can't be used are named, up to so many
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = Job(tokenizer, dist.main_first(lambda: open_usable(arguments)), arguments)
     with explained(arguments.output):
         if dist.on_main(lambda: prepare(job, fresh=arguments.fresh)):
-            check_plan(job)
+            check_same(job)
             encode_own_shards(job)
             wait_for_all(job)
             dist.on_main(lambda: finish(job))
@@ -188,11 +188,11 @@ class Job:
         return [shard for shard in shards if not all(file.exists() for file in code_files(self.folder, shard))]
 
     @cached_property
-    def plan(self) -> dict:
+    def description(self) -> dict:
         """Everything that the codes depend on, but for the rounding of devices and batches."""
         arguments = self.arguments
         return {
-            "format": PLAN_FORMAT,
+            "format": DESCRIPTION_FORMAT,
             "tokenizer": weights_hash(self.tokenizer.state_dict()),
             "images": self.index.fingerprint(),
             "image_count": len(self.index),
@@ -214,7 +214,7 @@ class Job:
             num_codes=self.tokenizer.quantizer.num_codes,
             tokens_per_side=self.tokenizer.config.tokens_per_side,
             classes=self.index.classes,
-            tokenizer=self.plan["tokenizer"],
+            tokenizer=self.description["tokenizer"],
             views=len(self.views),
         )
 
@@ -230,9 +230,9 @@ def prepare(job: Job, *, fresh: bool) -> bool:
     if fresh:
         remove(folder, own_files(folder))
     if set(own_files(folder)) - set(half_written(folder)):
-        check_plan(job)
+        check_same(job)
     else:
-        write_text(folder / PLAN_FILE, json.dumps(job.plan, indent=1))
+        write_text(folder / DESCRIPTION_FILE, json.dumps(job.description, indent=1))
     if job.missing(job.shards):
         remove(folder, [META_FILE])
     elif (folder / META_FILE).exists():
@@ -242,7 +242,7 @@ def prepare(job: Job, *, fresh: bool) -> bool:
 
 
 def own_files(folder: Path) -> list[str]:
-    """What this tool has written into a folder; the plan comes last."""
+    """What this tool has written into a folder; the description comes last."""
     return sorted(path.name for path in folder.glob("*") if OWN_FILE.fullmatch(path.name))
 
 
@@ -251,20 +251,23 @@ def half_written(folder: Path) -> list[str]:
     return [name for name in own_files(folder) if name.startswith(".tmp-")]
 
 
-def check_plan(job: Job) -> None:
-    """UserError unless the folder's plan is the job's."""
+def check_same(job: Job) -> None:
+    """UserError unless the folder holds codes of the same description."""
     remedy = "give another --output, or --fresh to start over"
     try:
-        found = json.loads((job.folder / PLAN_FILE).read_text())
-        differing = [name for name in {**found, **job.plan} if found.get(name) != job.plan.get(name)]
+        found = json.loads((job.folder / DESCRIPTION_FILE).read_text())
+        differing = [name for name in {**found, **job.description} if found.get(name) != job.description.get(name)]
     except FileNotFoundError as error:
         raise UserError(
-            f"--output {job.folder}: holds codes without {PLAN_FILE}, or is not one folder for all processes; {remedy}"
+            f"--output {job.folder}: holds codes without {DESCRIPTION_FILE}, or is not one folder for all processes; "
+            f"{remedy}"
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{job.folder / PLAN_FILE}: not a plan of this tool ({error}); {remedy}") from error
+        raise UserError(f"{job.folder / DESCRIPTION_FILE}: not written by this tool ({error}); {remedy}") from error
     if differing:
-        shown = "; ".join(f"{name}: {_short(found.get(name))}, now {_short(job.plan.get(name))}" for name in differing)
+        shown = "; ".join(
+            f"{name}: {_short(found.get(name))}, now {_short(job.description.get(name))}" for name in differing
+        )
         raise UserError(f"--output {job.folder}: holds codes that were made otherwise ({shown}); {remedy}")
 
 
@@ -355,7 +358,12 @@ def finish(job: Job) -> None:
             f"--max-bad-fraction {job.arguments.max_bad_fraction:g}"
         )
     remove(job.folder, half_written(job.folder))
-    made_by = {**job.plan, "images_left_out": count - kept, "ibq": ibq.__version__, "torch": str(torch.__version__)}
+    made_by = {
+        **job.description,
+        "images_left_out": count - kept,
+        "ibq": ibq.__version__,
+        "torch": str(torch.__version__),
+    }
     write_codes_meta(job.folder, replace(job.meta, rows=rows.flatten().tolist(), made_by=made_by))
     say(f"{job.folder}: {len(rows)} view(s) of {kept:,} images, {count - kept:,} left out")
 

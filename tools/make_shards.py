@@ -38,7 +38,7 @@ from ibq.data.shards import CLASSES_FILE
 from ibq.data.transforms import decode_rgb
 from ibq.files import whole_file, write_text
 from ibq.progress import progress_bar, say
-from tools.lib.shards.labels import Job, Options, Plan, Sample, alone, check_plan, read_sources
+from tools.lib.shards.labels import Job, Options, Sample, ShardSet, alone, check_same, read_sources
 
 MAX_LEFT_OUT = 0.05  # of all images
 EXAMPLES = """
@@ -143,57 +143,57 @@ def make_shards(arguments: argparse.Namespace) -> None:
     options = Options(**{option.name: getattr(arguments, option.name) for option in fields(Options)})
     labelled = not arguments.no_labels
     sources = read_sources(arguments.folder, labels=arguments.labels, classes=arguments.classes, labelled=labelled)
-    plan = Plan(arguments.folder, arguments.out, arguments.prefix, sources, options)
+    wanted = ShardSet(arguments.folder, arguments.out, arguments.prefix, sources, options)
     if not arguments.fresh:
-        check_plan(plan)
+        check_same(wanted)
     try:
         with contextlib.ExitStack() as stack:
-            if arguments.fresh and plan.file.exists():
-                stack.enter_context(alone(plan))
-            for path in plan.own_files() if arguments.fresh else ():
+            if arguments.fresh and wanted.file.exists():
+                stack.enter_context(alone(wanted))
+            for path in wanted.own_files() if arguments.fresh else ():
                 path.unlink()
-            if arguments.fresh or not plan.file.exists():
-                write_text(plan.file, json.dumps(plan.description, indent=1) + "\n")
-            stack.enter_context(alone(plan))
-            plan.remove_stale_files()
-            classes = plan.out / CLASSES_FILE
+            if arguments.fresh or not wanted.file.exists():
+                write_text(wanted.file, json.dumps(wanted.description, indent=1) + "\n")
+            stack.enter_context(alone(wanted))
+            wanted.remove_stale_files()
+            classes = wanted.out / CLASSES_FILE
             if sources.classes is not None and (arguments.fresh or not classes.exists()):
                 write_text(classes, json.dumps(sources.classes, indent=1) + "\n")
-            run_plan(plan, arguments.processes)
+            write_set(wanted, arguments.processes)
     except OSError as error:
         raise UserError(
-            f"cannot write to {plan.out}: {error.strerror or error}; mend that, then the same command goes on"
+            f"cannot write to {wanted.out}: {error.strerror or error}; mend that, then the same command goes on"
         ) from error
 
 
-def run_plan(plan: Plan, processes: int) -> None:
+def write_set(wanted: ShardSet, processes: int) -> None:
     """Write the shards that are missing and the summary."""
-    results = {job.shard: result for job in plan.jobs() if (result := finished(job))}
-    complete = len(results) == plan.shards and plan.summary_file.exists()
+    results = {job.shard: result for job in wanted.jobs() if (result := finished(job))}
+    complete = len(results) == wanted.shards and wanted.summary_file.exists()
     if not complete:
-        write_missing(plan, results, processes)
-    rows = summary(plan, list(results.values()))
+        write_missing(wanted, results, processes)
+    rows = summary(wanted, list(results.values()))
     if not complete:
-        write_text(plan.summary_file, json.dumps(rows, indent=1) + "\n")
-    tell(plan, rows, complete)
+        write_text(wanted.summary_file, json.dumps(rows, indent=1) + "\n")
+    tell(wanted, rows, complete)
 
 
-def write_missing(plan: Plan, results: dict[Path, Result], processes: int) -> None:
+def write_missing(wanted: ShardSet, results: dict[Path, Result], processes: int) -> None:
     """Write the shards that `results` lacks and add them to it."""
-    jobs = [number for number, job in enumerate(plan.jobs()) if job.shard not in results]
-    total = len(plan.sources.images)
+    jobs = [number for number, job in enumerate(wanted.jobs()) if job.shard not in results]
+    total = len(wanted.sources.images)
     initial = sum(result.samples + len(result.left_out) for result in results.values())
-    with progress_bar(f"make {plan.prefix}", total, "image", initial=initial) as progress:
+    with progress_bar(f"make {wanted.prefix}", total, "image", initial=initial) as progress:
         try:
             in_processes(
                 write_shard,
-                map(plan.job, jobs),
+                map(wanted.job, jobs),
                 min(processes, max(1, len(jobs))),
                 done=lambda result: results.update({result.shard: result}),
                 tick=lambda count: progress.update(initial + count - progress.n),
             )
         except BaseException as error:
-            plan.remove_stale_files()
+            wanted.remove_stale_files()
             if isinstance(error, KeyboardInterrupt):
                 say("interrupted; the same command goes on")
             raise
@@ -299,41 +299,41 @@ def convert(data: bytes, kind: str, options: Options) -> tuple[str, bytes]:
     return suffix, buffer.getvalue()
 
 
-def summary(plan: Plan, results: Sequence[Result]) -> dict:
+def summary(wanted: ShardSet, results: Sequence[Result]) -> dict:
     """What the summary file says."""
     left_out = sorted(pair for result in results for pair in result.left_out)
     return {
-        **plan.description,
-        "source": str(plan.folder.resolve()),
+        **wanted.description,
+        "source": str(wanted.folder.resolve()),
         "images": sum(result.samples for result in results),
         "shards": len(results),
         "bytes": sum(result.bytes for result in results),
-        "classes": None if plan.sources.classes is None else len(plan.sources.classes),
+        "classes": None if wanted.sources.classes is None else len(wanted.sources.classes),
         "left_out": [{"image": image, "reason": reason} for image, reason in left_out],
     }
 
 
-def tell(plan: Plan, rows: dict, complete: bool) -> None:
+def tell(wanted: ShardSet, rows: dict, complete: bool) -> None:
     """Say what is there and what to do next; UserError if too many images had to be left out."""
-    left_out, total = rows["left_out"], len(plan.sources.images)
+    left_out, total = rows["left_out"], len(wanted.sources.images)
     for row in left_out[:3]:
         say(f"left out: {row['image']}: {row['reason']}")
     lost = f"{len(left_out):,} of {total:,} images had to be left out, the first: "
     if len(left_out) > MAX_LEFT_OUT * total:
         raise UserError(
-            f"{lost}{left_out[0]['image']}: {left_out[0]['reason']}; all are named in {plan.summary_file}: replace "
+            f"{lost}{left_out[0]['image']}: {left_out[0]['reason']}; all are named in {wanted.summary_file}: replace "
             f"them or take them away, then start over with --fresh (the shards stay usable)"
         )
-    place = plan.out / f"{plan.prefix}-*.tar"
+    place = wanted.out / f"{wanted.prefix}-*.tar"
     classes = f", {rows['classes']:,} classes" if rows["classes"] else ""
-    lost = f"; {len(left_out):,} left out, named in {plan.summary_file}" if left_out else ""
+    lost = f"; {len(left_out):,} left out, named in {wanted.summary_file}" if left_out else ""
     print(
         f"{'finished already: ' if complete else ''}{rows['images']:,} images in {rows['shards']:,} shards "
         f"({rows['bytes'] / 1e6:,.1f} MB{classes}): {place}{lost}"
     )
-    train = plan.out / "train-*.tar"
+    train = wanted.out / "train-*.tar"
     settings = [f"data.train={place}"]
-    if plan.prefix.startswith("val") and glob.glob(glob.escape(str(plan.out)) + "/train-*.tar"):
+    if wanted.prefix.startswith("val") and glob.glob(glob.escape(str(wanted.out)) + "/train-*.tar"):
         settings = [f"data.train={train}", f"data.validation={place}"]
     if rows["classes"] is None:
         settings.append("data.labels=false")

@@ -41,7 +41,8 @@ from ibq.training.run import set_up_torch
 from tools.lib import ROOT
 from tools.lib.options import add_device_option, add_settings, device_of, settings_of
 
-PIECES, PLAN_FILE, SET_FILE, INFO_FILE = ".pieces", ".pieces/plan.json", "samples.npz", "samples.json"
+PIECES, SET_FILE, INFO_FILE = ".pieces", "samples.npz", "samples.json"
+DESCRIPTION_FILE, DESCRIPTION = ".pieces/plan.json", "plan"  # by the names that earlier runs gave them
 SHARD_ROWS = 10_000  # images of a tar shard
 MOST_PNG = 1_000  # images that are written as files of their own unless --files says so
 EPILOG = """\
@@ -138,12 +139,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     hashes = {"tokenizer": weights_hash(tokenizer.state_dict()), "transformer": weights_hash(transformer.state_dict())}
     check_pair(arguments, tokenizer, transformer, hashes["tokenizer"])
     request = request_of(arguments, sampler, transformer.config.num_classes)
-    plan = {**hashes, "sampler": asdict(sampler), "labels_sha256": weights_hash(_as_tensors(request))}
-    plan |= {"images": len(request.labels), "piece": request.piece}
+    description = {**hashes, "sampler": asdict(sampler), "labels_sha256": weights_hash(_as_tensors(request))}
+    description |= {"images": len(request.labels), "piece": request.piece}
     with explained():
-        if dist.on_main(lambda: begin(arguments.output, plan, fresh=arguments.fresh)):
+        if dist.on_main(lambda: begin(arguments.output, description, fresh=arguments.fresh)):
             draw(request, tokenizer, transformer, sampler, arguments.output)
-            dist.on_main(lambda: finish(request, arguments, plan))
+            dist.on_main(lambda: finish(request, arguments, description))
     dist.barrier()
     if dist.is_main():
         print(f"{len(request.labels)} images in {arguments.output}")
@@ -187,7 +188,7 @@ def draw(request: Request, tokenizer: Tokenizer, transformer: Transformer, sampl
     dist.barrier()
 
 
-def finish(request: Request, arguments: argparse.Namespace, plan: dict) -> None:
+def finish(request: Request, arguments: argparse.Namespace, description: dict) -> None:
     """Put the pieces together, as samples.npz and PNG files or shards; then they are removed."""
     folder, count = arguments.output, len(request.labels)
     form = arguments.files or ("png" if count <= MOST_PNG else "shards")
@@ -199,8 +200,13 @@ def finish(request: Request, arguments: argparse.Namespace, plan: dict) -> None:
         if form == "shards":
             write_shards(folder, request, images)
         write_npz(folder, request, progress.update)
-    info = {"plan": plan, "tokenizer": plan["tokenizer"], "transformer": plan["transformer"]}
-    info |= {"sampler": plan["sampler"], "seed": arguments.seed, "classes": len(set(request.labels)), "count": count}
+    info = {DESCRIPTION: description, "tokenizer": description["tokenizer"], "transformer": description["transformer"]}
+    info |= {
+        "sampler": description["sampler"],
+        "seed": arguments.seed,
+        "classes": len(set(request.labels)),
+        "count": count,
+    }
     info |= {"precision": arguments.precision, "git": git_state(ROOT), "torch": torch.__version__}
     info |= {"tokenizer_path": str(arguments.tokenizer), "transformer_path": str(arguments.transformer)}
     write_text(folder / INFO_FILE, json.dumps(info, indent=1) + "\n")
@@ -226,25 +232,25 @@ def explained() -> Iterator[None]:
         ) from error
 
 
-def begin(folder: Path, plan: Mapping, *, fresh: bool) -> bool:
-    """Prepare the folder for a plan's pieces; whether there are any to draw. UserError where another command's are."""
+def begin(folder: Path, description: Mapping, *, fresh: bool) -> bool:
+    """Prepare the folder for what is described; whether there is any to draw. UserError where another command's is."""
     if fresh:
         remove(folder, (PIECES, SET_FILE, INFO_FILE))
-    if (folder / INFO_FILE).exists() and not (folder / PLAN_FILE).exists():
-        if _plan_of(folder / INFO_FILE) != json.loads(json.dumps(plan)):
+    if (folder / INFO_FILE).exists() and not (folder / DESCRIPTION_FILE).exists():
+        if _description_of(folder / INFO_FILE) != json.loads(json.dumps(description)):
             raise UserError(f"{folder}: holds the samples of another command; give another --output, or --fresh")
         return False
-    text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
-    if (folder / PLAN_FILE).exists() and (folder / PLAN_FILE).read_text() != text:
+    text = json.dumps(description, indent=1, sort_keys=True) + "\n"
+    if (folder / DESCRIPTION_FILE).exists() and (folder / DESCRIPTION_FILE).read_text() != text:
         raise UserError(f"{folder}: holds pieces of another command; give another --output, or --fresh")
-    write_text(folder / PLAN_FILE, text)
+    write_text(folder / DESCRIPTION_FILE, text)
     return True
 
 
-def _plan_of(path: Path) -> object:
+def _description_of(path: Path) -> object:
     """What a finished set was made by; None where its file does not tell."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["plan"]
+        return json.loads(path.read_text(encoding="utf-8"))[DESCRIPTION]
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -231,7 +231,7 @@ def test_a_killed_run_goes_on(place, tmp_path, encode):
     assert after["codes-00002.npy"][:2] != before["codes-00002.npy"][:2]  # its labels were not there
 
 
-def test_a_run_that_was_killed_in_its_plan_goes_on(tmp_path, encode):
+def test_a_run_that_was_killed_in_its_description_goes_on(tmp_path, encode):
     (tmp_path / "codes").mkdir()
     (tmp_path / "codes" / ".tmp-7-plan.json").write_text('{"format"')
     assert encode(tmp_path / "codes")[0] == 0
@@ -458,13 +458,13 @@ def test_output_that_cannot_be_written(tmp_path, encode):
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-def test_the_plan_says_what_was_done(tmp_path, encode):
+def test_the_description_says_what_was_done(tmp_path, encode):
     assert encode(tmp_path / "codes", *TWO_VIEWS, "--seed", "3", "--max-zoom", "1.25")[0] == 0
-    plan = json.loads((tmp_path / "codes" / "plan.json").read_text())
+    description = json.loads((tmp_path / "codes" / "plan.json").read_text())
     meta = CodeDataset(tmp_path / "codes").meta
-    assert plan.items() <= meta.made_by.items() and meta.made_by["images_left_out"] == 0
+    assert description.items() <= meta.made_by.items() and meta.made_by["images_left_out"] == 0
     assert meta.made_by["ibq"] == ibq.__version__ and meta.made_by["torch"] == str(torch.__version__)
     wanted = {"views": 2, "flip": True, "max_zoom": 1.25, "ten_crop": False, "seed": 3, "rows_per_shard": ROWS}
     wanted |= {"precision": "fp32", "resolution": SIZE, "image_count": COUNT, "tokenizer": meta.tokenizer}
-    assert wanted.items() <= plan.items()
+    assert wanted.items() <= description.items()
     assert not [name for name in os.listdir(tmp_path / "codes") if name.startswith(".tmp-")]

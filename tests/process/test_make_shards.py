@@ -563,20 +563,20 @@ def test_what_is_missing_is_made_again(source, make, tmp_path, damage):
         (["--samples-per-shard", "5"], "--samples-per-shard 10 instead of 5"),
         (["--no-labels"], "--no-labels False instead of True"),
         ("image", "other images or labels"),
-        ("plan", "train.plan.json is damaged"),
-        ("no plan", "whose plan (train.plan.json) is missing"),
+        ("description", "train.plan.json is damaged"),
+        ("no description", "whose train.plan.json is missing"),
     ],
 )
-def test_another_plan_is_refused(source, make, tmp_path, options, words):
+def test_another_set_is_refused(source, make, tmp_path, options, words):
     out, folder = tmp_path / "out", tmp_path / "in"
     shutil.copytree(source, folder)
     make(folder, out, *SMALL)
     match options:
         case "image":
             write_files(folder, {"apple/new.png": png(picture(7))})
-        case "plan":
+        case "description":
             (out / "train.plan.json").write_text("[]")
-        case "no plan":
+        case "no description":
             (out / "train.plan.json").unlink()
     before = contents(out)
     line = error_line(make(folder, out, *SMALL, *(options if isinstance(options, list) else []), check=2))

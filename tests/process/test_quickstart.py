@@ -73,7 +73,7 @@ def test_own_images_from_folder_to_report(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_with_the_same_plan(images, tmp_path):
+def test_killed_run_goes_on_with_the_same_choices(images, tmp_path):
     output = tmp_path / "run"
     command = [
         sys.executable,
@@ -97,10 +97,10 @@ def test_killed_run_goes_on_with_the_same_plan(images, tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    plan = json.loads((output / "plan.json").read_text())
+    choices = json.loads((output / "plan.json").read_text())
     step = max(int(path.name[5:]) for path in output.glob("tokenizer/checkpoints/step-*"))
-    assert 0 < step < plan["tokenizer"]
-    # The same command goes on with that plan, without measuring the speed again.
+    assert 0 < step < choices["tokenizer"]
+    # The same command goes on with those choices, without measuring the speed again.
     resumed = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -109,7 +109,7 @@ def test_killed_run_goes_on_with_the_same_plan(images, tmp_path):
     finally:
         os.killpg(resumed.pid, signal.SIGKILL)
         resumed.wait()
-    assert "calibration" not in first and f"training.max_steps={plan['tokenizer']}" in first
+    assert "calibration" not in first and f"training.max_steps={choices['tokenizer']}" in first
 
 
 def test_bad_input_is_one_line(tmp_path):

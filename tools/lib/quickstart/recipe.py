@@ -71,16 +71,16 @@ class Place:
 
 
 class Quickstart:
-    """One run in one folder: its plan, its parts and the time that each has taken."""
+    """One run in one folder: its choices, its parts and the time that each has taken."""
 
     def __init__(self, output: Path, place: Place, minutes: float, smoke: bool):
         self.output, self.place, self.minutes, self.smoke = output, place, minutes, smoke
-        self.plan_file = output / "plan.json"
-        self.plan = json.loads(self.plan_file.read_text()) if self.plan_file.exists() else {}
+        self.choices_file = output / "plan.json"  # by the name that earlier runs gave it
+        self.choices = json.loads(self.choices_file.read_text()) if self.choices_file.exists() else {}
         wanted = {"train": place.train, "validation": place.validation, "smoke": smoke}
-        if self.plan.setdefault("data", wanted) != wanted:
+        if self.choices.setdefault("data", wanted) != wanted:
             raise UserError(f"{output} holds a run on other data; add --fresh to start over, or --output elsewhere")
-        self.seconds: dict[str, float] = self.plan.setdefault("seconds", {})
+        self.seconds: dict[str, float] = self.choices.setdefault("seconds", {})
         self._part_started: float | None = None
 
     def elapsed(self) -> float:
@@ -90,7 +90,7 @@ class Quickstart:
 
     @contextmanager
     def part(self, name: str):
-        """Add the time of a part to the plan, also when it fails."""
+        """Add the time of a part to the choices, also when it fails."""
         self._part_started = time.perf_counter()
         try:
             yield
@@ -98,11 +98,11 @@ class Quickstart:
             spent = time.perf_counter() - self._part_started
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
             self._part_started = None
-            self.save_plan()
+            self.save_choices()
 
-    def save_plan(self) -> None:
+    def save_choices(self) -> None:
         """Write down what a later call has to know."""
-        write_text(self.plan_file, json.dumps(self.plan, indent=1))
+        write_text(self.choices_file, json.dumps(self.choices, indent=1))
 
     def run(self, what: str, *command: str) -> None:
         """Run one of the project's commands."""
@@ -114,23 +114,23 @@ class Quickstart:
 
     def precision(self) -> str:
         """bf16 where this machine multiplies matrices much faster in it, else fp32."""
-        if "precision" not in self.plan:
-            self.plan["precision"] = "bf16" if bf16_speedup() > 1.5 else "fp32"
-        return self.plan["precision"]
+        if "precision" not in self.choices:
+            self.choices["precision"] = "bf16" if bf16_speedup() > 1.5 else "fp32"
+        return self.choices["precision"]
 
     def steps(self, stage: str, overrides: Sequence[str], until: float) -> int:
         """Training steps of a stage, such that it ends when the share `until` of the budget is spent."""
-        if stage not in self.plan:
+        if stage not in self.choices:
             if self.smoke:
-                self.plan[stage] = SMOKE_STEPS[stage]
+                self.choices[stage] = SMOKE_STEPS[stage]
             else:
                 per_step, fixed = measure(self, stage, overrides)
                 seconds = self.minutes * 60 * until - self.elapsed() - fixed
                 low, high = STEP_LIMITS[stage]
-                self.plan[stage] = int(min(max(seconds / per_step // 50 * 50, low), high))
-                print(f"{1000 * per_step:.0f} ms a step: {self.plan[stage]} steps fit the time")
-            self.save_plan()  # at once: a run that is killed in the middle must go on with the same steps
-        return self.plan[stage]
+                self.choices[stage] = int(min(max(seconds / per_step // 50 * 50, low), high))
+                print(f"{1000 * per_step:.0f} ms a step: {self.choices[stage]} steps fit the time")
+            self.save_choices()  # at once: a run that is killed in the middle must go on with the same steps
+        return self.choices[stage]
 
 
 def bf16_speedup() -> float:
@@ -278,7 +278,7 @@ def report(quickstart: Quickstart) -> None:
     from tools.lib.quickstart.report import collect_metrics, write_page
 
     metrics = collect_metrics(output)
-    metrics["steps"] = {stage: quickstart.plan[stage] for stage in STEP_LIMITS}
+    metrics["steps"] = {stage: quickstart.choices[stage] for stage in STEP_LIMITS}
     metrics["parts"] = {name.replace("_", " "): seconds for name, seconds in quickstart.seconds.items()}
     metrics["seconds"] = quickstart.elapsed()
     metrics["origin"] = origin(f"bash tools/quickstart.sh {shlex.join(sys.argv[1:])}".strip())

@@ -23,7 +23,7 @@ from ibq.files import lock
 from ibq.progress import progress_bar, say
 
 HEADER_NAMES = {"file", "file_name", "filename", "id", "image", "image_id", "imageid", "name", "path"}
-FORMAT = 1  # of a plan
+FORMAT = 1  # of a description
 KAGGLE_BOXES = re.compile(r"(\S+)(\s+-?\d+){4}(\s+\S+(\s+-?\d+){4})*")  # class and four numbers a box
 WHOLE_NUMBER = re.compile(r"-?\d{1,9}")
 MOST_CLASSES = 1_000_000  # a larger label without a class list is no label
@@ -283,7 +283,7 @@ def _refuse(lines: Sequence[LabelLine], wrong: Callable[[LabelLine], bool], prob
         )
 
 
-# --- The plan: which image goes into which shard ---
+# --- Which image goes into which shard ---
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,12 +317,12 @@ class Job(NamedTuple):
     options: Options
 
 
-class Plan:
+class ShardSet:
     """The shards that a set of images makes."""
 
     def __init__(self, folder: Path, out: Path, prefix: str, sources: SourceSet, options: Options):
         self.folder, self.out, self.prefix, self.sources, self.options = folder, out, prefix, sources, options
-        self.file = out / f"{prefix}.plan.json"
+        self.file = out / f"{prefix}.plan.json"  # its description, under the name that older runs gave it
         self.summary_file = out / f"{prefix}.make_shards.json"
         self.keys = sample_keys(source.path for source in sources.images)
         count = len(sources.images)
@@ -331,7 +331,7 @@ class Plan:
 
     @cached_property
     def description(self) -> dict:
-        """What decides whether two plans are the same."""
+        """What decides whether two sets are the same."""
         digest = hashlib.sha256(json.dumps(self.sources.classes).encode())
         for path, size, label in self.sources.images:
             digest.update(f"\0{path}\0{size}\0{label}".encode("utf-8", "surrogateescape"))
@@ -371,26 +371,26 @@ class Plan:
         return [path for path in sorted(self.out.iterdir()) if re.fullmatch(pattern, path.name)]
 
 
-def check_plan(plan: Plan) -> None:
-    """UserError if OUT holds shards of another plan, or another numbering of the classes."""
+def check_same(wanted: ShardSet) -> None:
+    """UserError if OUT holds shards of another set, or another numbering of the classes."""
     remedy = "give another OUT or --prefix, or add --fresh to replace them"
-    shards = f"{plan.out} holds other shards {plan.prefix}-*.tar"
-    if plan.file.exists():
+    shards = f"{wanted.out} holds other shards {wanted.prefix}-*.tar"
+    if wanted.file.exists():
         try:
-            there, here = json.loads(plan.file.read_bytes()), plan.description
+            there, here = json.loads(wanted.file.read_bytes()), wanted.description
             options = here["options"].items()
             changes = [f"--{name} {there['options'].get(name)} instead of {v}" for name, v in options
                        if there["options"].get(name) != v]  # fmt: skip
             if there["fingerprint"] != here["fingerprint"]:
                 changes.append("other images or labels")
         except (ValueError, KeyError, TypeError, AttributeError):
-            changes = [f"{plan.file.name} is damaged"]
+            changes = [f"{wanted.file.name} is damaged"]
         if changes:
             raise UserError(f"{shards} ({', '.join(changes).replace('_', '-')}); {remedy}")
-    elif plan.own_files():
-        raise UserError(f"{shards} whose plan ({plan.file.name}) is missing; {remedy}")
-    classes = plan.out / CLASSES_FILE
-    if plan.sources.classes is not None and classes.exists() and read_classes(classes) != plan.sources.classes:
+    elif wanted.own_files():
+        raise UserError(f"{shards} whose {wanted.file.name} is missing; {remedy}")
+    classes = wanted.out / CLASSES_FILE
+    if wanted.sources.classes is not None and classes.exists() and read_classes(classes) != wanted.sources.classes:
         raise UserError(
             f"{classes} has other classes; add --classes {classes} to number these images like the shards there, give "
             f"another OUT, or add --fresh to replace it"
@@ -398,13 +398,13 @@ def check_plan(plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def alone(plan: Plan) -> Iterator[None]:
-    """Hold the plan file, so that a second run does not take this one's files for stale ones."""
-    with open(plan.file, "rb") as file:
+def alone(wanted: ShardSet) -> Iterator[None]:
+    """Hold the description's file, so that a second run does not take this one's files for stale ones."""
+    with open(wanted.file, "rb") as file:
         with contextlib.suppress(OSError):  # a file system without locks
             tries = 20  # processes of a run that was killed end in a moment
             while not lock(file):
                 if not (tries := tries - 1):
-                    raise UserError(f"another run is making {plan.prefix}-*.tar in {plan.out}; let it end")
+                    raise UserError(f"another run is making {wanted.prefix}-*.tar in {wanted.out}; let it end")
                 time.sleep(0.1)
         yield
