@@ -28,7 +28,7 @@ BY_HAND = (
 COME_WITHIN_S = 300.0  # of the first rank that waits
 LAST_WORDS_S = 10.0  # that a rank with a problem takes to tell the others, which may come later
 PATIENCE_S = 15.0  # before rank 0 says for whom it waits
-POLL_S = 0.01
+POLL_S, SLOW_POLL_S = 0.01, 0.2
 NAMED_AT_MOST = 8
 T = TypeVar("T")
 
@@ -95,18 +95,23 @@ def _variable(name: str, default: str | None = None) -> str:
 def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
     """torch's variables for a task that srun has started with others; none where a launcher has set them already.
 
-    The variables of the job are not enough: a batch script has them too, and is no rank.
+    The variables of the job are not enough: a batch script has them too, and is no rank. UserError where they are not
+    those of a task.
     """
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks == 1 or "WORLD_SIZE" in environment:
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or "WORLD_SIZE" in environment:
         return {}
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": str(tasks),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(slurm_port(environment)),
-    }
+    try:
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "WORLD_SIZE": tasks,
+            "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+            "MASTER_PORT": environment.get("MASTER_PORT") or str(slurm_port(environment)),
+        }
+    except (KeyError, ValueError) as error:
+        problem = f"SLURM_STEP_NUM_TASKS={tasks} is set as in a task of srun, but not {error.args[0]}"
+        raise UserError(f"{problem}; start the ranks by srun, or this process alone by WORLD_SIZE=1") from error
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:
@@ -131,14 +136,15 @@ def telling_others() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = " ".join((str(error) or type(error).__name__).split())
-        word = {
-            "text": f"host {os.uname().nodename}: {text}",
-            "code": getattr(error, "exit_code", RanksError.exit_code),
-        }
         with contextlib.suppress(Exception):  # their wait is bounded
-            meet(LAST_WORDS_S, word)
+            meet(LAST_WORDS_S, _word(error))
         raise
+
+
+def _word(error: Exception) -> dict:
+    """What the others are told of an error."""
+    text = " ".join((str(error) or type(error).__name__).split())
+    return {"text": f"host {os.uname().nodename}: {text}", "code": getattr(error, "exit_code", RanksError.exit_code)}
 
 
 def meet(within_s: float = COME_WITHIN_S, word: Mapping | None = None) -> Meeting | None:
@@ -153,9 +159,8 @@ def meet(within_s: float = COME_WITHIN_S, word: Mapping | None = None) -> Meetin
         return None
     end = time.monotonic() + within_s
     store = _open_store(own, end)
-    store.set_timeout(timedelta(seconds=within_s + 3 * LAST_WORDS_S))  # longer than rank 0 waits for others
     try:
-        life, verdict = _call_roll(store, own, word or {}, end) if own.rank == 0 else _answer(store, own, word or {})
+        life, verdict = (_call_roll if own.rank == 0 else _answer)(store, own, word or {}, end)
     except torch_dist.DistError as error:
         problem = f"rank 0, or what keeps the store at {own}, has ended before all ranks had come"
         raise RanksError(f"{problem} ({first_line(error)}); see its output, then start all again") from error
@@ -172,7 +177,7 @@ def _call_roll(store: torch_dist.Store, own: Place, word: Mapping, end: float) -
     apart: every agent counts its own restarts. So each rank asks under a random name, and rank 0 answers every name
     that it finds until each rank has said a word in this life.
     """
-    life = f"ibq/life/{secrets.token_hex(8)}/"
+    life = f"ibq/life/{secrets.token_hex(8)}-of-{own.ranks}/"
     words, answered, verdict = {0: word}, set(), _verdict({0: word})
     say_at = time.monotonic() + PATIENCE_S
     while (missing := sorted(set(range(own.ranks)) - words.keys())) and (now := time.monotonic()) < end:
@@ -218,15 +223,28 @@ def _verdict(words: Mapping[int, Mapping]) -> Mapping:
     )
 
 
-def _answer(store: torch_dist.Store, own: Place, word: Mapping) -> tuple[str, Mapping]:
+def _answer(store: torch_dist.Store, own: Place, word: Mapping, end: float) -> tuple[str, Mapping]:
     """The part of every other rank; see `_call_roll`."""
-    name = secrets.token_hex(8)
+    name, end = secrets.token_hex(8), end + 3 * LAST_WORDS_S  # longer than rank 0 waits for others
     store.set(f"ibq/asks/{own.rank}", name)
-    life = store.get(f"ibq/answer/{name}").decode()  # waits, as does the next
+    life = _get(store, f"ibq/answer/{name}", end).decode()
+    if not word and not life.endswith(f"-of-{own.ranks}/"):
+        word = _word(UserError(f"WORLD_SIZE={own.ranks} is another than that of rank 0; {BY_HAND}"))
     store.set(f"{life}word/{own.rank}", json.dumps(word))
-    verdict = json.loads(store.get(f"{life}verdict"))
+    verdict = json.loads(_get(store, f"{life}verdict", end))
     store.set(f"{life}read/{own.rank}", "")
     return life, verdict
+
+
+def _get(store: torch_dist.Store, key: str, end: float) -> bytes:
+    """A value of the store, once it is there; by asking again, since Ctrl-C does not end the store's own wait."""
+    pause = POLL_S
+    while not store.check([key]):
+        if time.monotonic() > end:
+            raise torch_dist.DistStoreError("no answer in time")
+        time.sleep(pause)
+        pause = min(2 * pause, SLOW_POLL_S)
+    return store.get(key)
 
 
 def _open_store(own: Place, end: float) -> torch_dist.Store:

@@ -1,11 +1,11 @@
 """What configs say of the engines, which are not read before they are needed: their libraries take a second."""
 
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ibq.config import UserError, require_least
+from ibq.meeting import number
 
 Target = Literal["none", "cpu", "nvme"]
 
@@ -48,7 +48,7 @@ class FsdpEngineConfig:
         ranks = world_size // self.tensor_parallel
         if self.shard == "full":
             return 1, ranks, self.tensor_parallel
-        share = self.shard_ranks or max(1, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) // self.tensor_parallel)
+        share = self.shard_ranks or max(1, number("LOCAL_WORLD_SIZE", str(ranks)) // self.tensor_parallel)
         if ranks % share:
             raise UserError(
                 f"engine.shard_ranks: {share} ranks a copy do not divide the {ranks} that see different data; "

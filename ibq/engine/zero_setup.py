@@ -27,6 +27,7 @@ from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.configs import ZeroEngineConfig
 from ibq.files import lock
+from ibq.meeting import number
 from ibq.ops.backend import cxx_is_installed
 
 PREFIX = "ibq-zero-"
@@ -139,7 +140,7 @@ def check_nvme(config: ZeroEngineConfig, settings: EngineSettings, numel: int) -
         raise UserError(f"engine.nvme_path: no folder {path}; create it, or name a folder on the NVMe disk")
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"engine.nvme_path: {path} is not writable; change its owner, or name another folder")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = number("LOCAL_WORLD_SIZE", "1")
     need, free = ranks * nvme_bytes(config, settings, numel), shutil.disk_usage(path).free
     if need > free:
         raise UserError(

@@ -130,6 +130,7 @@ def test_an_error_before_the_first_step_is_told(start):
         ({"RANK": "2"}, "RANK=2 must be below WORLD_SIZE=2; "),
         ({"RANK": "-1"}, "RANK=-1 is no whole number; "),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no whole number; "),
+        ({"WORLD_SIZE": None, "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2 is set as in a task of srun, but "),
         ({"LOCAL_RANK": "a"}, "LOCAL_RANK=a is no whole number; "),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port; "),
         ({"MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR=no.such.host.invalid MASTER_PORT="),
@@ -139,6 +140,19 @@ def test_wrong_variables_are_named(start, variables, words):
     for process in [start(rank, SOON, **variables) for rank in range(2)]:
         code, said = ended(process)
         assert code == 2 and said.startswith(f"error: {words}"), said
+
+
+def test_ranks_of_worlds_of_different_size(start):
+    answers = [ended(process) for process in (start(0), start(1, WORLD_SIZE="4"))]
+    for code, said in answers:
+        assert code == 2 and "WORLD_SIZE=4 is another than that of rank 0; start the ranks by " in said, answers
+
+
+def test_a_rank_that_waits_hears_ctrl_c(start):
+    first, second = start(0, WORLD_SIZE="3"), start(1, WORLD_SIZE="3")
+    wait_for(lambda: connections(second.pid), first, second, what="the ranks to wait for each other")
+    second.send_signal(signal.SIGINT)
+    assert second.wait(HANG_S) == 130
 
 
 @pytest.mark.parametrize("rank", [0, 1])
