@@ -28,7 +28,7 @@ BY_HAND = (
 COME_WITHIN_S = 300.0  # of the first rank that waits
 LAST_WORDS_S = 10.0  # that a rank with a problem takes to tell the others, which may come later
 PATIENCE_S = 15.0  # before rank 0 says for whom it waits
-POLL_S, SLOW_POLL_S = 0.01, 0.2
+POLL_S, SLOW_POLL_S = 0.01, 0.05
 NAMED_AT_MOST = 8
 T = TypeVar("T")
 
@@ -215,12 +215,10 @@ def _hear(store: torch_dist.Store, life: str, ranks: Iterable[int], answered: se
 
 def _verdict(words: Mapping[int, Mapping]) -> Mapping:
     """What the first rank with a problem has said, if there is one."""
-    failed = [(rank, word) for rank, word in words.items() if word]
-    return (
-        {**failed[0][1], "text": f"rank {failed[0][0]} has ended at its start, {failed[0][1]['text']}"}
-        if failed
-        else {}
-    )
+    for rank, word in words.items():
+        if word:
+            return {**word, "text": f"rank {rank} has ended at its start, {word['text']}"}
+    return {}
 
 
 def _answer(store: torch_dist.Store, own: Place, word: Mapping, end: float) -> tuple[str, Mapping]:
@@ -263,7 +261,7 @@ def _open_store(own: Place, end: float) -> torch_dist.Store:
     if store is None:
         raise UserError(f"{own}: another program answers there; give all ranks another MASTER_PORT")
     if keeps:
-        _reach(own, time.monotonic() + 1)
+        _reach(own, min(end, time.monotonic() + LAST_WORDS_S))
     return store
 
 
@@ -278,7 +276,7 @@ def _reach(own: Place, end: float) -> None:
             if left <= 0:
                 problem = f"{own}: rank {own.rank} reaches no store of rank 0 there ({error.strerror or error})"
                 raise UserError(f"{problem}; see whether rank 0 runs, or give all ranks its host and port") from error
-        time.sleep(0.1)
+        time.sleep(SLOW_POLL_S)
 
 
 def _in_time(call: Callable[[], T], seconds: float) -> T | None:

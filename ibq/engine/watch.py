@@ -17,7 +17,7 @@ class HeartbeatConfig:
     every_s: float = 1.0  # between two signs of life of a rank
     start_within_s: float = 300.0  # that the last rank may start after the first
     dead_after_s: float = 60.0  # without a sign of life; a process that is gone is noticed at once on its own host
-    hang_after_s: float | None = 1_800.0  # without progress on any rank; null waits for ever
+    hang_after_s: float | None = 1_800.0  # without progress on any rank after its start; null waits for ever
 
     def __post_init__(self):
         for name in ("every_s", "start_within_s"):
@@ -218,7 +218,9 @@ class Watch:
 
     def _hung(self) -> Verdict | None:
         running, limit = self._running(), self._config.hang_after_s
-        if limit is None or not running or any(self._clock - seen.moved <= limit for seen in running):
+        if limit is None or any(seen.beat.progress.phase == START.phase for seen in running):
+            return None  # the start of a run may read all of its data
+        if not running or any(self._clock - seen.moved <= limit for seen in running):
             return None
         places = {seen.beat.rank: (seen.beat.progress.step, seen.beat.progress.place) for seen in running}
         last = min(places.values())

@@ -117,7 +117,6 @@ class Command:
 
     def part(self, name: str) -> contextlib.AbstractContextManager[None]:
         """This context belongs to a part of the start."""
-        self.heart.mark(0, name)
         return self.start_up.part(name)
 
     def engine(

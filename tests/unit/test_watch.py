@@ -65,6 +65,11 @@ def test_the_ranks_that_are_farthest_behind_are_named():
     assert Verdict.loads(verdict.dumps()) == verdict and Beat.loads(beats[1].dumps()) == beats[1]
 
 
+def test_a_start_may_take_long():
+    beats = [beat(0), beat(1, progress=Progress(5, "data", 1, 9))]
+    assert live(watch(beats), beats, set(), 200) == (None, 200)
+
+
 def test_progress_of_any_rank_keeps_the_run_alive():
     judge = watch([beat(0), beat(1)])
     for marks in range(100):
