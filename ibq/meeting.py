@@ -31,6 +31,7 @@ PATIENCE_S = 15.0  # before rank 0 says for whom it waits
 POLL_S, SLOW_POLL_S = 0.01, 0.05
 NAMED_AT_MOST = 8
 T = TypeVar("T")
+_stores: dict["Place", torch_dist.Store] = {}  # that this process has opened: its ranks may meet again, for another run
 
 
 class RanksError(UserError):
@@ -158,7 +159,7 @@ def meet(within_s: float = COME_WITHIN_S, word: Mapping | None = None) -> Meetin
     if own is None:
         return None
     end = time.monotonic() + within_s
-    store = _open_store(own, end)
+    store = _stores.get(own) or _stores.setdefault(own, _open_store(own, end))
     try:
         life, verdict = (_call_roll if own.rank == 0 else _answer)(store, own, word or {}, end)
     except torch_dist.DistError as error:
