@@ -33,8 +33,8 @@ def setup(device: str = "auto", meeting: Meeting | None = None) -> torch.device:
             timeout=TIMEOUT,
             device_id=chosen if chosen.type == "cuda" else None,
             store=torch_dist.PrefixStore("group", meeting.store),
-            rank=meeting.rank,
-            world_size=meeting.ranks,
+            rank=meeting.place.rank,
+            world_size=meeting.place.ranks,
         )
     return chosen
 

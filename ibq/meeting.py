@@ -48,6 +48,11 @@ class Place(NamedTuple):
     address: str  # of the store
     port: int
 
+    @property
+    def kept_by_agent(self) -> bool:
+        """Whether torchrun's agent keeps the store, over all restarts; with other launchers rank 0 does."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
     def __str__(self) -> str:
         return f"MASTER_ADDR={self.address} MASTER_PORT={self.port}"
 
@@ -55,8 +60,7 @@ class Place(NamedTuple):
 class Meeting(NamedTuple):
     """All ranks have come. The store is theirs alone, also where torchrun keeps one over all restarts."""
 
-    rank: int
-    ranks: int
+    place: Place
     life: str  # prefix of what this life writes
     store: torch_dist.Store
 
@@ -167,7 +171,7 @@ def meet(within_s: float = COME_WITHIN_S, word: Mapping | None = None) -> Meetin
         raise RanksError(f"{problem} ({first_line(error)}); see its output, then start all again") from error
     if verdict:
         raise (UserError if verdict["code"] == UserError.exit_code else RanksError)(verdict["text"])
-    return Meeting(own.rank, own.ranks, life, torch_dist.PrefixStore(life, store))
+    return Meeting(own, life, torch_dist.PrefixStore(life, store))
 
 
 def _call_roll(store: torch_dist.Store, own: Place, word: Mapping, end: float) -> tuple[str, Mapping]:
@@ -248,7 +252,7 @@ def _get(store: torch_dist.Store, key: str, end: float) -> bytes:
 
 def _open_store(own: Place, end: float) -> torch_dist.Store:
     """The store of all ranks, which torchrun's agent keeps or else rank 0; either may come later than this rank."""
-    keeps = own.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    keeps = own.rank == 0 and not own.kept_by_agent
     if not keeps:
         _reach(own, end)
     seconds = max(1.0, end - time.monotonic())

@@ -44,12 +44,10 @@ class Heartbeat:
     all, the others those of their host.
     """
 
-    def __init__(
-        self, config: HeartbeatConfig, meeting: Meeting | None, on_failure: Callable[[str], None] = lambda _: None
-    ):
-        self.on_failure = on_failure
+    def __init__(self, config: HeartbeatConfig, meeting: Meeting | None):
+        self.on_failure: Callable[[str], None] = lambda message: None  # set once there is a place to write it to
         self._config, self._meeting = config, meeting
-        self._rank, self._world_size = (meeting.rank, meeting.ranks) if meeting else (0, 1)
+        self._rank, self._world_size = (meeting.place.rank, meeting.place.ranks) if meeting else (0, 1)
         self._progress = Progress()
         self._beat = Beat(rank=self._rank, process=Process.current())
         self._outbox: Verdict | None = None  # what this rank has found, to be told
@@ -133,11 +131,11 @@ class Heartbeat:
     def _connect(self) -> None:
         """Open the connection, leave the first beat, learn who the others are; RanksError if one has ended."""
         self._prefix = f"{self._meeting.life}heartbeat/"
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # Where torchrun's agent keeps the store; otherwise rank 0 does.
-        self._agent = f"{address}:{port}" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+        own = self._meeting.place
+        self._agent = f"{own.address}:{own.port}" if own.kept_by_agent else None
         timeout = timedelta(seconds=self._config.dead_after_s)
-        self._store = torch_dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        options = {"is_master": False, "timeout": timeout, "wait_for_workers": False}
+        self._store = torch_dist.TCPStore(own.address, own.port, **options)
         self._store.set(f"{self._prefix}{self._rank}", self._beat.dumps())
         if self._rank == 0:
             self._store.set(f"{self._prefix}verdict", UNDECIDED)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
-from ibq.meeting import place
+from ibq.meeting import Place, number, place
 
 FOLDER = ".preflight-"  # and a random word, beside the run's files; removed again
 POLL_S = 0.05
@@ -78,7 +78,7 @@ def preflight(config: PreflightConfig, hosts: Sequence[str] = ()) -> PreflightRe
     rank, ranks, where = own.rank, own.ranks, f"{own.address}:{own.port}"
     what = f"opens no port at {where}" if rank == 0 else f"does not reach rank 0 at {where}"
     try:
-        store = _store(rank, timedelta(seconds=config.wait_s))
+        store = _store(own, timedelta(seconds=config.wait_s))
         what = f"has lost rank 0 at {where}"
         # Longer than rank 0 waits for the slowest rank at each question.
         store.set_timeout(timedelta(seconds=3 * config.wait_s + 60))
@@ -89,11 +89,10 @@ def preflight(config: PreflightConfig, hosts: Sequence[str] = ()) -> PreflightRe
         return PreflightReport(problems=(problem,), ranks=ranks, hosts=0, seconds=time.monotonic() - started)
 
 
-def _store(rank: int, timeout: timedelta) -> torch_dist.Store:
+def _store(own: Place, timeout: timedelta) -> torch_dist.Store:
     """The store that rank 0 keeps, or torchrun's agent for it."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = torch_dist.TCPStore(address, port, is_master=keeps, timeout=timeout, wait_for_workers=False)
+    keeps = own.rank == 0 and not own.kept_by_agent
+    store = torch_dist.TCPStore(own.address, own.port, is_master=keeps, timeout=timeout, wait_for_workers=False)
     return torch_dist.PrefixStore("ibq/preflight", store)
 
 
@@ -112,7 +111,7 @@ class _Member:
 
     def _hello(self) -> None:
         problem = _write_own(self.folder, self.rank)
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = number("LOCAL_RANK", "0")
         if self.device == "cuda" and local >= torch.cuda.device_count():
             problem = problem or f"has {torch.cuda.device_count()} CUDA devices, too few for its process {local}"
         self.store.set(f"hello/{self.rank}", json.dumps({"host": _own_name(), "problem": problem}))
@@ -253,7 +252,7 @@ class _Member:
         return result[0] if result else 0.0
 
     def _all_reduce(self) -> float:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = number("LOCAL_RANK", "0")
         place = torch.device("cuda", local) if self.device == "cuda" else torch.device("cpu")
         group = torch_dist.PrefixStore("group", self.store)
         timeout = timedelta(seconds=self.config.wait_s)

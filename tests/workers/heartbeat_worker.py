@@ -68,10 +68,10 @@ def work(folder: Path, settings: dict) -> int:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ["RANK"] == "0":
         time.sleep(3)  # a late rank 0: the others must not take addresses of its first life from the store
     meeting = meet()
-    own = folder / str(meeting.rank)
+    own = folder / str(meeting.place.rank)
     config = settings.get("config", {})
-    on_failure = own.with_suffix(".failure").write_text
-    with Heartbeat(HeartbeatConfig(**config or {}), meeting if config is not None else None, on_failure) as heartbeat:
+    with Heartbeat(HeartbeatConfig(**config or {}), meeting if config is not None else None) as heartbeat:
+        heartbeat.on_failure = own.with_suffix(".failure").write_text
         dist.setup("cpu", meeting)
         try:
             steps(folder, settings, heartbeat)
