@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ibq.files import append_line, write_text
 
+ROOT = Path(__file__).resolve().parents[2]
 FILE = "starts.jsonl"
 PACKAGES_FILE = "packages.txt"  # of the last start
 SNAPSHOT_FILE = "snapshot.json"  # in a copy of the code, what git said of the original
@@ -72,7 +73,7 @@ def origin(command: str) -> dict:
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return {
         "command": command,
-        **git_state(Path(__file__).resolve().parents[2]),
+        **git_state(ROOT),
         "torch": torch.__version__,
         "cpu": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -99,9 +100,8 @@ def record_start(folder: Path) -> None:
 
     if not dist.is_main():
         return
-    root = Path(__file__).resolve().parent.parent.parent
     try:
-        append_line(folder / FILE, start_record(root))
+        append_line(folder / FILE, start_record(ROOT))
         write_text(folder / PACKAGES_FILE, "\n".join(packages()) + "\n")
     except OSError:
         return
