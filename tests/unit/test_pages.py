@@ -159,7 +159,9 @@ def test_links_and_pictures_exist(page):
 def test_raw_results_are_named_and_say_where_they_come_from():
     """Each is BENCH_MODEL_HARDWARE_YYYYMM.json, stands on the page beside it, and was written by the bench it names."""
     others = {"sweep": "python launchers/sweep.py ", "quickstart": "bash tools/quickstart.sh"}
-    for file in sorted((ROOT / "tools/results").glob("*.json")):
+    files = sorted((ROOT / "tools/results").glob("*.json"))
+    assert files
+    for file in files:
         bench, *_ = re.fullmatch(r"([a-z-]+)_([\w.-]+)_([\w.-]+)_(\d{6})", file.stem).groups()
         assert f"({file.name})" in TEXT[Path("tools/results/README.md")], file.name
         origin = json.loads(file.read_text())["origin"]
