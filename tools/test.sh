@@ -16,4 +16,5 @@ if [ "${1:-}" = --quick ]; then
   set -- -m "not slow" tests/unit tests/golden tests/process/test_one_step.py "$@"
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # each process of the tests has a core
+[ $# -gt 0 ] || PYTHONPATH=.:tests python tests/support/operators.py || true # the tests say what is wrong
 exec python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"
