@@ -12,17 +12,20 @@ from pathlib import Path
 def file_of(place: Path, arguments: argparse.Namespace) -> Path:
     """The JSON file of a bench with these options: `place`, or in a folder one named BENCH_MODEL_HARDWARE_YYYYMM.json.
 
-    The model is the config's, or the number of codes, with the precision where there is a choice; or it is left out.
+    The model is the config's, or the number of codes, or the size of the images, with the precision where there is a
+    choice; or all of a bench that has several.
     """
     if not place.is_dir():
         return place
     if hasattr(arguments, "config"):
         model = Path(arguments.config).stem
+    elif hasattr(arguments, "codes"):
+        model = f"{arguments.codes}-codes"
     else:
-        model = f"{arguments.codes}-codes" if hasattr(arguments, "codes") else ""
+        model = f"{arguments.size}px" if hasattr(arguments, "size") else "all"
     model += f"-{arguments.precision}" if hasattr(arguments, "precision") else ""
     words = [arguments.name, model, _hardware(getattr(arguments, "device", "cpu")), time.strftime("%Y%m")]
-    return place / f"{'_'.join(word.replace('_', '-') for word in words if word)}.json"
+    return place / f"{'_'.join(word.replace('_', '-') for word in words)}.json"
 
 
 def _hardware(device: str) -> str:
