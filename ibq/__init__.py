@@ -5,9 +5,11 @@ transformer = ibq.load_transformer("runs/quickstart/transformer")
 images = ibq.generate(tokenizer, transformer, classes=[0, 1, 2])
 """
 
+from ibq.sampler import SAMPLER_VERSION
+
 __version__ = "0.1.0"
 HUB = ["CardFacts", "from_pretrained", "push_to_hub", "save_pretrained"]
-__all__ = ["generate", "load_tokenizer", "load_transformer", *HUB]
+__all__ = ["SAMPLER_VERSION", "generate", "load_tokenizer", "load_transformer", *HUB]
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ibq.decoding import Decoder
 from ibq.models.transformer import Transformer
+from ibq.noise import uniforms
 from ibq.sampler import SamplerConfig, check_filter
 
 LARGEST_SEED = 2**63 - 1
@@ -49,9 +50,9 @@ def sample_codes(
     """Draw one image's codes per class and seed, [N, h, w] int64 on the CPU.
 
     An image depends on weights, class, seed and `config` only (on one device), never on the images it is drawn with:
-    blocks have a fixed number of rows, and every image has its own noise. Runs on the device of the weights. A
-    transformer is made ready first, which takes a while for a large one: `decoder_for` does it once for many
-    calls. `progress` is called with (images done, images) after every block.
+    blocks have a fixed number of rows, and an image's random numbers are a function of its seed. Runs on the device of
+    the weights. A transformer is made ready first, which takes a while for a large one: `decoder_for` does it once for
+    many calls. `progress` is called with (images done, images) after every block.
     Errors: ValueError for classes or seeds out of range, or not one seed per class.
     """
     _check_request(transformer, classes, seeds)
@@ -107,7 +108,7 @@ def _sample_steps(
         rows_of_classes += [decoder.null_class] * rows
     condition = decoder.condition(torch.tensor(rows_of_classes, device=device))
     cache, scales = decoder.new_cache(), config.scales(tokens)
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    numbers = uniforms([*seeds] + [0] * (rows - len(seeds)), tokens, device)
     codes = torch.empty(rows, tokens, dtype=torch.int64, device=device)
     previous = None
     for position in range(tokens):
@@ -115,22 +116,26 @@ def _sample_steps(
         if config.guided:
             cond, uncond = logits.chunk(2)
             logits = uncond + scales[position] * (cond - uncond)
-        codes[:, position] = drawn = _draw(logits, generators, config)
+        codes[:, position] = drawn = _draw(logits, numbers[:, position], config)
         previous = drawn.repeat(2) if config.guided else drawn
         yield codes
 
 
-def _draw(logits: Tensor, generators: Sequence[torch.Generator], config: SamplerConfig) -> Tensor:
-    """One code per row of logits [R, V]; rows without a generator are padding and get the likeliest one."""
+def _draw(logits: Tensor, numbers: Tensor, config: SamplerConfig) -> Tensor:
+    """One code [R] per row of logits [R, V], with the row's random number of [R]."""
     if config.temperature == 0:
         return logits.argmax(-1)
-    logits = filter_logits(logits / config.temperature, config.top_k, config.top_p)
-    # argmax(p / e) with exponential e draws from p; on log scale small probabilities do not underflow.
-    noise = torch.ones(logits.shape, device="cpu", pin_memory=logits.is_cuda)
-    for row, generator in zip(noise, generators, strict=False):
-        row.exponential_(generator=generator)
-    noise = noise.to(logits.device, non_blocking=True).clamp_min(torch.finfo(noise.dtype).tiny)
-    return (logits - noise.log()).argmax(-1)
+    return pick(filter_logits(logits / config.temperature, config.top_k, config.top_p), numbers[:, None])[:, 0]
+
+
+def pick(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Codes [R, n] from softmax(logits [R, V]), each where the cumulative probability passes its number of [R, n].
+
+    numbers are float64 in (0, 1), and so are the sums: those of 262,144 float32 would lose the small probabilities.
+    A code whose logit is -inf is never drawn.
+    """
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)
 
 
 def _check_request(transformer: Transformer | Decoder, classes: Sequence[int], seeds: Sequence[int]) -> None:

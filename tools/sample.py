@@ -33,7 +33,7 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.ops.backend import require_compile
 from ibq.progress import progress_bar, say
-from ibq.sampler import SamplerConfig
+from ibq.sampler import SAMPLER_VERSION, SamplerConfig
 from ibq.sampling import LARGEST_SEED, decoder_for, sample_codes
 from ibq.training.checkpoint import weights_hash
 from ibq.training.provenance import git_state
@@ -105,9 +105,10 @@ def request_of(arguments: argparse.Namespace, sampler: SamplerConfig, num_classe
     if arguments.total is not None:
         count, rest = divmod(arguments.total, len(classes))
         if rest:
+            possible = [str(count * len(classes)) for count in (count, count + 1) if count > 0]
             raise UserError(
                 f"--total: {arguments.total} images cannot be equally many of {len(classes)} classes; "
-                f"use {arguments.total - rest} or {arguments.total - rest + len(classes)}"
+                f"use {' or '.join(possible)}"
             )
     if len(set(classes)) < len(classes):
         raise UserError("--classes: one is there twice; ask for more images of it by --count")
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_pair(arguments, tokenizer, transformer, hashes["tokenizer"])
     request = request_of(arguments, sampler, transformer.config.num_classes)
     description = {**hashes, "sampler": asdict(sampler), "labels_sha256": weights_hash(_as_tensors(request))}
-    description |= {"images": len(request.labels), "piece": request.piece}
+    description |= {"sampler_version": SAMPLER_VERSION, "images": len(request.labels), "piece": request.piece}
     with explained():
         if dist.on_main(lambda: begin(arguments.output, description, fresh=arguments.fresh)):
             draw(request, tokenizer, transformer, sampler, arguments.output)
@@ -201,12 +202,8 @@ def finish(request: Request, arguments: argparse.Namespace, description: dict) -
             write_shards(folder, request, images)
         write_npz(folder, request, progress.update)
     info = {DESCRIPTION: description, "tokenizer": description["tokenizer"], "transformer": description["transformer"]}
-    info |= {
-        "sampler": description["sampler"],
-        "seed": arguments.seed,
-        "classes": len(set(request.labels)),
-        "count": count,
-    }
+    info |= {name: description[name] for name in ("sampler", "sampler_version")}
+    info |= {"seed": arguments.seed, "classes": len(set(request.labels)), "count": count}
     info |= {"precision": arguments.precision, "git": git_state(ROOT), "torch": torch.__version__}
     info |= {"tokenizer_path": str(arguments.tokenizer), "transformer_path": str(arguments.transformer)}
     write_text(folder / INFO_FILE, json.dumps(info, indent=1) + "\n")
@@ -238,11 +235,13 @@ def begin(folder: Path, description: Mapping, *, fresh: bool) -> bool:
         remove(folder, (PIECES, SET_FILE, INFO_FILE))
     if (folder / INFO_FILE).exists() and not (folder / DESCRIPTION_FILE).exists():
         if _description_of(folder / INFO_FILE) != json.loads(json.dumps(description)):
-            raise UserError(f"{folder}: holds the samples of another command; give another --output, or --fresh")
+            raise UserError(
+                f"{folder}: holds the samples of another command or version; give another --output, or --fresh"
+            )
         return False
     text = json.dumps(description, indent=1, sort_keys=True) + "\n"
     if (folder / DESCRIPTION_FILE).exists() and (folder / DESCRIPTION_FILE).read_text() != text:
-        raise UserError(f"{folder}: holds pieces of another command; give another --output, or --fresh")
+        raise UserError(f"{folder}: holds pieces of another command or version; give another --output, or --fresh")
     write_text(folder / DESCRIPTION_FILE, text)
     return True
 

@@ -14,6 +14,7 @@ from support.points import Points
 from support.processes import DEVNULL, run_ranks, run_script, script_environment, start_script
 from support.training import CLASSES, write_best
 
+import ibq
 from ibq.config import parse_config
 from ibq.data.shards import ImageDataConfig, open_split
 from ibq.models.tokenizer import Tokenizer
@@ -119,13 +120,16 @@ def test_pictures_in_bf16(models, tmp_path):
         f"class{label:04d}_seed{seed:06d}.png" for label in (0, 2) for seed in (0, 1)
     ]
     assert json.loads((tmp_path / "samples.json").read_text())["sampler"]["precision"] == "bf16"
+    assert json.loads((tmp_path / "samples.json").read_text())["sampler_version"] == ibq.SAMPLER_VERSION
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--total", "100"], ["--total", "99 or 102"]),
+        (["--total", "2"], ["--total", "use 3\n"]),
         (["--total", "0"], ["--total"]),
+        (["--guidance-scale", "-1"], ["--guidance-scale", "use 0 or more; 1 is off"]),
         (["--count", "0"], ["--count"]),
         (["--classes", "7"], ["--classes", "0 to 2"]),
         (["--classes", "1", "1"], ["--classes", "twice"]),

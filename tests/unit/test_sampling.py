@@ -6,8 +6,9 @@ from support.models import VARIANTS, small_transformer
 from torch import Tensor
 
 from ibq.models.transformer import Transformer
+from ibq.noise import uniforms
 from ibq.sampler import SamplerConfig
-from ibq.sampling import decoder_for, filter_logits, sample_codes, sample_rows
+from ibq.sampling import decoder_for, filter_logits, pick, sample_codes, sample_rows
 
 # A spread distribution with many codes: a rounding difference would soon show in what is drawn.
 SIZES = {"tokens_per_side": 8, "width": 64, "vocab_size": 200}
@@ -113,6 +114,37 @@ def test_codes_are_drawn_from_the_model():
     deviation = (expected * (1 - expected) / draws).sqrt()
     frequencies = codes.bincount(minlength=8) / draws
     assert ((frequencies - expected).abs() < 5 * deviation + 1e-3).all()
+
+
+DRAWS = 2_000_000
+
+
+@pytest.mark.parametrize("codes", [16_384, 262_144])
+@pytest.mark.parametrize(
+    ("spread", "filters"), [(1.0, {}), (3.0, {}), (40.0, {}), (3.0, {"top_k": 1000}), (3.0, {"top_p": 0.9})], ids=str
+)
+def test_two_million_draws_follow_their_probabilities(codes, spread, filters):
+    """By chi-square, over codes that are expected ten times or more; the others count as one. Extreme logits too."""
+    generator = torch.Generator().manual_seed(codes)
+    logits = filter_logits(torch.randn(1, codes, generator=generator) * spread, **filters)
+    drawn = pick(logits, uniforms(range(DRAWS // 1000), 1000, "cpu").reshape(1, -1))
+    expected = logits.double().softmax(-1)[0] * DRAWS
+    counts = drawn[0].bincount(minlength=codes)
+    assert counts[expected == 0].sum() == 0
+    often = expected >= 10
+    expected = torch.cat([expected[often], expected[~often].sum(0, keepdim=True)])
+    counts = torch.cat([counts[often], counts[~often].sum(0, keepdim=True)])
+    kept = expected > 1  # the rest may be nothing
+    squares = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    freedom = int(kept.sum()) - 1
+    assert abs(squares - freedom) < 5 * (2 * freedom) ** 0.5 + 5
+
+
+def test_the_edges_of_the_distribution():
+    """The smallest and the largest number find codes that can be drawn, also where the first and last cannot."""
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
+    numbers = torch.tensor([[2.0**-53, 0.26894, 0.26895, 1 - 2.0**-53]], dtype=torch.float64)
+    assert pick(logits, numbers).tolist() == [[1, 1, 3, 3]]
 
 
 def test_float64_and_autocast(transformer):
