@@ -1,5 +1,7 @@
 """Sampling: reproducible images, guidance, greedy decoding, filters and bad settings."""
 
+import math
+
 import pytest
 import torch
 from support.models import VARIANTS, small_transformer
@@ -145,6 +147,16 @@ def test_the_edges_of_the_distribution():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
     numbers = torch.tensor([[2.0**-53, 0.26894, 0.26895, 1 - 2.0**-53]], dtype=torch.float64)
     assert pick(logits, numbers).tolist() == [[1, 1, 3, 3]]
+
+
+def test_unlikely_codes_behind_a_likely_one_are_drawn():
+    """100,000 codes of 1e-8 each share the last thousandth: sums in float32 would pass over nine of ten."""
+    logits = torch.full((1, 100_001), math.log(1e-8))
+    logits[0, 0] = 0.0
+    total = 1 + 1e-3
+    middles = (1 + 1e-8 * (torch.arange(100_000, dtype=torch.float64) + 0.5)) / total
+    drawn = pick(logits, middles[None])[0]
+    assert (drawn - torch.arange(1, 100_001)).abs().max() <= 1
 
 
 def test_float64_and_autocast(transformer):
