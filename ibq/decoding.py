@@ -4,34 +4,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibq.models.transformer import Condition, KVCache, Transformer
-from ibq.ops.backend import require_compile
+from ibq.models.transformer import Condition, KVCache, Transformer, TransformerConfig
+from ibq.ops.backend import missing_for_compile
 from ibq.sampler import Precision, check_precision
 
+WIDEST = 8192  # channels that a program of Triton's has in one row
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Decoder:
     """Decodes `rows` sequences at a time; the transformer that it is made from stays as it is, and may be let go.
 
-    `precision`: fp32; or bf16 weights, cache and activations, with norms and rotations in float32. `compile_step`
-    compiles the step by torch.compile, once for all positions: the first image takes minutes. Errors: ValueError for a
-    precision that does not exist, UserError where nothing can be compiled.
+    `precision`: fp32; or bf16 weights, cache and activations, with norms and rotations in float32. `fused`: Triton's
+    kernels run between the products and take positions from the device, so that a step can be captured as a graph.
+    Errors: ValueError for a precision that does not exist.
     """
 
-    def __init__(self, transformer: Transformer, precision: Precision, rows: int, *, compile_step: bool = False):
+    def __init__(self, transformer: Transformer, precision: Precision, rows: int):
         check_precision(precision)
-        if compile_step:
-            require_compile(transformer.head.weight.device.type, "compile", "leave it out")
         self.precision, self.rows, self.config = precision, rows, transformer.config
         self.dtype, self.device = DTYPES[precision], transformer.head.weight.device
         self.null_class = transformer.null_class
         self._transformer = _prepared(transformer, self.dtype, rows)
-        self._step = self._transformer.decode_step
-        if compile_step:
-            self._step = torch.compile(self._transformer.decode_step, dynamic=False, fullgraph=True)
-            self._positions = torch.arange(self.config.num_tokens, device=self.device)[:, None]
-        self.compiled = compile_step
+        self.fused = can_fuse(self.config, self.device)
+        self.drawing = None  # the block of `ibq/sampling.py` that draws with it
 
     def condition(self, classes: Tensor) -> Condition:
         """Everything that decoding needs of classes [rows]."""
@@ -41,16 +37,24 @@ class Decoder:
         """An empty cache."""
         return self._transformer.new_cache(self.rows, self.dtype, self.device)
 
-    def step(self, codes: Tensor | None, condition: Condition, cache: KVCache, position: int) -> Tensor:
-        """Logits [rows, V] in float32 of the code at `position`; see `Transformer.decode_step`."""
-        if self.compiled and codes is not None:
-            return self._step(codes, condition, cache, self._positions[position]).float()
-        return self._transformer.decode_step(codes, condition, cache, position).float()
+    def embed(self, codes: Tensor) -> Tensor:
+        """What a step takes after these codes [rows]: [rows, C]."""
+        return self._transformer.tok_emb(codes)
+
+    def step(self, x: Tensor, condition: Condition, cache: KVCache, position: int | Tensor) -> Tensor:
+        """Logits [rows, V] in float32 of the code at `position`; see `Transformer.decode`."""
+        return self._transformer.decode(x, condition, cache, position).float()
 
     def weight_bytes(self) -> int:
         """Bytes of the weights that every step reads: those of the blocks without their modulations, and the head."""
         weights = [layer.weight for layer in self._transformer.modules() if isinstance(layer, PackedLinear)]
         return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def can_fuse(config: TransformerConfig, device: torch.device) -> bool:
+    """Whether Triton's kernels take a model of this kind there."""
+    powers_of_two = config.head_dim & (config.head_dim - 1) == 0
+    return device.type == "cuda" and powers_of_two and config.model_width <= WIDEST and not missing_for_compile("cuda")
 
 
 def _prepared(transformer: Transformer, dtype: torch.dtype, rows: int) -> Transformer:
@@ -61,9 +65,11 @@ def _prepared(transformer: Transformer, dtype: torch.dtype, rows: int) -> Transf
     copied.load_state_dict(state, assign=True)
     copied.eval().requires_grad_(False)
     for block in copied.blocks:
-        for owner in (block.attention, block.feed_forward):
-            for name, layer in list(owner.named_children()):
-                owner.register_module(name, PackedLinear(layer.weight, layer.bias, rows))
+        gate, up = block.feed_forward.w1.weight, block.feed_forward.w3.weight
+        block.feed_forward.w13 = PackedLinear(torch.cat([gate, up]), None, rows)
+        del block.feed_forward.w1, block.feed_forward.w3
+        for owner, name in (*((block.attention, name) for name in ("wqkv", "wo")), (block.feed_forward, "w2")):
+            owner.register_module(name, PackedLinear(getattr(owner, name).weight, None, rows))
     copied.head = PackedLinear(copied.head.weight, None, rows)
     return copied
 
@@ -89,9 +95,7 @@ class PackedLinear(nn.Module):
         x = x.to(self.weight.dtype)
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
-        if torch.compiler.is_compiling():
-            return packed_linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # sooner there
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -101,14 +105,3 @@ def can_pack(weight: Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32
-
-
-@torch.library.custom_op("ibq::packed_linear", mutates_args=())
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., inputs] times a packed weight; an operator of its own, as compilers want packed weights as constants."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@packed_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])

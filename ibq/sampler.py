@@ -23,7 +23,7 @@ class SamplerConfig:
     and costs half. `temperature` 0 takes the likeliest code; `top_k` 0 and `top_p` 1.0 are off.
     `guidance_schedule` changes s over the codes of an image, see `scales`. `rows_per_block` images are decoded
     together, the last block padded: more is faster per image and takes more memory; another number may round
-    differently. `precision` is that of the weights, see `ibq/decoding.py`; `compile` compiles the step.
+    differently. `precision` is that of the weights, see `ibq/decoding.py`.
     The help is that of the tools' options, see `tools/lib/options.py`.
     Errors: ValueError for values out of range, that begins with the field's name.
     """
@@ -48,7 +48,6 @@ class SamplerConfig:
         },
     )
     precision: Precision = field(default="fp32", metadata={"help": "of the networks; the quantizer stays in fp32"})
-    compile: bool = field(default=False, metadata={"help": "compile the step: minutes at first, faster then on a GPU"})
 
     def __post_init__(self):
         if not 0.0 <= self.guidance_scale < math.inf:

@@ -6,37 +6,16 @@ import torch
 from torch import Tensor
 
 from ibq.decoding import Decoder
+from ibq.drawing import Drawing
 from ibq.models.transformer import Transformer
-from ibq.noise import uniforms
-from ibq.sampler import SamplerConfig, check_filter
+from ibq.sampler import SamplerConfig
 
 LARGEST_SEED = 2**63 - 1
 
 
 def decoder_for(transformer: Transformer, config: SamplerConfig) -> Decoder:
     """What draws with these settings, for several calls of `sample_codes`."""
-    return Decoder(transformer, config.precision, config.rows, compile_step=config.compile)
-
-
-def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits [..., V] with -inf where top-k, then top-p (nucleus, arXiv 1904.09751) filtering removes a code.
-
-    Top-k keeps all that are at least the k-th largest (ties stay). Top-p keeps the likeliest codes up to and
-    including the one with which they exceed the probability p, so at least one; of equal logits the lower
-    code comes first.
-    Errors: ValueError for a negative top_k or a top_p outside [0, 1].
-    """
-    check_filter(top_k, top_p)
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)
-        before[..., 0] = 0.0  # the likeliest code always stays
-        removed = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > top_p)
-        logits = logits.masked_fill(removed, -torch.inf)
-    return logits
+    return Decoder(transformer, config.precision, config.rows)
 
 
 @torch.inference_mode()
@@ -102,40 +81,13 @@ def _sample_steps(
     decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig
 ) -> Iterator[Tensor]:
     """The codes [rows_per_block, T], the same tensor after each of the T draws; those to come are undefined."""
-    rows, device, tokens = config.rows_per_block, decoder.device, decoder.config.num_tokens
-    rows_of_classes = [int(label) for label in classes] + [decoder.null_class] * (rows - len(classes))
-    if config.guided:
-        rows_of_classes += [decoder.null_class] * rows
-    condition = decoder.condition(torch.tensor(rows_of_classes, device=device))
-    cache, scales = decoder.new_cache(), config.scales(tokens)
-    numbers = uniforms([*seeds] + [0] * (rows - len(seeds)), tokens, device)
-    codes = torch.empty(rows, tokens, dtype=torch.int64, device=device)
-    previous = None
-    for position in range(tokens):
-        logits = decoder.step(previous, condition, cache, position)
-        if config.guided:
-            cond, uncond = logits.chunk(2)
-            logits = uncond + scales[position] * (cond - uncond)
-        codes[:, position] = drawn = _draw(logits, numbers[:, position], config)
-        previous = drawn.repeat(2) if config.guided else drawn
-        yield codes
-
-
-def _draw(logits: Tensor, numbers: Tensor, config: SamplerConfig) -> Tensor:
-    """One code [R] per row of logits [R, V], with the row's random number of [R]."""
-    if config.temperature == 0:
-        return logits.argmax(-1)
-    return pick(filter_logits(logits / config.temperature, config.top_k, config.top_p), numbers[:, None])[:, 0]
-
-
-def pick(logits: Tensor, numbers: Tensor) -> Tensor:
-    """Codes [R, n] from softmax(logits [R, V]), each where the cumulative probability passes its number of [R, n].
-
-    numbers are float64 in (0, 1), and so are the sums: those of 262,144 float32 would lose the small probabilities.
-    A code whose logit is -inf is never drawn.
-    """
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)
+    if decoder.drawing is None or decoder.drawing.config != config:
+        decoder.drawing = Drawing(decoder, config)
+    drawing = decoder.drawing
+    drawing.begin(classes, seeds)
+    for position in range(decoder.config.num_tokens):
+        drawing.advance(position)
+        yield drawing.codes
 
 
 def _check_request(transformer: Transformer | Decoder, classes: Sequence[int], seeds: Sequence[int]) -> None:

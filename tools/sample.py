@@ -31,7 +31,6 @@ from ibq.config import UserError, exit_on_user_error
 from ibq.files import remove, whole_file, write_array, write_text
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
-from ibq.ops.backend import require_compile
 from ibq.progress import progress_bar, say
 from ibq.sampler import SAMPLER_VERSION, SamplerConfig
 from ibq.sampling import LARGEST_SEED, decoder_for, sample_codes
@@ -130,9 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Generate as the command line says."""
     arguments = parse(argv)
     sampler = settings_of(SamplerConfig, arguments)
-    device_type = device_of(arguments).type  # names the option if the device is not there
-    if sampler.compile:
-        require_compile(device_type, "--compile", "leave out --compile")
+    device_of(arguments)  # names the option if the device is not there
     set_up_torch(training=False)
     device = dist.setup(arguments.device)
     tokenizer = load_tokenizer(arguments.tokenizer, device=device)

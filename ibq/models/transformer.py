@@ -6,7 +6,8 @@ start token and the condition of every adaptive norm. Parameter names are those 
 without the prefix `transformer.` and with `class_emb.weight` for `class_emb.embedding_table.weight`.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -117,14 +118,24 @@ class KVCache:
     keys: Tensor
     values: Tensor
 
+    @property
+    def layers(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values of each block."""
+        return self.keys.unbind(0), self.values.unbind(0)
+
 
 @dataclass(frozen=True)
 class Condition:
     """What decoding needs of the classes, computed once per image."""
 
     embedding: Tensor  # [R, C], the start token
-    blocks: tuple[Tensor, ...]  # per block [R, 6, C], see `Block.modulation`
-    head: Tensor  # [R, 2, C], scale and shift of the final norm
+    blocks: tuple[tuple[Tensor, ...], ...]  # of each block the six [R, C] of `Block.modulation`
+    head: tuple[Tensor, ...]  # scale and shift [R, C] of the final norm
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, in one order."""
+        yield self.embedding
+        yield from itertools.chain(*self.blocks, self.head)
 
 
 class Transformer(nn.Module):
@@ -210,8 +221,8 @@ class Transformer(nn.Module):
         self._check_classes(classes)
         embedding = self.class_emb(classes)
         condition = self._block_condition(embedding)
-        blocks = tuple(block.modulation(condition) for block in self.blocks)
-        return Condition(embedding, blocks, self.head_nm.modulation(embedding))
+        blocks = tuple(block.modulation(condition).unbind(1) for block in self.blocks)
+        return Condition(embedding, blocks, self.head_nm.modulation(embedding).unbind(1))
 
     def new_cache(self, rows: int, dtype: torch.dtype | None = None, device=None) -> KVCache:
         """An empty cache for `rows` sequences; precision and device default to those of the weights."""
@@ -220,25 +231,32 @@ class Transformer(nn.Module):
         dtype, device = dtype or weight.dtype, weight.device if device is None else device
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
-    def decode_step(self, codes: Tensor | None, condition: Condition, cache: KVCache, position: int | Tensor) -> Tensor:
+    def decode_step(self, codes: Tensor | None, condition: Condition, cache: KVCache, position: int) -> Tensor:
         """Logits [R, V] of the code at `position`; `codes` [R] are those at position - 1, None at position 0.
 
         Positions must come in order, as every call adds one to the cache. Call `eval()` first: dropout would
-        be active in training mode. Errors: ValueError for a position out of range or without its codes. A position
-        from 1 on may also be a tensor [1] on the device: then all shapes are the same at every position.
+        be active in training mode. Errors: ValueError for a position out of range or without its codes.
         """
-        fixed = isinstance(position, Tensor)
-        if not fixed and ((codes is None) != (position == 0) or not 0 <= position < self.config.num_tokens):
+        if (codes is None) != (position == 0) or not 0 <= position < self.config.num_tokens:
             raise ValueError(
                 f"position: {position} {'without' if codes is None else 'with'} codes; give no codes at "
                 f"position 0 and the previous codes at positions 1 to {self.config.num_tokens - 1}"
             )
-        x = (condition.embedding if codes is None else self.tok_emb(codes))[:, None]  # [R, 1, C]
-        rope = self._rope(x)
-        rope = rope.index_select(0, position) if fixed else rope[position : position + 1]
-        for i, block in enumerate(self.blocks):
-            x = block.decode(x, condition.blocks[i], rope, cache.keys[i], cache.values[i], position)
-        return self.head(self.head_nm(x, condition.head)[:, 0])
+        return self.decode(condition.embedding if codes is None else self.tok_emb(codes), condition, cache, position)
+
+    def decode(self, x: Tensor, condition: Condition, cache: KVCache, position: int | Tensor) -> Tensor:
+        """Logits [R, V] of `decode_step` for its input x [R, C]: the class embedding, or that of the code before.
+
+        A position [1] on the device runs Triton's kernels between the products, the same at every position.
+        """
+        fused, rope, update, gate = isinstance(position, Tensor), self._rope(x), None, None
+        for block, modulation, *cached in zip(self.blocks, condition.blocks, *cache.layers, strict=True):
+            gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+            x, normed = block.attention_norm.after(x, update, gate, scale1, shift1, fused=fused)
+            update, gate = block.attention.decode(normed, rope, *cached, position), gamma1
+            x, normed = block.ffn_norm.after(x, update, gate, scale2, shift2, fused=fused)
+            update, gate = block.feed_forward.decode(normed, fused=fused), gamma2
+        return self.head(self.head_nm.rmsnorm.after(x, update, gate, *condition.head, fused=fused)[1])
 
     def _hidden(self, codes: Tensor, classes: Tensor) -> Tensor:
         """Hidden states [B, T, C] before the head."""

@@ -71,6 +71,17 @@ class RMSNorm(nn.Module):
         scale, shift = scale.to(high.dtype), shift.to(high.dtype)
         return torch.addcmul(shift, normed, self.weight * (1 + scale)).to(x.dtype)
 
+    def after(
+        self, x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, *, fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(x + gate * update, the norm of it), all [R, C]: what a step of decoding does between two products."""
+        if fused:
+            from ibq.ops import triton_decode_step  # only where Triton is installed
+
+            return triton_decode_step.residual_norm(x, update, gate, self.weight, scale, shift, NORM_EPS)
+        x = x if update is None else torch.addcmul(x, gate, update)
+        return x, self(x, scale, shift)
+
 
 class Attention(nn.Module):
     """Causal self-attention with 2-D rotary embedding; groups of heads may share one key/value head."""
@@ -91,24 +102,28 @@ class Attention(nn.Module):
         return dropout(out, self.dropout, self.training)
 
     def decode(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int | Tensor) -> Tensor:
-        """Attention of one new position, x [R, 1, C] -> [R, 1, C]; writes its key and value into the cache.
+        """Attention of one new position, x [R, C] -> [R, C]; writes its key and value into the cache.
 
-        keys, values: [R, kv_heads, T, head_dim]. A position that is a tensor [1] keeps all shapes the same, for graphs
-        that serve every position; a number reads no more of the cache than is filled.
+        keys, values: [R, kv_heads, T, head_dim]; rope as in `rotary_table`. A position [1] on the device is for
+        Triton's kernels, in whose cache keys have an order of their own; with a number it is plain PyTorch.
         """
-        q, k, v = self._project(x, rope)
-        mask = None
+        qkv = self.wqkv(x)
         if isinstance(position, Tensor):
-            keys.index_copy_(2, position, k.to(keys.dtype))
-            values.index_copy_(2, position, v.to(values.dtype))
-            mask = torch.arange(keys.shape[2], device=keys.device) <= position  # [T]
+            from ibq.ops import triton_decode_step
+
+            return self.wo(triton_decode_step.attend(qkv, rope, keys, values, position))
+        return self.wo(self._attend(qkv, rope[position : position + 1], keys, values, position).to(x.dtype))
+
+    def _attend(self, qkv: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+        """[R, C] of the new position's queries, keys and values [R, (heads + 2 kv_heads) head_dim]."""
+        q, k, v = self._heads(qkv[:, None], rope)
+        mask = None
+        keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
+        if keys.is_cpu and keys.dtype == torch.bfloat16 and 2 * position >= keys.shape[2]:
+            # Products of bf16 on the CPU copy what does not lie in one piece, which costs more than reading all.
+            mask = torch.arange(keys.shape[2]) <= position
         else:
-            keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
-            if keys.is_cpu and keys.dtype == torch.bfloat16 and 2 * position >= keys.shape[2]:
-                # Products of bf16 on the CPU copy what does not lie in one piece, which costs more than reading all.
-                mask = torch.arange(keys.shape[2]) <= position
-            else:
-                keys, values = keys[:, :, : position + 1], values[:, :, : position + 1]
+            keys, values = keys[:, :, : position + 1], values[:, :, : position + 1]
         # The heads of a group share keys and values: they go where a sequence of queries would.
         q = q.squeeze(2).unflatten(1, (self.kv_heads, -1)).to(keys.dtype)  # [R, kv_heads, group, head_dim]
         if q.is_cpu:
@@ -118,12 +133,15 @@ class Attention(nn.Module):
             scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
             out = scores.softmax(-1).to(values.dtype) @ values
         else:
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return self.wo(out.flatten(1)[:, None].to(v.dtype))
+            out = F.scaled_dot_product_attention(q, keys, values)
+        return out.flatten(1)
 
     def _project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values, each [B, heads, T, head_dim]."""
-        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads + 2 kv_heads, head_dim]
+        return self._heads(self.wqkv(x), rope)
+
+    def _heads(self, qkv: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))  # [B, T, heads + 2 kv_heads, head_dim]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -142,6 +160,18 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
         return dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+
+    def decode(self, x: Tensor, *, fused: bool) -> Tensor:
+        """x [R, C] -> [R, C] of one position; `w13` is w1 and w3 as one product, where a decoder has made it."""
+        if not hasattr(self, "w13"):
+            return self(x)
+        both = self.w13(x)
+        if fused:
+            from ibq.ops import triton_decode_step
+
+            return self.w2(triton_decode_step.swiglu(both))
+        gate, up = both.chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -190,15 +220,6 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition)[:, :, None].unbind(1)
         x = torch.addcmul(x, gamma1, self.attention(self.attention_norm(x, scale1, shift1), rope))
-        return torch.addcmul(x, gamma2, self.feed_forward(self.ffn_norm(x, scale2, shift2)))
-
-    def decode(
-        self, x: Tensor, modulation: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int | Tensor
-    ) -> Tensor:
-        """One position, x [R, 1, C] -> [R, 1, C]; modulation [R, 6, C]; the rest as in `Attention.decode`."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
-        attended = self.attention.decode(self.attention_norm(x, scale1, shift1), rope, keys, values, position)
-        x = torch.addcmul(x, gamma1, attended)
         return torch.addcmul(x, gamma2, self.feed_forward(self.ffn_norm(x, scale2, shift2)))
 
 

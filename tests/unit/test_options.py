@@ -21,7 +21,7 @@ def parser_of(kind: type, *names: str) -> argparse.ArgumentParser:
     "settings",
     [
         SamplerConfig(),
-        SamplerConfig(guidance_interval=(0.25, 0.5), guidance_schedule="interval", top_k=7, compile=True),
+        SamplerConfig(guidance_interval=(0.25, 0.5), guidance_schedule="interval", top_k=7),
         SamplerConfig(temperature=0.0, rows_per_block=3, precision="bf16"),
     ],
     ids=str,

@@ -183,8 +183,8 @@ def divergence(transformer: Transformer, precision: str, images: int, steps: int
 
 def _log_probabilities(decoder: Decoder, labels: Tensor, codes: Tensor) -> Tensor:
     condition, cache = decoder.condition(labels), decoder.new_cache()
-    previous = [None, *codes.unbind(1)][: codes.shape[1]]
-    rows = [decoder.step(code, condition, cache, position) for position, code in enumerate(previous)]
+    inputs = [condition.embedding, *map(decoder.embed, codes.unbind(1)[:-1])]
+    rows = [decoder.step(x, condition, cache, position) for position, x in enumerate(inputs)]
     return torch.stack(rows, dim=1).log_softmax(-1)
 
 
