@@ -92,7 +92,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
-        x = x.to(self.weight.dtype)
+        if x.dtype != self.weight.dtype:
+            x = x.to(self.weight.dtype)
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

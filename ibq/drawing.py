@@ -4,7 +4,7 @@ So a step is the same at every position. On CUDA it is captured once as a graph 
 launches one thing a step and waits for nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from ibq.sampler import SamplerConfig, check_filter
 class Drawing:
     """The codes [rows, T] of one block after the other, all drawn with the same settings."""
 
-    def __init__(self, decoder: Decoder, config: SamplerConfig):
+    def __init__(self, decoder: Decoder, config: SamplerConfig, graph: "type[StepGraph] | None" = None):
+        self._kind_of_graph = graph or StepGraph
         self.decoder, self.config, self.rows = decoder, config, config.rows_per_block
         device, tokens = decoder.device, decoder.config.num_tokens
         self.codes = torch.zeros(self.rows, tokens, dtype=torch.int64, device=device)
@@ -30,7 +31,7 @@ class Drawing:
         self._cache = decoder.new_cache()
         self._condition: Condition | None = None
         self._x: Tensor | None = None  # what the next step takes, [config.rows, C]
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: StepGraph | None = None
         self._wants_graph = decoder.fused
 
     def begin(self, classes: Sequence[int], seeds: Sequence[int]) -> None:
@@ -71,19 +72,29 @@ class Drawing:
         self._position += 1
 
     def _capture(self) -> None:
-        """Record a step, after one on another stream that compiles kernels and finds their workspaces."""
         try:
-            stream = torch.cuda.Stream(self.decoder.device)
-            stream.wait_stream(torch.cuda.current_stream(self.decoder.device))
-            with torch.cuda.stream(stream):
-                self._step(self._position)
-            torch.cuda.current_stream(self.decoder.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step(self._position)
-            self._graph = graph
+            self._graph = self._kind_of_graph(lambda: self._step(self._position), self.decoder.device)
         except RuntimeError as error:
             say(f"note: no CUDA graph ({one_line(error)}): steps are launched one operator after the other")
+
+
+class StepGraph:
+    """A step as a CUDA graph, after one on a stream of its own that compiles kernels and finds their workspaces."""
+
+    def __init__(self, step: Callable[[], None], device: torch.device):
+        with torch.cuda.device(device):
+            stream, own = torch.cuda.current_stream(), torch.cuda.Stream()
+            own.wait_stream(stream)
+            with torch.cuda.stream(own):
+                step()
+            stream.wait_stream(own)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                step()
+
+    def replay(self) -> None:
+        """Launch it."""
+        self._graph.replay()
 
 
 def draw(logits: Tensor, numbers: Tensor, config: SamplerConfig) -> Tensor:

@@ -112,7 +112,7 @@ class Attention(nn.Module):
             from ibq.ops import triton_decode_step
 
             return self.wo(triton_decode_step.attend(qkv, rope, keys, values, position))
-        return self.wo(self._attend(qkv, rope[position : position + 1], keys, values, position).to(x.dtype))
+        return self.wo(self._attend(qkv, rope[position : position + 1], keys, values, position))
 
     def _attend(self, qkv: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
         """[R, C] of the new position's queries, keys and values [R, (heads + 2 kv_heads) head_dim]."""
@@ -134,7 +134,7 @@ class Attention(nn.Module):
             out = scores.softmax(-1).to(values.dtype) @ values
         else:
             out = F.scaled_dot_product_attention(q, keys, values)
-        return out.flatten(1)
+        return out.flatten(1).to(qkv.dtype)
 
     def _project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values, each [B, heads, T, head_dim]."""
@@ -165,13 +165,15 @@ class FeedForward(nn.Module):
         """x [R, C] -> [R, C] of one position; `w13` is w1 and w3 as one product, where a decoder has made it."""
         if not hasattr(self, "w13"):
             return self(x)
-        both = self.w13(x)
+        return self.w2(self._gated(self.w13(x), fused=fused))
+
+    def _gated(self, both: Tensor, *, fused: bool) -> Tensor:
         if fused:
             from ibq.ops import triton_decode_step
 
-            return self.w2(triton_decode_step.swiglu(both))
+            return triton_decode_step.swiglu(both)
         gate, up = both.chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return F.silu(gate) * up
 
 
 class Block(nn.Module):

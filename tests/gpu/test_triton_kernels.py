@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ibq.models.transformer_blocks import Attention, RMSNorm, rotary_table
 from ibq.ops import textbook
 from ibq.ops.index_backprop import index_backprop
 
 pytest.importorskip("triton", reason="triton is installed with the CUDA builds of torch only")
 from ibq.ops import (
     triton_common,
+    triton_decode_step,
     triton_group_norm_silu,
     triton_index_backprop,
     triton_linear_cross_entropy,
@@ -479,3 +481,57 @@ def test_group_norm_and_silu_in_a_network():
     for one, other, plain in zip(fused, again, native, strict=True):
         assert torch.equal(one, other)
         assert float((one - plain).norm() / plain.norm()) < 1e-2
+
+
+# --- A step of decoding ---
+
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+
+
+def normal(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "updated"), [(64, True), (200, True), (1920, False)])
+def test_residual_norm(width, updated, dtype, device):
+    x, update = (normal(3, width, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
+    modulation, norm = normal(3, 6, width, dtype=dtype, device=device, seed=2), RMSNorm(width).to(device)
+    torch.nn.init.normal_(norm.weight)
+    gate, scale, shift = modulation[:, 0], modulation[:, 2], modulation[:, 4]
+    wanted = norm.after(x, *((update, gate) if updated else (None, None)), scale, shift, fused=False)
+    found = norm.after(x, *((update, gate) if updated else (None, None)), scale, shift, fused=True)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 16), (4, 2, 32)])
+def test_attention_of_a_new_position(heads, kv_heads, head_dim, dtype, device):
+    """Position after position over a cache of more than one tile; the kernels' has nothing in it but NaN before."""
+    side = 9
+    attention = Attention(heads * head_dim, heads, kv_heads, 0.0)
+    table = rotary_table(side, head_dim, 10_000.0).to(device, torch.complex64)
+    shape = (2, kv_heads, side**2, head_dim)
+    plain, fused = ([torch.full(shape, old, dtype=dtype, device=device) for _ in range(2)] for old in (0.0, torch.nan))
+    qkv = normal(side**2, 2, (heads + 2 * kv_heads) * head_dim, dtype=dtype, device=device)
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        for position, new in enumerate(qkv):
+            wanted = attention._attend(new, table[position : position + 1], *plain, position)
+            found = triton_decode_step.attend(new, table, *fused, counter)
+            torch.testing.assert_close(found, wanted.to(dtype), **TOLERANCE[dtype])
+            counter += 1
+    pairs = fused[0].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # back to their own order
+    torch.testing.assert_close(pairs, plain[0])
+    assert torch.equal(fused[1], plain[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu(dtype, device):
+    x = normal(3, 2 * 1300, dtype=dtype, device=device)
+    gate, up = x.float().chunk(2, dim=-1)
+    torch.testing.assert_close(triton_decode_step.swiglu(x), (F.silu(gate) * up).to(dtype))

@@ -1,0 +1,129 @@
+"""The step that draws a code: the same at every position, from buffers that stay, with few operators and no waiting."""
+
+from collections import Counter
+
+import pytest
+import torch
+from support.models import VARIANTS, small_transformer
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from ibq.drawing import Drawing
+from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.models.transformer_blocks import Attention, FeedForward, RMSNorm, rotate
+from ibq.sampler import SamplerConfig
+from ibq.sampling import decoder_for, sample_codes
+
+OPERATORS_A_CODE = 200  # a third of the 600 that were launched before
+HOST = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique"}
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operators by name, and those that make a tensor on the CPU out of nothing or wait for a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def as_one(monkeypatch, owner, name: str, recorder: Recorder) -> None:
+    """Count a method that a kernel replaces on CUDA as one operator."""
+    plain = getattr(owner, name)
+
+    def counted(*arguments, **keywords):
+        recorder.names[f"{owner.__name__}.{name}"] += 1
+        with _disable_current_modes():
+            return plain(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def test_operators_of_a_code(monkeypatch):
+    """Of the B model, guided, with what three kernels replace counted as one each."""
+    torch.manual_seed(0)
+    shape = TransformerConfig(depth=16, width=64, heads=16, vocab_size=128, num_classes=10, tokens_per_side=4)
+    config = SamplerConfig(rows_per_block=2, temperature=0.9)
+    drawing = Drawing(decoder_for(Transformer(shape), config), config)
+    recorder = Recorder()
+    as_one(monkeypatch, RMSNorm, "after", recorder)
+    as_one(monkeypatch, Attention, "_attend", recorder)
+    as_one(monkeypatch, FeedForward, "_gated", recorder)
+    with torch.inference_mode():
+        drawing.begin([1, 2], [3, 4])
+        drawing.advance(0)
+        recorder.names.clear()
+        with recorder:
+            drawing.advance(1)
+    assert recorder.names.total() <= OPERATORS_A_CODE, recorder.names
+    assert not HOST & recorder.names.keys()
+    assert recorder.names["_linear_pointwise"] + recorder.names["linear"] + recorder.names["mm"] >= 4 * 16 + 1
+    made = {name for name in recorder.names if name.startswith(("zeros", "ones", "arange", "tensor", "rand", "full"))}
+    assert not made, "noise and positions are made before the first code"
+
+
+class Recording(TorchDispatchMode):
+    """Stands in for a CUDA graph: the operators of one step, run again on the very same tensors."""
+
+    def __init__(self, step, device):
+        super().__init__()
+        self.calls = []
+        step()
+        with self:
+            step()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        self.calls.append((function, arguments, keywords or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for function, arguments, keywords, out in self.calls:
+            for kept, new in zip(tree_leaves(out), tree_leaves(function(*arguments, **keywords)), strict=True):
+                if kept.data_ptr() != new.data_ptr():  # no view, and not in place
+                    kept.copy_(new)
+
+
+def attend(qkv, rope, keys, values, position):
+    """As Triton's kernel, in operators whose shapes are the same at every position."""
+    kv_heads, tokens, head_dim = keys.shape[1:]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+    q, k = (rotate(each[:, None], rope.index_select(0, position))[:, 0] for each in (q, k))
+    keys.index_copy_(2, position, k[:, :, None].to(keys.dtype))
+    values.index_copy_(2, position, v[:, :, None].to(values.dtype))
+    q = q.unflatten(1, (kv_heads, -1))
+    scores = (q * head_dim**-0.5) @ keys.transpose(-1, -2)
+    scores = scores.masked_fill(torch.arange(tokens) > position, -torch.inf)
+    return (scores.softmax(-1) @ values).flatten(1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0}, {"top_k": 20, "top_p": 0.9, "temperature": 1.3}])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_that_is_replayed_is_the_plain_one(variant, settings, monkeypatch):
+    """With plain forms in place of the kernels. Two blocks of images, so that a graph serves more than one."""
+    kernels = pytest.importorskip("ibq.ops.triton_decode_step", reason="Triton comes with PyTorch for CUDA")
+    monkeypatch.setattr(kernels, "attend", attend)
+    monkeypatch.setattr(kernels, "swiglu", lambda both: FeedForward._gated(None, both, fused=False))
+    plain = RMSNorm.after
+    monkeypatch.setattr(RMSNorm, "after", lambda self, *arguments, fused: plain(self, *arguments, fused=False))
+    transformer = small_transformer(tokens_per_side=4, vocab_size=64, **VARIANTS[variant])
+    config = SamplerConfig(rows_per_block=3, **settings)
+    request = [1, 2, 3, 4], [5, 6, 7, 8]
+    expected = sample_codes(transformer, *request, config)
+    decoder = decoder_for(transformer, config)
+    decoder.fused = True
+    decoder.drawing = Drawing(decoder, config, graph=Recording)
+    assert torch.equal(sample_codes(decoder, *request, config), expected)
+    assert len(decoder.drawing._graph.calls) > 0
+
+
+def test_an_image_alone_in_three_and_in_sixty_four():
+    transformer, config = small_transformer(tokens_per_side=4, vocab_size=64), SamplerConfig(rows_per_block=64)
+    requests = [(number % 5, 100 + number) for number in range(64)]
+    codes = sample_codes(transformer, *zip(*requests, strict=True), config)
+    assert torch.equal(sample_codes(transformer, [2], [107], config)[0], codes[7])
+    assert torch.equal(sample_codes(transformer, [1, 2, 3], [106, 107, 108], config), codes[6:9])
