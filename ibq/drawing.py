@@ -40,11 +40,11 @@ class Drawing:
         rows = [int(label) for label in classes] + [null] * padding + [null] * (self.config.rows - self.rows)
         self._put(self.decoder.condition(torch.tensor(rows, device=self.decoder.device)))
         self._numbers.copy_(uniforms([*seeds, *[0] * padding], self.codes.shape[1], self.decoder.device))
+        self._to_start()
         if self._wants_graph:
             self._wants_graph = False
             self._capture()
-        self._position.zero_()
-        self._x.copy_(self._condition.embedding)
+            self._to_start()
 
     def advance(self, position: int) -> None:
         """Draw the codes at `position`, which is one more at every call, and put them into `codes`."""
@@ -59,6 +59,10 @@ class Drawing:
             return
         for kept, new in zip(self._condition.tensors(), condition.tensors(), strict=True):
             kept.copy_(new)
+
+    def _to_start(self) -> None:
+        self._position.zero_()
+        self._x.copy_(self._condition.embedding)
 
     def _step(self, position: int | Tensor) -> None:
         logits = self.decoder.step(self._x, self._condition, self._cache, position)
@@ -129,7 +133,8 @@ def pick(logits: Tensor, numbers: Tensor) -> Tensor:
     """Codes [R, n] from softmax(logits [R, V]), each where the cumulative probability passes its number of [R, n].
 
     numbers are float64 in (0, 1), and so are the sums: those of 262,144 float32 would lose the small probabilities.
-    A code whose logit is -inf is never drawn.
+    A code whose logit is -inf is never drawn; of NaN the last code is, as there is no other that can be embedded.
     """
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)
+    drawn = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)
+    return drawn.clamp_max_(logits.shape[-1] - 1)

@@ -74,7 +74,7 @@ def _sample_block(decoder: Decoder, classes: Sequence[int], seeds: Sequence[int]
     """Codes [n, T] of up to `rows_per_block` images, decoded in exactly that many rows."""
     for codes in _sample_steps(decoder, classes, seeds, config):  # noqa: B007
         pass
-    return codes[: len(classes)].cpu()
+    return codes[: len(classes)].to("cpu", copy=True)  # the next block is drawn in the same place
 
 
 def _sample_steps(

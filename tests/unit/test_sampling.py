@@ -215,7 +215,7 @@ def test_filters_work_row_by_row():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance_scale": -1.0}, "guidance_scale: -1.0 .*use 1"),
+        ({"guidance_scale": -1.0}, "guidance_scale: -1.0 .*use 0 or more"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"temperature": -0.1}, "temperature: -0.1 .*greedy"),
         ({"temperature": float("inf")}, "temperature"),
