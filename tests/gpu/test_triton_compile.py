@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ibq.ops import triton_common as common
+from ibq.ops import triton_decode_step as decode_step
 from ibq.ops import triton_group_norm_silu as group_norm_silu
 from ibq.ops import triton_index_backprop as index_backprop
 from ibq.ops import triton_linear_cross_entropy as cross_entropy
@@ -246,6 +247,30 @@ def test_group_norm_and_silu(name, of_gradient, channels):
         usage = machine_code(function, types, constants, attributes, capability, options)
         assert not problems(usage, capability)
         assert of_gradient is None or usage.registers <= 128, "two programs of 256 threads on a processor"
+
+
+DECODE_KERNELS = {  # constants and warps as at a launch
+    "residual_norm_kernel": ({"HAS_UPDATE": True, "COLUMNS": 2048}, 8),
+    "attend_kernel": ({"HALF": 32, "CACHED": decode_step.CACHED}, 4),
+    "swiglu_kernel": ({"COLUMNS": decode_step.GATES}, 4),
+}
+
+
+@pytest.mark.parametrize("kind", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("name", DECODE_KERNELS)
+def test_a_step_of_decoding(name, kind):
+    function, (constants, warps) = getattr(decode_step, name), DECODE_KERNELS[name]
+    others = {"rope_ptr": "*fp32", "position_ptr": "*i64", "eps": "fp32", "scale": "fp32"}
+    types, attributes = {}, {}
+    for place, parameter in enumerate(function.params):
+        plain = kind if parameter.name.endswith("_ptr") else "i32"
+        types[parameter.name] = "constexpr" if parameter.name in constants else others.get(parameter.name, plain)
+        if types[parameter.name] == kind or parameter.name in ("width", "hidden", "gate_stride", "norm_stride"):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    for capability in SHARED_LIMIT_KIB:
+        usage = machine_code(function, types, constants, attributes, capability, {"num_warps": warps, "num_stages": 3})
+        print(name, kind, capability, usage)
+        assert not problems(usage, capability) and usage.registers <= 128
 
 
 def test_the_check_can_fail():

@@ -12,12 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.models import small_transformer
 from torch import Tensor
 from torch.nn import functional as F
 
+from ibq.decoding import Decoder
+from ibq.drawing import Drawing
 from ibq.models.transformer_blocks import Attention, RMSNorm, rotary_table
 from ibq.ops import textbook
 from ibq.ops.index_backprop import index_backprop
+from ibq.sampler import SamplerConfig
+from ibq.sampling import sample_codes
 
 pytest.importorskip("triton", reason="triton is installed with the CUDA builds of torch only")
 from ibq.ops import (
@@ -535,3 +540,44 @@ def test_swiglu(dtype, device):
     x = normal(3, 2 * 1300, dtype=dtype, device=device)
     gate, up = x.float().chunk(2, dim=-1)
     torch.testing.assert_close(triton_decode_step.swiglu(x), (F.silu(gate) * up).to(dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0, "top_p": 0.9}])
+def test_images_of_the_kernels_are_those_of_the_plain_step(settings, device):
+    """In float32; on a GPU as a graph, whose codes are those of the same kernels launched one by one."""
+    transformer = small_transformer(tokens_per_side=4, vocab_size=64, kv_heads=2).to(device)
+    config = SamplerConfig(rows_per_block=2, **settings)
+    plain, fused = (Decoder(transformer, "fp32", config.rows) for _ in range(2))
+    plain.fused, fused.fused = False, True
+    fused.drawing = Drawing(fused, config, graph=None if device == "cuda" else NoGraph)
+    request = [1, 2, 3], [5, 6, 7]
+    assert torch.equal(sample_codes(fused, *request, config), sample_codes(plain, *request, config))
+    if device == "cuda":
+        launched = Decoder(transformer, "fp32", config.rows)
+        launched.drawing = Drawing(launched, config, graph=NoGraph)
+        assert torch.equal(sample_codes(launched, *request, config), sample_codes(fused, *request, config))
+
+
+class NoGraph:
+    """Launches the step."""
+
+    def __init__(self, step, device):
+        self.replay = step
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_nothing_in_a_block_waits_for_the_device():
+    transformer = small_transformer(tokens_per_side=4, vocab_size=64).to("cuda")
+    config = SamplerConfig(rows_per_block=2, precision="bf16", top_p=0.9, top_k=20)
+    decoder = Decoder(transformer, "bf16", config.rows)
+    drawing = decoder.drawing = Drawing(decoder, config)
+    with torch.inference_mode():
+        drawing.begin([1, 2], [3, 4])  # captures
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for position in range(16):
+                drawing.advance(position)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

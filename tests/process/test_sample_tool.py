@@ -74,12 +74,6 @@ def test_the_shards_are_read_by_the_other_tools(one_process):
     assert np.array_equal(first, images[0])
 
 
-def test_no_compiler_is_one_line_before_the_models_are_loaded(tmp_path):
-    result = run_script(*options(tmp_path / "nowhere", tmp_path / "out", "--compile"), PATH=str(tmp_path))
-    assert result.returncode == 2 and not (tmp_path / "out").exists()
-    assert result.stderr == "error: --compile: no C++ compiler was found; install g++, or leave out --compile\n"
-
-
 def test_two_processes_draw_the_same(one_process, models, tmp_path):
     result = run_ranks(2, *options(models, tmp_path / "two", "--total", "600", "--files", "none"))
     assert result.returncode == 0, result.stderr
