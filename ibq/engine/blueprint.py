@@ -7,45 +7,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ibq import initial
+from ibq.engine.pieces import Piece, whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
     """A module that is yet to be made.
 
-    A module with a method `initialize_parameter(name, parameter, generator)` gets every parameter from a seed of its
-    own: it can be made without memory (`skeleton`) and filled one parameter at a time, equal in every layout. Any other
-    module can only be made `whole`.
+    A module with a method `initial_value(name, shape)` that says an `Initial` of each parameter, and without buffers,
+    can be made without memory (`skeleton`) and filled in pieces, on any device, equal in every layout. Any other module
+    can only be made `whole`.
     """
 
     name: str
     build: Callable[[], nn.Module]
     seed: int
 
-    def whole(self) -> nn.Module:
-        """The module with its initial weights, on the CPU, equal on every rank."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed_of(self.name))
-            module = self.build()
-        if hasattr(module, "initialize_parameter"):
+    def whole(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The module with its initial weights on a device, equal on every rank."""
+        module = self.skeleton()
+        if in_pieces(module):
+            module.to_empty(device=device)
             for name, parameter in module.named_parameters():
-                self.fill(module, name, parameter)
-        return module
+                parameter.data.copy_(self.initial(module, name, whole(parameter.shape), device).view(parameter.shape))
+            return module
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed << 32) + zlib.crc32(self.name.encode()))
+            return self.build().to(device)
 
     def skeleton(self) -> nn.Module:
         """The module on the meta device: shapes without memory."""
         with torch.device("meta"):
             return self.build()
 
-    def fill(self, module: nn.Module, name: str, parameter: Tensor) -> None:
-        """Give one whole parameter, on the CPU, its initial value."""
-        generator = torch.Generator().manual_seed(self._seed_of(f"{self.name}.{name}"))
-        module.initialize_parameter(name, parameter, generator)
+    def initial(self, module: nn.Module, name: str, piece: Piece, device: torch.device | str = "cpu") -> Tensor:
+        """The initial values [numel] of a piece of one parameter, float32 on a device."""
+        out = torch.empty(piece.numel, device=device)
+        spans = ((span.start, span.length, span.count, span.stride) for span in piece.spans)
+        wanted = module.initial_value(name, piece.shape)
+        initial.fill(out, wanted, initial.key_of(self.seed, f"{self.name}.{name}"), spans)
+        return out
 
-    def initial(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The initial value of one parameter, float32 on the CPU."""
-        value = torch.empty(shape)
-        self.fill(module, name, value)
-        return value
 
-    def _seed_of(self, name: str) -> int:
-        return (self.seed << 32) + zlib.crc32(name.encode())
+def in_pieces(module: nn.Module) -> bool:
+    """Whether a module's initial weights can be made one piece at a time."""
+    return hasattr(module, "initial_value") and not any(True for _ in module.buffers())

@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from ibq import dist
 from ibq.engine.base import EngineSettings, Reader
-from ibq.engine.blueprint import Blueprint
+from ibq.engine.blueprint import Blueprint, in_pieces
 from ibq.engine.compilation import compile_units, units_of
 from ibq.engine.configs import FsdpEngineConfig
 from ibq.engine.local import Held, TorchEngine
-from ibq.engine.pieces import Piece, part, take, whole
+from ibq.engine.pieces import Piece, part, whole
 from ibq.engine.tensor_parallel import apply_tensor_parallel, partial_gradients, tensor_piece
 
 DIMENSIONS = ("replicate", "shard", "tensor")
@@ -42,9 +42,9 @@ class FsdpEngine(TorchEngine):
         self.config = config
         self._mesh = _build_mesh(config, settings.device)
         module = blueprint.skeleton()
-        sharded_at_birth = hasattr(module, "initialize_parameter")
+        sharded_at_birth = in_pieces(module)
         if not sharded_at_birth:
-            module = blueprint.whole().to(settings.device)
+            module = blueprint.whole(settings.device)
         self._whole = {id(p) for p in module.kept_whole()} if hasattr(module, "kept_whole") else set()
         compiled = self._wrap(module, settings)
         if sharded_at_birth:
@@ -53,8 +53,8 @@ class FsdpEngine(TorchEngine):
         held = {name: self._hold(module, name, p) for name, p in module.named_parameters() if p.requires_grad}
         if sharded_at_birth:
             for name, own in held.items():
-                full = blueprint.initial(module, name, own.piece.shape)
-                own.tensor.data.copy_(take(full, own.piece).view(own.tensor.shape))
+                values = blueprint.initial(module, name, own.piece, own.tensor.device)
+                own.tensor.data.copy_(values.view(own.tensor.shape))
         super().__init__(module, settings, held, compiled=compiled)
         self._parameters = dict(module.named_parameters())
         # Parameters that each tensor rank uses on its tokens alone: FSDP does not add up their gradients.

@@ -220,7 +220,7 @@ class LocalEngine(TorchEngine):
     """Whole weights on this rank; see `ibq.engine.base.Engine`."""
 
     def __init__(self, blueprint: Blueprint, settings: EngineSettings, config: LocalEngineConfig | None = None):
-        module = blueprint.whole().to(settings.device, memory_format=settings.memory_format)
+        module = blueprint.whole(settings.device).to(memory_format=settings.memory_format)
         compiled = config is not None and compile_units(module, config.compile, settings.device)
         super().__init__(module, settings, _held(module), compiled=compiled)
         self._callable = self._parallel() if dist.world_size() > 1 else module

@@ -19,7 +19,7 @@ from ibq.config import UserError
 from ibq.engine.base import EngineSettings, GroupHyper, ParameterState, Reader, StepResult
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.configs import ZeroEngineConfig
-from ibq.engine.pieces import Piece, take
+from ibq.engine.pieces import Piece
 from ibq.engine.zero_setup import (
     InitialWeights,
     NvmeFolder,
@@ -93,7 +93,7 @@ class ZeroEngine:
             weight = torch.zeros(group.numel)
             for fragment in group.fragments:
                 own = slice(fragment.offset, fragment.offset + fragment.piece.numel)
-                weight[own] = take(initial(fragment.name), fragment.piece)
+                weight[own] = initial(fragment.name, fragment.piece, self.settings.device).cpu()
             group.write(weight, {}, 0)
 
     # --- Training ---

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from ibq import dist
 from ibq.config import UserError
 from ibq.engine.base import EngineSettings, OptimizerConfig
-from ibq.engine.blueprint import Blueprint
+from ibq.engine.blueprint import Blueprint, in_pieces
 from ibq.engine.configs import ZeroEngineConfig
+from ibq.engine.pieces import Piece, take, whole
 from ibq.files import lock
-from ibq.meeting import number
 from ibq.ops.backend import cxx_is_installed
 
 PREFIX = "ibq-zero-"
@@ -140,7 +140,7 @@ def check_nvme(config: ZeroEngineConfig, settings: EngineSettings, numel: int) -
         raise UserError(f"engine.nvme_path: no folder {path}; create it, or name a folder on the NVMe disk")
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"engine.nvme_path: {path} is not writable; change its owner, or name another folder")
-    ranks = number("LOCAL_WORLD_SIZE", "1")
+    ranks = dist.local_world_size()
     need, free = ranks * nvme_bytes(config, settings, numel), shutil.disk_usage(path).free
     if need > free:
         raise UserError(
@@ -307,16 +307,16 @@ class InitialWeights:
         self._blueprint = blueprint
         self.module = blueprint.skeleton()
         self._values: dict[str, Tensor] | None = None
-        if not hasattr(self.module, "initialize_parameter") or any(b.is_meta for b in self.module.buffers()):
+        if not in_pieces(self.module):
             self.module = blueprint.whole()
             self._values = {name: p.detach().clone() for name, p in self.module.named_parameters()}
         self.shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
 
-    def __call__(self, name: str) -> Tensor:
-        """One parameter, whole, float32 on the CPU."""
+    def __call__(self, name: str, piece: Piece, device: torch.device) -> Tensor:
+        """The values [numel] of a piece of one parameter, float32 on a device."""
         if self._values is not None:
-            return self._values[name]
-        return self._blueprint.initial(self.module, name, self.shapes[name])
+            return take(self._values[name], piece).to(device)
+        return self._blueprint.initial(self.module, name, piece, device)
 
 
 def materialize(
@@ -328,7 +328,8 @@ def materialize(
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         old = owner.get_parameter(leaf)
-        new = nn.Parameter(initial(name).to(device, dtype, copy=True), requires_grad=old.requires_grad)
+        values = initial(name, whole(old.shape), device).to(dtype).view(old.shape)
+        new = nn.Parameter(values, requires_grad=old.requires_grad)
         setattr(owner, leaf, new)
         if convert is not None:
             convert(new)

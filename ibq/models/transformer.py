@@ -7,13 +7,15 @@ without the prefix `transformer.` and with `class_emb.weight` for `class_emb.emb
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ibq import initial
+from ibq.initial import Initial
 from ibq.models.transformer_blocks import Attention, Block, FeedForward, Head, HeadNorm, embedding, linear, rotary_table
 from ibq.ops.dropout import dropout
 
@@ -168,9 +170,7 @@ class Transformer(nn.Module):
         self.head_nm = HeadNorm(width)
         self.head = Head(width, config.vocab_size)
         self._rotary_tables: dict[tuple, Tensor] = {}
-        for name, parameter in self.named_parameters():
-            if not parameter.is_meta:
-                self.initialize_parameter(name, parameter)
+        self._initialize()
 
     def units(self) -> list[nn.Module]:
         """The parts that an engine compiles, and gathers if it shards weights, one at a time."""
@@ -181,25 +181,32 @@ class Transformer(nn.Module):
         """The class that stands for "no class" in guidance and class dropout."""
         return self.config.num_classes
 
-    @torch.no_grad()
-    def initialize_parameter(self, name: str, parameter: Tensor, generator: torch.Generator | None = None) -> None:
-        """Fill one parameter in place with its initial value; `name` as in `named_parameters`.
+    def _initialize(self) -> None:
+        """Give parameters that have memory their initial values, by a seed of PyTorch's generator."""
+        given = [(name, parameter) for name, parameter in self.named_parameters() if not parameter.is_meta]
+        seed = int(torch.randint(2**62, ())) if given else 0
+        for name, parameter in given:
+            key = initial.key_of(seed, name)
+            values = torch.empty(parameter.numel(), device=parameter.device)
+            initial.fill(values, self.initial_value(name, parameter.shape), key, [(0, parameter.numel(), 1, 0)])
+            parameter.data.copy_(values.view(parameter.shape))
+
+    def initial_value(self, name: str, shape: Sequence[int]) -> Initial:
+        """The initial value of one parameter; `name` as in `named_parameters`.
 
         The gates gamma start small, so that every block starts near the identity (VAR, arXiv 2404.02905), and
-        the head at zero, so that the first loss is ln V. One parameter at a time: engines seed by name.
+        the head at zero, so that the first loss is ln V.
         """
         width, gamma = self.config.model_width, self.config.adaln_gamma_init
         if name == "head.weight" or name.endswith(".bias"):
-            parameter.zero_()
-        elif name.endswith(("norm.weight", "rmsnorm.weight")):
-            parameter.fill_(1.0)
-        elif name.endswith("ada_gss"):
-            parameter.normal_(0.0, width**-0.5, generator=generator)
-            parameter[:, :, :2] *= gamma
-        else:
-            parameter.normal_(0.0, INIT_STD, generator=generator)
-            if name.endswith("ada_lin.1.weight") and not name.startswith("head_nm."):
-                parameter[: 2 * width] *= gamma
+            return Initial()
+        if name.endswith(("norm.weight", "rmsnorm.weight")):
+            return Initial(mean=1.0)
+        if name.endswith("ada_gss"):
+            return Initial(std=width**-0.5, scaled=2 * width, factor=gamma)
+        if name.endswith("ada_lin.1.weight") and not name.startswith("head_nm."):
+            return Initial(std=INIT_STD, scaled=2 * width * shape[-1], factor=gamma)
+        return Initial(std=INIT_STD)
 
     def forward(self, codes: Tensor, classes: Tensor) -> Tensor:
         """Negative log likelihood of every code in nats, codes [B, T], classes [B] -> [B, T] float32.

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ibq import dist
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.pieces import Piece
 from ibq.files import write_text
 from ibq.progress import say
 
@@ -80,17 +82,17 @@ class TimedBlueprint(Blueprint):
 
     start_up: StartUp
 
-    def whole(self) -> nn.Module:
+    def whole(self, device: torch.device | str = "cpu") -> nn.Module:
         """See `Blueprint.whole`."""
         with self.start_up.part("model"):
-            return super().whole()
+            return super().whole(device)
 
     def skeleton(self) -> nn.Module:
         """See `Blueprint.skeleton`."""
         with self.start_up.part("model"):
             return super().skeleton()
 
-    def initial(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor:
+    def initial(self, module: nn.Module, name: str, piece: Piece, device: torch.device | str = "cpu") -> Tensor:
         """See `Blueprint.initial`."""
         with self.start_up.part("model"):
-            return super().initial(module, name, shape)
+            return super().initial(module, name, piece, device)

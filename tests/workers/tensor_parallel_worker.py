@@ -22,6 +22,7 @@ from ibq.engine.blueprint import Blueprint
 from ibq.engine.configs import FsdpEngineConfig
 from ibq.engine.fsdp import FsdpEngine
 from ibq.engine.pieces import Piece, Spans, whole
+from ibq.initial import Initial
 from ibq.models.transformer import Transformer, TransformerConfig
 
 MODEL = {
@@ -55,10 +56,9 @@ class Job:
 class Strong(Transformer):
     """With weights of a size that makes every part matter: fresh gates and a fresh head are next to nothing."""
 
-    @torch.no_grad()
-    def initialize_parameter(self, name, parameter, generator=None):
-        std = 0.5 if parameter.dim() < 2 or "emb" in name else 0.8 * parameter.shape[-1] ** -0.5
-        parameter.normal_(0.3 if parameter.dim() < 2 else 0.0, std, generator=generator)
+    def initial_value(self, name, shape):
+        std = 0.5 if len(shape) < 2 or "emb" in name else 0.8 * shape[-1] ** -0.5
+        return Initial(mean=0.3 if len(shape) < 2 else 0.0, std=std)
 
 
 def blueprint(job: Job) -> Blueprint:

@@ -21,6 +21,7 @@ from ibq.engine.configs import ZeroEngineConfig
 from ibq.engine.pieces import place, take
 from ibq.engine.zero import ZeroEngine
 from ibq.engine.zero_setup import load_deepspeed
+from ibq.initial import Initial
 from ibq.models.transformer import Transformer, TransformerConfig
 
 VOCABULARY, CLASSES, SIDE = 64, 10, 4
@@ -86,9 +87,8 @@ class Odd(nn.Module):
         self.spare = nn.Parameter(torch.ones(rows, 3))
         self.turn = 0
 
-    @torch.no_grad()
-    def initialize_parameter(self, name, parameter, generator=None):
-        parameter.normal_(0.0, 0.5, generator=generator)
+    def initial_value(self, name, shape):
+        return Initial(std=0.5)
 
     def forward(self, codes, classes):
         hidden = torch.tanh(self.first(self.table(codes % 5)))
