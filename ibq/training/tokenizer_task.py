@@ -164,7 +164,7 @@ class TokenizerTask:
                 # Two separate passes, real first: batch normalization sees them apart.
                 real_logits = engine(real).float()
                 fake_logits = engine(fake).float()
-                self._update_lecam(real_logits, fake_logits)
+                self._update_lecam(real_logits, fake_logits, share)
                 loss = losses.discriminator_loss(gan.loss, real_logits, fake_logits)
                 lecam = losses.lecam_regularizer(real_logits, fake_logits, self.lecam["real"], self.lecam["fake"])
                 engine.backward(loss + gan.lecam_weight * lecam)
@@ -177,12 +177,14 @@ class TokenizerTask:
         return result.skipped
 
     @torch.no_grad()
-    def _update_lecam(self, real: Tensor, fake: Tensor) -> None:
+    def _update_lecam(self, real: Tensor, fake: Tensor, share: float) -> None:
+        """With a `share` of a step's images: however many micro-batches there are, a step counts as one update."""
+        decay = losses.LECAM_DECAY**share
         for name, logits in (("real", real), ("fake", fake)):
             mean = logits.mean()
             if self.reduce is not None:
                 mean = self.reduce(mean)
-            self.lecam[name] = losses.lecam_update(self.lecam[name], mean)
+            self.lecam[name] = losses.lecam_update(self.lecam[name], mean, decay)
 
     def _generator_loss(self, x: Tensor, out, gan: bool, metrics: dict[str, Tensor], share: float) -> Tensor:
         config = self.config
