@@ -33,6 +33,7 @@ BENCHES = {
     "engines": "a training step of the transformer under each engine on two processes: time, memory, communication",
     "growth": "how a training step grows over depth, width, tokens and codes, beside counted FLOPs",
     "start-up": "seconds from a command to its first training step, by part, and of every --help",
+    "suite": "is this machine as fast as the project says? what matters most, within some minutes",
     "xxl-step": "true steps of the 2.06B transformer with its optimizer on disk",
 }
 

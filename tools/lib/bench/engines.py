@@ -1,7 +1,7 @@
-"""Step time and peak memory of each engine for one transformer on two processes: DDP, FSDP2 and ZeRO's three stages.
+"""Step time and peak memory of each engine for one transformer on some processes: DDP, FSDP2, ZeRO's three stages.
 
 Every engine trains the same weights on the same data in processes of its own that torchrun starts: on the CPU (gloo,
-one thread a process), or on two GPUs where there are as many. The default model is a small one of the published family
+one thread a process), or on GPUs where there are as many. The default model is a small one of the published family
 (width = 64 x depth), with a codebook small enough that blocks are most of it, as in the large ones; ZeRO's buckets are
 as large a part of it as the defaults are of the model B. `peak_gib` is what the fuller rank holds at most in its third
 step beyond what it held before the engine was built: on the CPU resident memory, so with pages that the allocator keeps
@@ -50,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=4, help="timed steps, of which the best counts (default: %(default)s)")
     add("--engines", nargs="+", choices=TITLES, default=list(TITLES), metavar="NAME", help=f"of {', '.join(TITLES)}")
     add("--trace", type=Path, metavar="FOLDER", help="write a profiler's trace of a step of each rank here")
+    add("--ranks", type=int, default=RANKS, help="processes, each with a GPU of its own there (default: %(default)s)")
     add_device(parser, gpus=RANKS)
 
 
@@ -68,7 +69,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "engines": engines,
         "ratio": ratios(engines),
         "parameters": transformer_parameters(model),
-        "ranks": RANKS,
+        "ranks": arguments.ranks,
         **{name: getattr(arguments, name) for name in names},
     }
 
@@ -100,11 +101,13 @@ def engine_of(name: str, model: TransformerConfig) -> dict:
 
 def expected(name: str, model: TransformerConfig, arguments: argparse.Namespace) -> dict[str, float]:
     """GiB of a rank by the plan: of weights, gradients and moments, and of all tensors in the fullest moment."""
-    machine = Machine(gpu=GPUS["h100"], gpus=RANKS, gpus_per_node=RANKS)  # of which only the number counts here
+    machine = Machine(
+        gpu=GPUS["h100"], gpus=arguments.ranks, gpus_per_node=arguments.ranks
+    )  # of which only the number counts here
     layout = layout_of(parse_config(EngineConfig, engine_of(name, model)), machine)
     training = Training(
         precision="bf16",
-        micro_batch=arguments.batch // RANKS,
+        micro_batch=arguments.batch // arguments.ranks,
         batch_size=arguments.batch,
         ema=False,
         device=arguments.device,
@@ -124,13 +127,13 @@ def run_ranks(name: str, model: TransformerConfig, arguments: argparse.Namespace
     settings = {
         "engine": engine_of(name, model),
         "model": config_to_dict(model),
-        "images": arguments.batch // RANKS,
+        "images": arguments.batch // arguments.ranks,
         "steps": arguments.steps,
         "device": arguments.device,
         "trace": trace,
     }
     with tempfile.TemporaryDirectory() as folder:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.ranks)]
         worker = [str(ROOT / "tools/lib/bench/engines_worker.py"), json.dumps(settings), folder]
         environment = os.environ | ({"OMP_NUM_THREADS": "1"} if arguments.device == "cpu" else {})
         command = [sys.executable, *launcher, *worker]
@@ -140,7 +143,7 @@ def run_ranks(name: str, model: TransformerConfig, arguments: argparse.Namespace
             if said:
                 raise UserError(said[0])
             raise RuntimeError(f"{name} ended with exit code {done.returncode}:\n{done.stderr.strip()}")
-        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(RANKS)]
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(arguments.ranks)]
 
 
 def summary(ranks: Sequence[dict]) -> dict:
@@ -197,6 +200,6 @@ def table(figures: dict) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    check(arguments, gpus=RANKS, steps=1)
-    if arguments.batch < RANKS or arguments.batch % RANKS:
-        raise UserError(f"--batch: must be a multiple of the {RANKS} processes, got {arguments.batch}")
+    check(arguments, gpus=arguments.ranks, steps=1, ranks=1)
+    if arguments.batch < arguments.ranks or arguments.batch % arguments.ranks:
+        raise UserError(f"--batch: must be a multiple of the {arguments.ranks} processes, got {arguments.batch}")
