@@ -5,8 +5,6 @@ transformer = ibq.load_transformer("runs/quickstart/transformer")
 images = ibq.generate(tokenizer, transformer, classes=[0, 1, 2])
 """
 
-from ibq.sampler import SAMPLER_VERSION
-
 __version__ = "0.1.0"
 HUB = ["CardFacts", "from_pretrained", "push_to_hub", "save_pretrained"]
 __all__ = ["SAMPLER_VERSION", "generate", "load_tokenizer", "load_transformer", *HUB]
@@ -18,6 +16,10 @@ def __getattr__(name: str):
         from ibq import hub
 
         return getattr(hub, name)
+    if name == "SAMPLER_VERSION":
+        from ibq.sampler import SAMPLER_VERSION
+
+        return SAMPLER_VERSION
     if name in __all__:
         from ibq import api
 

@@ -1,15 +1,46 @@
 """A transformer made ready for drawing codes: its weights in one precision, laid out for a number of rows."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq.models.transformer import Condition, KVCache, Transformer, TransformerConfig
 from ibq.ops.backend import missing_for_compile
-from ibq.sampler import Precision, check_precision
+from ibq.sampler import Precision, SamplerConfig, check_precision
 
 WIDEST = 8192  # channels that a program of Triton's has in one row
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPU_ROWS, MOST_ROWS = 16, 256  # images drawn together by default; beyond the second an image hardly gets cheaper
+MEMORY_SHARE = 0.5  # of a GPU, for what a block's images take: the rest is for weights, pixels and other processes
+
+
+def settle(config: SamplerConfig, model: TransformerConfig | None, device: torch.device) -> SamplerConfig:
+    """The settings with what "auto" means for a model on a device.
+
+    The CPU has fp32 and 16 rows; a GPU bf16 and up to 256 rows, the largest power of two whose images take half of its
+    memory. It does not depend on what else is there at the moment: the same command gives the same images again. The
+    model may be None where the rows are a number.
+    """
+    on_gpu = device.type == "cuda"
+    if config.precision == "auto":
+        config = replace(config, precision="bf16" if on_gpu else "fp32")
+    if config.rows_per_block == "auto":
+        rows = CPU_ROWS
+        if on_gpu:
+            memory = MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory
+            rows = min(MOST_ROWS, 1 << max(0, int(memory / bytes_a_row(config, model)).bit_length() - 1))
+        config = replace(config, rows_per_block=rows)
+    return config
+
+
+def bytes_a_row(config: SamplerConfig, model: TransformerConfig) -> int:
+    """What an image takes while it is drawn: its keys and values, and what a draw makes of its logits."""
+    sequences, width = 2 if config.guided else 1, DTYPES[config.precision].itemsize
+    cache = 2 * model.depth * model.num_kv_heads * model.num_tokens * model.head_dim * width
+    sorting = 24 if config.top_p < 1 else 0
+    return sequences * (cache + 4 * model.vocab_size) + (24 + sorting) * model.vocab_size
 
 
 class Decoder:
@@ -61,8 +92,9 @@ def _prepared(transformer: Transformer, dtype: torch.dtype, rows: int) -> Transf
     """A transformer that shares what does not change, with packed linear layers where every step needs them."""
     with torch.device("meta"):
         copied = Transformer(transformer.config)
-    state = {name: value.detach().to(dtype) for name, value in transformer.state_dict().items()}
-    copied.load_state_dict(state, assign=True)
+    copied.load_state_dict(
+        {name: value.detach().to(dtype) for name, value in transformer.state_dict().items()}, assign=True
+    )
     copied.eval().requires_grad_(False)
     for block in copied.blocks:
         gate, up = block.feed_forward.w1.weight, block.feed_forward.w3.weight

@@ -80,6 +80,11 @@ def world_size() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
+def local_world_size() -> int:
+    """Number of this job's processes on this machine."""
+    return number("LOCAL_WORLD_SIZE", "1")
+
+
 def share_data(ranks: int) -> None:
     """Say that so many neighbouring ranks work on the same samples, each on a part of the model."""
     global _sharing

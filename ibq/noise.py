@@ -31,8 +31,14 @@ def uniforms(seeds: Sequence[int], positions: int, device: torch.device | str) -
 
     The key is the seed, 0 to 2**63 - 1, and the counter (position, 0, 0, 0). 52 bits are used: those of float64.
     """
-    seed = torch.tensor(seeds, dtype=torch.int64).to(device)[:, None]
+    seed = send(seeds, device)[:, None]
     position = torch.arange(positions, device=device)[None, :]
     zero = torch.zeros_like(position)
     high, low, *_ = philox((position, zero, zero, zero), (seed & WORD, seed >> 32))
     return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
+
+
+def send(values: Sequence[int], device: torch.device | str) -> Tensor:
+    """int64 numbers [N] on a device, without waiting for what it does at the time."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor

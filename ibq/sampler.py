@@ -13,6 +13,7 @@ Schedule = Literal["constant", "linear", "cosine", "power-cosine", "interval"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 # What images seeds give: 1 drew noise by a generator a row, 2 by `ibq/noise.py` and the inverse of the distribution.
 SAMPLER_VERSION = 2
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class SamplerConfig:
     and costs half. `temperature` 0 takes the likeliest code; `top_k` 0 and `top_p` 1.0 are off.
     `guidance_schedule` changes s over the codes of an image, see `scales`. `rows_per_block` images are decoded
     together, the last block padded: more is faster per image and takes more memory; another number may round
-    differently. `precision` is that of the weights, see `ibq/decoding.py`.
+    differently. `precision` is that of the weights. What "auto" means for these two follows from the device and the
+    model: `settle` of `ibq/decoding.py`.
     The help is that of the tools' options, see `tools/lib/options.py`.
     Errors: ValueError for values out of range, that begins with the field's name.
     """
@@ -39,15 +41,19 @@ class SamplerConfig:
     temperature: float = field(default=1.0, metadata={"help": "0 is greedy"})
     top_k: int = field(default=0, metadata={"help": "only the k likeliest codes; 0 allows all"})
     top_p: float = field(default=1.0, metadata={"help": "only the likeliest codes up to this probability"})
-    rows_per_block: int = field(
-        default=16,
+    rows_per_block: int | Literal["auto"] = field(
+        default="auto",
         metadata={
-            "help": "images drawn together (default: 16); others may round differently",
+            "help": "images drawn together (auto: by the GPU's memory; 16 on the CPU, and for the page); "
+            "another number may round differently",
             "option": "--rows",
             "metavar": "N",
         },
     )
-    precision: Precision = field(default="fp32", metadata={"help": "of the networks; the quantizer stays in fp32"})
+    precision: Literal["auto", "fp32", "bf16"] = field(
+        default="auto",
+        metadata={"help": "of the networks (auto: bf16 on a GPU, fp32 on the CPU); the quantizer stays in fp32"},
+    )
 
     def __post_init__(self):
         if not 0.0 <= self.guidance_scale < math.inf:
@@ -66,10 +72,11 @@ class SamplerConfig:
             )
         if not 0.0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: {self.temperature} is out of range; use 0 (greedy) or more")
-        if self.rows_per_block < 1:
+        if self.rows_per_block != "auto" and self.rows_per_block < 1:
             raise ValueError(f"rows_per_block: {self.rows_per_block} is out of range; use at least 1")
         check_filter(self.top_k, self.top_p)
-        check_precision(self.precision)
+        if self.precision != "auto":
+            check_precision(self.precision)
 
     @property
     def guided(self) -> bool:
@@ -78,7 +85,12 @@ class SamplerConfig:
 
     @property
     def rows(self) -> int:
-        """Sequences that are decoded at once: of every image with its class, and with guidance without it."""
+        """Sequences that are decoded at once: of every image with its class, and with guidance without it.
+
+        ValueError where `rows_per_block` is not settled.
+        """
+        if self.rows_per_block == "auto":
+            raise ValueError("rows_per_block: auto is no number yet; see `settle` of ibq/decoding.py")
         return self.rows_per_block * (2 if self.guided else 1)
 
     def scales(self, tokens: int) -> list[float]:
@@ -124,4 +136,4 @@ def check_precision(precision: str) -> None:
     if precision == "int8":
         raise ValueError("precision: int8 is gone, as it was slower than bf16 wherever it was measured; use bf16")
     if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r} does not exist; use one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision: {precision!r} does not exist; use one of auto, {', '.join(PRECISIONS)}")

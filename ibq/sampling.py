@@ -1,21 +1,45 @@
-"""Sampling codes from the transformer: cached decoding, classifier-free guidance, top-k and top-p."""
+"""Sampling codes from the transformer: cached decoding, classifier-free guidance, top-k and top-p.
+
+A block of images is drawn with everything that a step reads and writes in its place. So a step is the same at every
+position: on CUDA it is captured once as a graph and replayed for every code, and the host waits for nothing.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ibq.decoding import Decoder
-from ibq.drawing import Drawing
-from ibq.models.transformer import Transformer
-from ibq.sampler import SamplerConfig
-
-LARGEST_SEED = 2**63 - 1
+from ibq.config_yaml import one_line
+from ibq.decoding import Decoder, settle
+from ibq.models.transformer import Condition, Transformer
+from ibq.noise import send, uniforms
+from ibq.ops.backend import own_stream
+from ibq.progress import say
+from ibq.sampler import LARGEST_SEED, SamplerConfig, check_filter
 
 
 def decoder_for(transformer: Transformer, config: SamplerConfig) -> Decoder:
     """What draws with these settings, for several calls of `sample_codes`."""
+    config = settle(config, transformer.config, transformer.head.weight.device)
     return Decoder(transformer, config.precision, config.rows)
+
+
+def settled_for(transformer: Transformer | Decoder, config: SamplerConfig) -> SamplerConfig:
+    """The settings with what "auto" means for a transformer where it is, or for a decoder that has been made.
+
+    Errors: ValueError for settings that a decoder was not made for.
+    """
+    if isinstance(transformer, Transformer):
+        return settle(config, transformer.config, transformer.head.weight.device)
+    own = {"rows_per_block": transformer.rows // (2 if config.guided else 1), "precision": transformer.precision}
+    config = replace(config, **{name: value for name, value in own.items() if getattr(config, name) == "auto"})
+    if (config.rows, config.precision) != (transformer.rows, transformer.precision):
+        raise ValueError(
+            f"rows_per_block: these settings take {config.rows} sequences in {config.precision}, but the decoder was "
+            f"made for {transformer.rows} in {transformer.precision}; make one for them by decoder_for"
+        )
+    return config
 
 
 @torch.inference_mode()
@@ -34,18 +58,36 @@ def sample_codes(
     many calls. `progress` is called with (images done, images) after every block.
     Errors: ValueError for classes or seeds out of range, or not one seed per class.
     """
-    _check_request(transformer, classes, seeds)
-    decoder = transformer if isinstance(transformer, Decoder) else decoder_for(transformer, config)
-    blocks = [torch.empty(0, decoder.config.num_tokens, dtype=torch.int64, device="cpu")]
-    for start in range(0, len(classes), config.rows_per_block):
-        stop = min(start + config.rows_per_block, len(classes))
-        blocks.append(_sample_block(decoder, classes[start:stop], seeds[start:stop], config))
+    blocks, done = [], 0
+    for codes in sample_blocks(transformer, classes, seeds, config):
+        blocks.append(codes.cpu())
+        done += len(codes)
         if progress is not None:
-            progress(stop, len(classes))
-    side = decoder.config.tokens_per_side
-    codes = torch.cat(blocks).unflatten(1, (side, side))
+            progress(done, len(classes))
+    codes = torch.cat(blocks)
     with torch.inference_mode(False):
         return codes.clone()  # an ordinary tensor
+
+
+@torch.inference_mode()
+def sample_blocks(
+    transformer: Transformer | Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig
+) -> Iterator[Tensor]:
+    """The same codes, block after block: [n, h, w] int64 on the device, which may still be drawing them.
+
+    Nothing waits for the device, so that what is done with one block can be prepared while it is drawn.
+    Errors, when the first block is asked for: those of `sample_codes`.
+    """
+    _check_request(transformer, classes, seeds)
+    config, side = settled_for(transformer, config), transformer.config.tokens_per_side
+    decoder = transformer if isinstance(transformer, Decoder) else decoder_for(transformer, config)
+    if not len(classes):
+        yield torch.empty(0, side, side, dtype=torch.int64, device=decoder.device)
+    for start in range(0, len(classes), config.rows_per_block):
+        part = slice(start, start + config.rows_per_block)
+        for codes in _sample_steps(decoder, classes[part], seeds[part], config):  # noqa: B007
+            pass
+        yield codes[: len(classes[part])].unflatten(1, (side, side)).clone()  # the next block is drawn in its place
 
 
 @torch.inference_mode()
@@ -59,6 +101,7 @@ def sample_rows(
     `rows_per_block`.
     """
     _check_request(transformer, classes, seeds)
+    config = settled_for(transformer, config)
     if not 0 < len(classes) <= config.rows_per_block:
         raise ValueError(f"classes: {len(classes)} images are not one block; give 1 to {config.rows_per_block}")
     decoder = transformer if isinstance(transformer, Decoder) else decoder_for(transformer, config)
@@ -70,24 +113,21 @@ def sample_rows(
             yield grown
 
 
-def _sample_block(decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig) -> Tensor:
-    """Codes [n, T] of up to `rows_per_block` images, decoded in exactly that many rows."""
-    for codes in _sample_steps(decoder, classes, seeds, config):  # noqa: B007
-        pass
-    return codes[: len(classes)].to("cpu", copy=True)  # the next block is drawn in the same place
-
-
 def _sample_steps(
     decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig
 ) -> Iterator[Tensor]:
     """The codes [rows_per_block, T], the same tensor after each of the T draws; those to come are undefined."""
-    if decoder.drawing is None or decoder.drawing.config != config:
-        decoder.drawing = Drawing(decoder, config)
-    drawing = decoder.drawing
-    drawing.begin(classes, seeds)
-    for position in range(decoder.config.num_tokens):
-        drawing.advance(position)
-        yield drawing.codes
+    drawing, decoder.drawing = decoder.drawing, None  # whoever asks before the last code is drawn gets another
+    if drawing is None or drawing.config != config:
+        drawing = None  # its memory is for the next one
+        drawing = Drawing(decoder, config)
+    try:
+        drawing.begin(decoder, classes, seeds)
+        for position in range(decoder.config.num_tokens):
+            drawing.advance(decoder, position)
+            yield drawing.codes
+    finally:
+        decoder.drawing = drawing
 
 
 def _check_request(transformer: Transformer | Decoder, classes: Sequence[int], seeds: Sequence[int]) -> None:
@@ -102,3 +142,148 @@ def _check_request(transformer: Transformer | Decoder, classes: Sequence[int], s
     for seed in seeds:
         if not 0 <= seed <= LARGEST_SEED:
             raise ValueError(f"seeds: {seed} is out of range; use 0 to {LARGEST_SEED}")
+
+
+# --- A block ---
+
+
+class Drawing:
+    """The codes [rows, T] of one block after the other, all drawn with the same settings by the same decoder.
+
+    It belongs to the decoder, and so does not hold it: both are let go at once.
+    """
+
+    def __init__(self, decoder: Decoder, config: SamplerConfig, graph: "type[StepGraph] | None" = None):
+        self._kind_of_graph = graph or StepGraph
+        self.config, self.rows = config, config.rows_per_block
+        device, tokens = decoder.device, decoder.config.num_tokens
+        self.codes = torch.zeros(self.rows, tokens, dtype=torch.int64, device=device)
+        self._numbers = torch.zeros(self.rows, tokens, dtype=torch.float64, device=device)
+        self._scales = torch.tensor(config.scales(tokens), device=device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._cache = decoder.new_cache()
+        self._condition: Condition | None = None
+        self._x: Tensor | None = None  # what the next step takes, [config.rows, C]
+        self._graph: StepGraph | None = None
+        self._wants_graph = decoder.fused
+
+    def begin(self, decoder: Decoder, classes: Sequence[int], seeds: Sequence[int]) -> None:
+        """Start a block of up to `rows` images; rows that are left over draw images of no class."""
+        padding, null = self.rows - len(classes), decoder.null_class
+        rows = [int(label) for label in classes] + [null] * padding + [null] * (self.config.rows - self.rows)
+        self._put(decoder.condition(send(rows, decoder.device)))
+        self._numbers.copy_(uniforms([*seeds, *[0] * padding], self.codes.shape[1], decoder.device))
+        self._to_start()
+        if self._wants_graph:
+            self._wants_graph = False
+            self._capture(decoder)
+            self._to_start()
+
+    def advance(self, decoder: Decoder, position: int) -> None:
+        """Draw the codes at `position`, which is one more at every call, and put them into `codes`."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._step(decoder, self._position if decoder.fused else position)
+
+    def _put(self, condition: Condition) -> None:
+        if self._condition is None:
+            self._condition, self._x = condition, torch.empty_like(condition.embedding)
+            return
+        for kept, new in zip(self._condition.tensors(), condition.tensors(), strict=True):
+            kept.copy_(new)
+
+    def _to_start(self) -> None:
+        self._position.zero_()
+        self._x.copy_(self._condition.embedding)
+
+    def _step(self, decoder: Decoder, position: int | Tensor) -> None:
+        logits = decoder.step(self._x, self._condition, self._cache, position)
+        if self.config.guided:
+            cond, uncond = logits.chunk(2)
+            logits = uncond + self._scales.index_select(0, self._position) * (cond - uncond)
+        drawn = draw(logits, self._numbers.index_select(1, self._position), self.config)
+        self.codes.index_copy_(1, self._position, drawn)
+        embedded = decoder.embed(drawn[:, 0])
+        self._x.view(-1, *embedded.shape).copy_(embedded)  # with and without class
+        self._position += 1
+
+    def _capture(self, decoder: Decoder) -> None:
+        try:
+            self._graph = self._kind_of_graph(lambda: self._step(decoder, self._position), decoder.device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the driver, the compiler, or an operator that cannot be captured
+            decoder.fused = False
+            say(f"note: no CUDA graph ({one_line(error)}): steps are launched one operator after the other")
+
+
+class StepGraph:
+    """A step as a CUDA graph, after one that compiles kernels and finds their workspaces."""
+
+    def __init__(self, step: Callable[[], None], device: torch.device):
+        with torch.cuda.device(device):
+            stream, own = torch.cuda.current_stream(), own_stream("capture", device)
+            self._graph = torch.cuda.CUDAGraph()
+            try:
+                own.wait_stream(stream)
+                with torch.cuda.stream(own):
+                    step()
+                stream.wait_stream(own)
+                # Of this device's stream, and with what other threads do meanwhile left out of it.
+                with torch.cuda.graph(self._graph, stream=own, capture_error_mode="thread_local"):
+                    step()
+            finally:
+                torch.cuda.set_stream(stream)  # which a capture that fails does not give back
+
+    def replay(self) -> None:
+        """Launch it."""
+        self._graph.replay()
+
+
+# --- A draw ---
+
+
+def draw(logits: Tensor, numbers: Tensor, config: SamplerConfig) -> Tensor:
+    """One code [R, 1] per row of logits [R, V], with the row's random number of [R, 1]."""
+    if config.temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    return pick(filter_logits(logits / config.temperature, config.top_k, config.top_p), numbers)
+
+
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits [..., V] with -inf where top-k, then top-p (nucleus, arXiv 1904.09751) filtering removes a code.
+
+    Top-k keeps all that are at least the k-th largest (ties stay). Top-p keeps the likeliest codes up to and
+    including the one with which they exceed the probability p, so at least one; of equal logits the lower
+    code comes first.
+    Errors: ValueError for a negative top_k or a top_p outside [0, 1].
+    """
+    check_filter(top_k, top_p)
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        before = _running_sum(ordered.softmax(-1), torch.float32).roll(1, dims=-1)
+        before[..., 0] = 0.0  # the likeliest code always stays
+        removed = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > top_p)
+        logits = logits.masked_fill(removed, -torch.inf)
+    return logits
+
+
+def pick(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Codes [R, n] from softmax(logits [R, V]), each where the cumulative probability passes its number of [R, n].
+
+    numbers are float64 in (0, 1), and so are the sums: those of 262,144 float32 would lose the small probabilities.
+    A code whose logit is -inf is never drawn; of NaN the last code is, as there is no other that can be embedded.
+    """
+    cumulative = _running_sum(logits.softmax(-1), torch.float64)
+    drawn = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)
+    return drawn.clamp_max_(logits.shape[-1] - 1)
+
+
+def _running_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of each row of [R, V]; CUDA adds up a single row, but not several, in an order that changes from call to call."""
+    rows = x.expand(2, -1) if x.is_cuda and len(x) == 1 else x
+    return rows.cumsum(-1, dtype=dtype)[: len(x)]

@@ -38,6 +38,7 @@ from ibq.data.shards import CLASSES_FILE
 from ibq.data.transforms import decode_rgb
 from ibq.files import whole_file, write_text
 from ibq.progress import progress_bar, say
+from tools.lib import cores
 from tools.lib.shards.labels import Job, Options, Sample, ShardSet, alone, check_same, read_sources
 
 MAX_LEFT_OUT = 0.05  # of all images
@@ -87,8 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--samples-per-shard", type=int, default=5000, help="images in each shard (default: 5000)")
     add("--order", choices=["shuffled", "sorted"], default="shuffled", help="default: shuffled, so that classes mix")
     add("--seed", type=int, default=0, help="of the shuffled order")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--processes", type=int, default=min(8, cores), help=f"default here: {min(8, cores)}")
+    add("--processes", type=int, default=min(8, cores()), help=f"default here: {min(8, cores())}")
     add("--check", action="store_true", help="decode every image and leave out those that are damaged")
     add("--fresh", action="store_true", help="remove this prefix's shards in OUT and start over")
     add("--index", metavar="SHARDS", nargs="+", help="write index files beside these tar files (paths or globs)")

@@ -3,19 +3,17 @@
     python tools/sample.py --tokenizer runs/quickstart/tokenizer --transformer runs/quickstart/transformer \\
         --classes 0 3 --count 8 --output samples
     torchrun --nproc-per-node 8 tools/sample.py --tokenizer runs/tokenizer_16384 --transformer runs/ar_b \\
-        --total 50000 --precision bf16 --output samples_b
+        --total 50000 --output samples_b
 """
 
 import argparse
-import io
 import json
-import shutil
 import sys
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -23,26 +21,28 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from ibq import dist
-from ibq.api import decode_in_blocks, load_tokenizer, load_transformer, trained_on
+from ibq.api import load_tokenizer, load_transformer, trained_on
 from ibq.config import UserError, exit_on_user_error
-from ibq.files import remove, whole_file, write_array, write_text
+from ibq.decoding import Decoder, settle
+from ibq.files import write_array, write_text
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
+from ibq.pixels import pixels_of
 from ibq.progress import progress_bar, say
-from ibq.sampler import SAMPLER_VERSION, SamplerConfig
-from ibq.sampling import LARGEST_SEED, decoder_for, sample_codes
+from ibq.sampler import LARGEST_SEED, SAMPLER_VERSION, SamplerConfig
+from ibq.sampling import decoder_for, sample_blocks
 from ibq.training.checkpoint import weights_hash
+from ibq.training.metrics import Stopwatch
 from ibq.training.provenance import git_state
 from ibq.training.run import set_up_torch
-from tools.lib import ROOT
+from tools.lib import ROOT, cores
 from tools.lib.options import add_device_option, add_settings, device_of, settings_of
+from tools.lib.sample import files
 
-PIECES, SET_FILE, INFO_FILE = ".pieces", "samples.npz", "samples.json"
-DESCRIPTION_FILE, DESCRIPTION = ".pieces/plan.json", "plan"  # by the names that earlier runs gave them
-SHARD_ROWS = 10_000  # images of a tar shard
+PIECE = 256  # images, or what is the next multiple of a block
 MOST_PNG = 1_000  # images that are written as files of their own unless --files says so
 EPILOG = """\
 Image i of a class is drawn with seed SEED + i. On a given device and precision it depends on the checkpoints, class,
@@ -70,7 +70,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--files", choices=["png", "shards", "none"], help=f"beside the .npz (default: png up to {MOST_PNG:,} images)")
     add("--fresh", action="store_true", help="start over: remove what this tool has written to OUTPUT before")
     add_device_option(parser)
-    return parser.parse_args(argv)
+    add("--compile", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.compile:
+        say("note: --compile is not needed any more: on a GPU every step is a CUDA graph of fused kernels")
+    return arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +90,18 @@ class Request:
         """How many there are."""
         return -(-len(self.labels) // self.piece)
 
-    @property
-    def names(self) -> list[str]:
-        """Of the images' files."""
-        pairs = zip(self.labels, self.seeds, strict=True)
-        return [f"class{label:04d}_seed{seed:06d}" for label, seed in pairs]
+    def rows(self, number: int) -> tuple[list[str], tuple[int, ...]]:
+        """Names of the files and labels of a piece's images."""
+        labels, seeds = self.labels[self.part(number)], self.seeds[self.part(number)]
+        names = [f"class{label:04d}_seed{seed:06d}" for label, seed in zip(labels, seeds, strict=True)]
+        return names, labels
 
     def part(self, number: int) -> slice:
         """Which images are a piece's."""
         return slice(number * self.piece, min((number + 1) * self.piece, len(self.labels)))
 
 
-def request_of(arguments: argparse.Namespace, sampler: SamplerConfig, num_classes: int) -> Request:
+def request_of(arguments: argparse.Namespace, rows_per_block: int, num_classes: int) -> Request:
     """The images that the options name; UserError for impossible ones."""
     classes = list(arguments.classes if arguments.classes is not None else range(num_classes))
     count = 8 if arguments.count is None else arguments.count
@@ -121,7 +125,7 @@ def request_of(arguments: argparse.Namespace, sampler: SamplerConfig, num_classe
     return Request(
         labels=tuple(label for label in classes for _ in range(count)),
         seeds=tuple(arguments.seed + i for _ in classes for i in range(count)),
-        piece=max(1, 256 // sampler.rows_per_block) * sampler.rows_per_block,
+        piece=max(1, PIECE // rows_per_block) * rows_per_block,
     )
 
 
@@ -136,13 +140,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformer = load_transformer(arguments.transformer, device=device)
     hashes = {"tokenizer": weights_hash(tokenizer.state_dict()), "transformer": weights_hash(transformer.state_dict())}
     check_pair(arguments, tokenizer, transformer, hashes["tokenizer"])
-    request = request_of(arguments, sampler, transformer.config.num_classes)
+    sampler = settle(sampler, transformer.config, device)
+    # One number of rows for all, also where the GPUs have not the same memory.
+    sampler = replace(sampler, rows_per_block=-dist.largest(-sampler.rows_per_block))
+    request = request_of(arguments, sampler.rows_per_block, transformer.config.num_classes)
+    form = arguments.files or ("png" if len(request.labels) <= MOST_PNG else "shards")
     description = {**hashes, "sampler": asdict(sampler), "labels_sha256": weights_hash(_as_tensors(request))}
     description |= {"sampler_version": SAMPLER_VERSION, "images": len(request.labels), "piece": request.piece}
-    with explained():
-        if dist.on_main(lambda: begin(arguments.output, description, fresh=arguments.fresh)):
-            draw(request, tokenizer, transformer, sampler, arguments.output)
-            dist.on_main(lambda: finish(request, arguments, description))
+    with explained(sampler):
+        if dist.on_main(lambda: files.begin(arguments.output, description, fresh=arguments.fresh)):
+            draw(request, tokenizer, transformer, sampler, arguments.output, form)
+            dist.on_main(lambda: finish(request, arguments, description, form))
     dist.barrier()
     if dist.is_main():
         print(f"{len(request.labels)} images in {arguments.output}")
@@ -161,138 +169,118 @@ def check_pair(arguments: argparse.Namespace, tokenizer: Tokenizer, transformer:
         say(f"WARNING: {arguments.transformer} was trained on codes of another tokenizer than {arguments.tokenizer}")
 
 
-def draw(request: Request, tokenizer: Tokenizer, transformer: Transformer, sampler: SamplerConfig, folder: Path):
-    """Draw this rank's share of the missing pieces; each is a file that is whole or absent."""
+def draw(
+    request: Request, tokenizer: Tokenizer, transformer: Transformer, sampler: SamplerConfig, folder: Path, form: str
+) -> None:
+    """Draw this rank's share of the missing pieces; each is a file that is whole or absent.
+
+    Three things at a time: a GPU draws the codes of a block, and decodes the pixels of the one before, while the host
+    writes those before them, and other processes compress pieces.
+    """
     dist.barrier()  # all see the same pieces before the first is added
-    missing = [number for number in range(request.pieces) if not piece_file(folder, number).exists()]
+    missing = [number for number in range(request.pieces) if not files.piece_file(folder, number).exists()]
     dist.barrier()
     own = missing[dist.rank() :: dist.world_size()]
-    decoder = decoder_for(transformer, sampler) if own else None
     device = next(tokenizer.parameters()).device
-    images = sum(len(request.labels[request.part(number)]) for number in own)
-    with progress_bar("sample", images, "image", disable=not dist.is_main()) as progress:
-        for number in own:
-            part, start = request.part(number), progress.n
-            codes = sample_codes(
-                decoder,
-                request.labels[part],
-                request.seeds[part],
-                sampler,
-                progress=lambda done, _all, start=start: progress.update(start + done - progress.n),
-            )
-            with torch.autocast(device.type, torch.bfloat16, enabled=sampler.precision != "fp32"):
-                pixels = decode_in_blocks(tokenizer, codes)
-            write_array(piece_file(folder, number), pixels.permute(0, 2, 3, 1).numpy())
+    clock, start = Stopwatch(device), time.monotonic()
+    count = sum(len(request.labels[request.part(number)]) for number in own)
+    with (
+        files.Writers(folder, form, cores() // dist.local_world_size()) as writers,
+        progress_bar("sample", count, "image", disable=not dist.is_main()) as progress,
+    ):
+        for number in [n for n in range(request.pieces) if n not in missing][dist.rank() :: dist.world_size()]:
+            writers.add(number, *request.rows(number))  # which an interruption left uncompressed
+        if own:
+            decoder = decoder_for(transformer, sampler)
+            transformer.to("meta")  # its memory is for images
+            tell(sampler, decoder)
+            codes = timed(codes_of(own, request, decoder, sampler), partial(clock.part, "codes"))
+            images = pixels_of(codes, tokenizer, sampler.precision, partial(clock.part, "pixels"))
+            for number in own:
+                write_array(files.piece_file(folder, number), _piece(images, request.part(number), progress.update))
+                writers.add(number, *request.rows(number))
+        writers.wait()
+    if own:
+        report(count, time.monotonic() - start, clock)
     dist.barrier()
 
 
-def finish(request: Request, arguments: argparse.Namespace, description: dict) -> None:
+def codes_of(pieces: Iterable[int], request: Request, decoder: Decoder, sampler: SamplerConfig) -> Iterator[Tensor]:
+    """The codes [n, h, w] of the blocks of these pieces, one block after the other."""
+    for number in pieces:
+        part = request.part(number)
+        yield from sample_blocks(decoder, request.labels[part], request.seeds[part], sampler)
+
+
+def timed(blocks: Iterable[Tensor], part) -> Iterator[Tensor]:
+    """The same, with `part()` entered while each is made."""
+    iterator = iter(blocks)
+    while True:
+        with part():
+            block = next(iterator, None)
+        if block is None:
+            return
+        yield block
+
+
+def _piece(images: Iterator[np.ndarray], part: slice, advance) -> np.ndarray:
+    """The blocks of a piece, together."""
+    blocks, missing = [], part.stop - part.start
+    while missing:
+        blocks.append(next(images))
+        missing -= len(blocks[-1])
+        advance(len(blocks[-1]))
+    return np.concatenate(blocks)
+
+
+def tell(sampler: SamplerConfig, decoder: Decoder) -> None:
+    """How it is drawn, in a line."""
+    if dist.is_main():
+        how = "a CUDA graph a code" if decoder.fused else "one operator after the other, without CUDA graphs"
+        say(f"{sampler.rows_per_block} images together (--rows), {sampler.precision}, {decoder.device.type}: {how}")
+
+
+def report(count: int, seconds: float, clock: Stopwatch) -> None:
+    """This rank's speed, and how much of the time each part was at work; on a GPU they are side by side."""
+    shares = {name.removeprefix("seconds/"): found / seconds for name, found in clock.means(1).items()}
+    if dist.is_main():
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        ranks = f" on each of {dist.world_size()} processes" if dist.world_size() > 1 else ""
+        say(f"{count:,} images in {seconds:.1f} s: {count / seconds:.2f} images/s{ranks}; {parts} of the time")
+
+
+def finish(request: Request, arguments: argparse.Namespace, description: dict, form: str) -> None:
     """Put the pieces together, as samples.npz and PNG files or shards; then they are removed."""
     folder, count = arguments.output, len(request.labels)
-    form = arguments.files or ("png" if count <= MOST_PNG else "shards")
     with progress_bar("write", (1 if form == "none" else 2) * count, "image") as progress:
-        images = read_pieces(folder, request, progress.update)
-        if form == "png":
-            for name, image in zip(request.names, images, strict=True):
-                Image.fromarray(image).save(folder / f"{name}.png")
-        if form == "shards":
-            write_shards(folder, request, images)
-        write_npz(folder, request, progress.update)
-    info = {DESCRIPTION: description, "tokenizer": description["tokenizer"], "transformer": description["transformer"]}
-    info |= {name: description[name] for name in ("sampler", "sampler_version")}
+        files.write_all(folder, request.pieces, request.labels, form, progress.update)
+    info = {files.DESCRIPTION: description}
+    info |= {name: description[name] for name in ("tokenizer", "transformer", "sampler", "sampler_version")}
     info |= {"seed": arguments.seed, "classes": len(set(request.labels)), "count": count}
-    info |= {"precision": arguments.precision, "git": git_state(ROOT), "torch": torch.__version__}
+    info |= {"precision": description["sampler"]["precision"], "git": git_state(ROOT), "torch": torch.__version__}
     info |= {"tokenizer_path": str(arguments.tokenizer), "transformer_path": str(arguments.transformer)}
-    write_text(folder / INFO_FILE, json.dumps(info, indent=1) + "\n")
-    shutil.rmtree(folder / PIECES)
-
-
-def _as_tensors(request: Request) -> dict[str, torch.Tensor]:
-    pairs = {"labels": request.labels, "seeds": request.seeds}
-    return {name: torch.from_numpy(np.asarray(values, dtype=np.int64)) for name, values in pairs.items()}
-
-
-# --- Files: pieces while it runs, then one set of images in several forms ---
+    write_text(folder / files.INFO_FILE, json.dumps(info, indent=1) + "\n")
+    files.remove_pieces(folder)
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """What goes wrong with the folder is the user's to solve."""
+def explained(sampler: SamplerConfig) -> Iterator[None]:
+    """What goes wrong with the folder or the memory is the user's to solve."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"--output: cannot be written ({error}); make room or give another folder, then start again"
         ) from error
+    except torch.OutOfMemoryError as error:
+        rows = sampler.rows_per_block
+        remedy = f"use {rows // 2} or less" if rows > 1 else "end what else runs there, or use a larger GPU"
+        raise UserError(f"--rows: the GPU has too little memory for {rows} and their pixels; {remedy}") from error
 
 
-def begin(folder: Path, description: Mapping, *, fresh: bool) -> bool:
-    """Prepare the folder for what is described; whether there is any to draw. UserError where another command's is."""
-    if fresh:
-        remove(folder, (PIECES, SET_FILE, INFO_FILE))
-    if (folder / INFO_FILE).exists() and not (folder / DESCRIPTION_FILE).exists():
-        if _description_of(folder / INFO_FILE) != json.loads(json.dumps(description)):
-            raise UserError(
-                f"{folder}: holds the samples of another command or version; give another --output, or --fresh"
-            )
-        return False
-    text = json.dumps(description, indent=1, sort_keys=True) + "\n"
-    if (folder / DESCRIPTION_FILE).exists() and (folder / DESCRIPTION_FILE).read_text() != text:
-        raise UserError(f"{folder}: holds pieces of another command or version; give another --output, or --fresh")
-    write_text(folder / DESCRIPTION_FILE, text)
-    return True
-
-
-def _description_of(path: Path) -> object:
-    """What a finished set was made by; None where its file does not tell."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))[DESCRIPTION]
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def piece_file(folder: Path, number: int) -> Path:
-    """Where the images [n, H, W, 3] of a piece go."""
-    return folder / PIECES / f"{number:06d}.npy"
-
-
-def read_pieces(folder: Path, request: Request, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
-    """The images [H, W, 3], one after the other."""
-    for number in range(request.pieces):
-        images = np.load(piece_file(folder, number), allow_pickle=False)
-        yield from images
-        advance(len(images))
-
-
-def write_shards(folder: Path, request: Request, images: Iterator[np.ndarray]) -> None:
-    """Tar shards of KEY.png and KEY.cls, as the project's other tools read them, with the names of the classes."""
-    rows = zip(request.names, request.labels, images, strict=True)
-    for shard in range(-(-len(request.labels) // SHARD_ROWS)):
-        with whole_file(folder / f"samples-{shard:05d}.tar") as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for _, (name, label, image) in zip(range(SHARD_ROWS), rows, strict=False):
-                buffer = io.BytesIO()
-                Image.fromarray(image).save(buffer, "PNG")
-                for suffix, data in (("png", buffer.getvalue()), ("cls", str(label).encode())):
-                    member = tarfile.TarInfo(f"{name}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-    write_text(folder / "classes.json", json.dumps([str(number) for number in range(max(request.labels) + 1)]) + "\n")
-
-
-def write_npz(folder: Path, request: Request, advance: Callable[[int], None]) -> None:
-    """`arr_0` uint8 [N, H, W, 3] and `arr_1` the classes: ADM's form; never in memory as a whole."""
-    first = np.load(piece_file(folder, 0), mmap_mode="r", allow_pickle=False)
-    with whole_file(folder / SET_FILE) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            shape = (len(request.labels), *first.shape[1:])
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(member, header)
-            for number in range(request.pieces):
-                images = np.load(piece_file(folder, number), allow_pickle=False)
-                member.write(images.tobytes())
-                advance(len(images))
-        with archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, np.asarray(request.labels, dtype=np.int64), allow_pickle=False)
+def _as_tensors(request: Request) -> dict[str, Tensor]:
+    pairs = {"labels": request.labels, "seeds": request.seeds}
+    return {name: torch.from_numpy(np.asarray(values, dtype=np.int64)) for name, values in pairs.items()}
 
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def own_stream(purpose: str, device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a CUDA device for a purpose: PyTorch would hand out the same few in turn."""
+    return torch.cuda.Stream(device)
+
+
 def cxx_is_installed() -> bool:
     """Whether there is a C++ compiler, as PyTorch and DeepSpeed look for one."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None

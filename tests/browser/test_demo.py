@@ -23,12 +23,13 @@ from support.points import HANG_S
 from support.processes import run_script
 from support.training import picture, png, write_best
 
-from ibq.api import decode_in_blocks, generate
+from ibq.api import generate
 from ibq.config import UserError, parse_config
 from ibq.data.transforms import to_unit_range
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.pixels import decode_in_blocks
 from ibq.quantizers import BSQConfig, FSQConfig, IBQConfig, LFQConfig, VQConfig, build_quantizer
 from tools import demo
 from tools.lib.demo import models as demo_models

@@ -23,13 +23,12 @@ from support.golden import (
 from support.published import read_tokenizer, read_transformer
 from torch import Tensor
 
-from ibq.drawing import filter_logits
 from ibq.interop.seed_voken import infer_tokenizer_config, transformer_config_from_reference
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.models.transformer_blocks import rotary_table
 from ibq.sampler import SamplerConfig
-from ibq.sampling import sample_codes
+from ibq.sampling import filter_logits, sample_codes
 
 CASES = sorted(
     path.stem for path in golden_dir().glob("*.json") if "n_layer" in golden_json(path.stem).get("params", {})

@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ibq.decoding import Decoder
-from ibq.drawing import Drawing
 from ibq.models.transformer_blocks import Attention, RMSNorm, rotary_table
 from ibq.ops import textbook
 from ibq.ops.index_backprop import index_backprop
 from ibq.sampler import SamplerConfig
-from ibq.sampling import sample_codes
+from ibq.sampling import Drawing, sample_codes
 
 pytest.importorskip("triton", reason="triton is installed with the CUDA builds of torch only")
 from ibq.ops import (
@@ -547,7 +546,7 @@ def test_swiglu(dtype, device):
 def test_images_of_the_kernels_are_those_of_the_plain_step(settings, device):
     """In float32; on a GPU as a graph, whose codes are those of the same kernels launched one by one."""
     transformer = small_transformer(tokens_per_side=4, vocab_size=64, kv_heads=2).to(device)
-    config = SamplerConfig(rows_per_block=2, **settings)
+    config = SamplerConfig(rows_per_block=2, precision="fp32", **settings)
     plain, fused = (Decoder(transformer, "fp32", config.rows) for _ in range(2))
     plain.fused, fused.fused = False, True
     fused.drawing = Drawing(fused, config, graph=None if device == "cuda" else NoGraph)
@@ -574,10 +573,12 @@ def test_nothing_in_a_block_waits_for_the_device():
     decoder = Decoder(transformer, "bf16", config.rows)
     drawing = decoder.drawing = Drawing(decoder, config)
     with torch.inference_mode():
-        drawing.begin([1, 2], [3, 4])  # captures
+        drawing.begin(decoder, [1, 2], [3, 4])  # captures
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for position in range(16):
-                drawing.advance(position)
+            for label in (0, 1):
+                drawing.begin(decoder, [label, 2], [3, 4])
+                for position in range(16):
+                    drawing.advance(decoder, position)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -98,15 +98,24 @@ loss: {gan: {discriminator: {channels: 8, layers: 2}}}
 
 def test_sample(tmp_path):
     (tmp_path / "t.yaml").write_text(TINY_TRANSFORMER)
-    size = ("--config", str(tmp_path / "t.yaml"), "--images", "2", "--rounds", "1")
-    done = bench("sample", *size, "--json", str(tmp_path / "s.json"))
+    (tmp_path / "k.yaml").write_text(TINY_TOKENIZER)
+    size = ("--config", str(tmp_path / "t.yaml"), "--rows", "2,3", "--rounds", "1")
+    pixels = ("--pixels", str(tmp_path / "k.yaml"))
+    done = bench("sample", *size, *pixels, "--json", str(tmp_path / "s.json"))
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "s.json").read_text())
-    rate, ratio = figures["tokens_per_second"], figures["ratio"]
-    assert ratio["speedup"] == pytest.approx(rate["bf16"] / rate["textbook fp32"])
-    assert ratio["speedup_fp32"] == pytest.approx(rate["fp32"] / rate["textbook fp32"])
-    assert 0 < figures["kl_from_fp32_nats"]["bf16"] < 1e-2 and figures["share_of_bandwidth"]["fp32"] > 0
-    assert "KL from fp32" in done.stdout
+    assert figures["rows"].keys() == {"2", "3"} and 0 < figures["kl_from_fp32_nats"]["bf16"] < 1e-2
+    for rows, found in figures["rows"].items():
+        rate, ratio, step = found["tokens_per_second"], found["ratio"], found["ms_a_step"]
+        assert ratio["speedup"] == pytest.approx(rate["bf16"] / rate["textbook fp32"])
+        assert ratio["speedup_fp32"] == pytest.approx(step["textbook fp32"] / step["fp32"])
+        assert found["images_per_second"]["fp32"] == pytest.approx(int(rows) * 1000 / step["fp32"] / figures["tokens"])
+        limit = max(found["limits_ms"]["fp32"].values())
+        assert found["share_of_roofline"]["fp32"] == pytest.approx(limit / step["fp32"]) and limit > 0
+        assert {"products", "attention", "norms", "gates", "draw", "rest"} == found["parts_ms"]["bf16"].keys()
+        assert all(value > 0 for value in found["parts_ms"]["bf16"].values())
+        assert found["with_pixels"]["ratio"] < 1.2
+    assert "KL from fp32" in done.stdout and "with pixels" in done.stdout
     done = bench("sample", *size, "--tokens", "17")
     assert done.returncode == 2 and "--tokens: 1 to 16" in done.stderr
 

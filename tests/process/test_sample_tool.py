@@ -1,6 +1,8 @@
 """tools/sample.py: balanced sets over any number of processes, killed and continued, in ADM's form."""
 
 import json
+import os
+import re
 import signal
 import tarfile
 from pathlib import Path
@@ -100,10 +102,46 @@ def test_killed_and_continued(one_process, models, tmp_path):
     assert np.array_equal(drawn(folder)[0], drawn(one_process)[0])
     again = run_script(*command)
     assert again.returncode == 0 and "600 images" in again.stdout
+    (folder / ".pieces").mkdir()  # as it is left by a kill while the pieces are removed
+    (folder / ".pieces" / "plan.json").write_text("{}")
+    again = run_script(*command)
+    assert again.returncode == 0 and "600 images" in again.stdout and not (folder / ".pieces").exists()
     assert run_script(*options(models, folder, "--total", "300")).returncode == 2
     (folder / "samples.json").write_text("{")  # cut, as a full disk leaves it
     broken = run_script(*command)
     assert broken.returncode == 2 and "another command" in broken.stderr and broken.stderr.count("\n") == 1
+
+
+def test_pictures_that_an_interruption_left_uncompressed(one_process, models, tmp_path):
+    """Killed between a piece's images and its pictures; and other files are asked for than before."""
+    folder = tmp_path / "cut"
+    points = Points(tmp_path / "points", {"pictures": ("open", r"/\.pieces/\.tmp-\d+-\d+\.tar w", 1)})
+    environment = script_environment(**points.environment)
+    command = options(models, folder, "--total", "600", "--files", "shards")
+    process = start_script(*command, environment=environment, stderr=DEVNULL, start_new_session=True)
+    points.wait("pictures", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (folder / ".pieces" / "000000.npy").exists() and not list((folder / ".pieces").glob("*.tar"))
+    result = run_script(*options(models, folder, "--total", "600", "--files", "png"))
+    assert result.returncode == 0, result.stderr
+    images, labels = drawn(folder)
+    assert np.array_equal(images, drawn(one_process)[0])
+    pictures = sorted(folder.glob("*.png"))
+    assert len(pictures) == 600
+    name = f"class{labels[299]:04d}_seed{299 - 200:06d}.png"
+    assert np.array_equal(np.asarray(Image.open(folder / name)), images[299])
+
+
+def test_what_it_says(models, tmp_path):
+    result = run_script(*options(models, tmp_path / "a", "--count", "2", "--files", "none", "--compile"))
+    assert "--compile is not needed any more" in result.stderr
+    assert "16 images together (--rows), fp32, cpu: one operator after the other" in result.stderr
+    assert re.search(r"6 images in [\d.]+ s: [\d.]+ images/s; codes \d+%, pixels \d+% of the time", result.stderr)
+    info = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert info["sampler"]["rows_per_block"] == 16 and info["sampler"]["precision"] == "fp32"
+    other = run_script(*options(models, tmp_path / "a", "--count", "2", "--rows", "4"))
+    assert other.returncode == 2 and "(rows_per_block 16, not 4)" in other.stderr
 
 
 def test_pictures_in_bf16(models, tmp_path):

@@ -9,13 +9,13 @@ from support.published import read_tokenizer, read_transformer
 from support.training import CODES, SIDE, make_workplace, train_here
 
 import ibq
-from ibq.api import decode_in_blocks
 from ibq.config import UserError
 from ibq.data.transforms import to_uint8
 from ibq.interop import seed_voken
 from ibq.interop.seed_voken import transformer_config_from_reference
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.pixels import decode_in_blocks
 from ibq.sampler import SamplerConfig
 from ibq.sampling import sample_codes
 

@@ -1,6 +1,8 @@
 """Decoding: every precision against the plain forward pass, guidance over the image, packed layers."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from support.models import VARIANTS, small_transformer
 from torch import nn
 
 from ibq.config import UserError
-from ibq.decoding import Decoder, PackedLinear
+from ibq.decoding import Decoder, PackedLinear, settle
 from ibq.engine.compilation import compile_units
+from ibq.models.transformer import TransformerConfig
 from ibq.ops.backend import missing_for_compile, triton_is_installed
 from ibq.sampler import SCHEDULES, SamplerConfig
 from ibq.sampling import sample_codes
@@ -104,7 +107,7 @@ def test_weights_that_a_step_reads(transformer):
 
 
 def test_an_unknown_precision(transformer):
-    with pytest.raises(ValueError, match="'fp8' does not exist; use one of fp32, bf16"):
+    with pytest.raises(ValueError, match="'fp8' does not exist; use one of auto, fp32, bf16"):
         Decoder(transformer, "fp8", 1)
 
 
@@ -187,3 +190,22 @@ def test_bad_settings(settings, words):
     with pytest.raises(ValueError) as caught:
         SamplerConfig(**settings)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("gib", "guidance", "rows"), [(139, 2.0, 256), (24, 2.0, 256), (12, 2.0, 128), (12, 1.0, 256)])
+def test_rows_follow_from_the_memory_of_a_gpu(gib, guidance, rows, monkeypatch):
+    """For the B model, whose image takes 34 MB of keys and values with guidance in bf16."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * 2**30))
+    config = SamplerConfig(guidance_scale=guidance)
+    found = settle(config, TransformerConfig(), torch.device("cuda"))
+    assert (found.rows_per_block, found.precision) == (rows, "bf16")
+    fixed = settle(replace(config, rows_per_block=3, precision="fp32"), None, torch.device("cuda"))
+    assert (fixed.rows_per_block, fixed.precision) == (3, "fp32")
+
+
+def test_the_settings_of_the_cpu():
+    config = SamplerConfig()
+    found = settle(config, TransformerConfig(), torch.device("cpu"))
+    assert (found.rows_per_block, found.precision, found.rows) == (16, "fp32", 32)
+    with pytest.raises(ValueError, match="rows_per_block: auto is no number yet"):
+        config.rows  # noqa: B018

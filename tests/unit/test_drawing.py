@@ -1,5 +1,7 @@
 """The step that draws a code: the same at every position, from buffers that stay, with few operators and no waiting."""
 
+import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -8,11 +10,10 @@ from support.models import VARIANTS, small_transformer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ibq.drawing import Drawing
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.models.transformer_blocks import Attention, FeedForward, RMSNorm, rotate
 from ibq.sampler import SamplerConfig
-from ibq.sampling import decoder_for, sample_codes
+from ibq.sampling import Drawing, decoder_for, sample_codes, sample_rows, settled_for
 
 OPERATORS_A_CODE = 200  # a third of the 600 that were launched before
 HOST = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique"}
@@ -46,18 +47,19 @@ def test_operators_of_a_code(monkeypatch):
     """Of the B model, guided, with what three kernels replace counted as one each."""
     torch.manual_seed(0)
     shape = TransformerConfig(depth=16, width=64, heads=16, vocab_size=128, num_classes=10, tokens_per_side=4)
-    config = SamplerConfig(rows_per_block=2, temperature=0.9)
-    drawing = Drawing(decoder_for(Transformer(shape), config), config)
+    config = SamplerConfig(rows_per_block=2, precision="fp32", temperature=0.9)
+    decoder = decoder_for(Transformer(shape), config)
+    drawing = Drawing(decoder, config)
     recorder = Recorder()
     as_one(monkeypatch, RMSNorm, "after", recorder)
     as_one(monkeypatch, Attention, "_attend", recorder)
     as_one(monkeypatch, FeedForward, "_gated", recorder)
     with torch.inference_mode():
-        drawing.begin([1, 2], [3, 4])
-        drawing.advance(0)
+        drawing.begin(decoder, [1, 2], [3, 4])
+        drawing.advance(decoder, 0)
         recorder.names.clear()
         with recorder:
-            drawing.advance(1)
+            drawing.advance(decoder, 1)
     assert recorder.names.total() <= OPERATORS_A_CODE, recorder.names
     assert not HOST & recorder.names.keys()
     assert recorder.names["_linear_pointwise"] + recorder.names["linear"] + recorder.names["mm"] >= 4 * 16 + 1
@@ -111,7 +113,7 @@ def test_a_step_that_is_replayed_is_the_plain_one(variant, settings, monkeypatch
     plain = RMSNorm.after
     monkeypatch.setattr(RMSNorm, "after", lambda self, *arguments, fused: plain(self, *arguments, fused=False))
     transformer = small_transformer(tokens_per_side=4, vocab_size=64, **VARIANTS[variant])
-    config = SamplerConfig(rows_per_block=3, **settings)
+    config = SamplerConfig(rows_per_block=3, precision="fp32", **settings)
     request = [1, 2, 3, 4], [5, 6, 7, 8]
     expected = sample_codes(transformer, *request, config)
     decoder = decoder_for(transformer, config)
@@ -127,3 +129,57 @@ def test_an_image_alone_in_three_and_in_sixty_four():
     codes = sample_codes(transformer, *zip(*requests, strict=True), config)
     assert torch.equal(sample_codes(transformer, [2], [107], config)[0], codes[7])
     assert torch.equal(sample_codes(transformer, [1, 2, 3], [106, 107, 108], config), codes[6:9])
+
+
+def test_requests_that_overlap_do_not_meet():
+    """As where a page is told to stop and to draw anew: the first goes on in its own memory."""
+    transformer = small_transformer(tokens_per_side=4, vocab_size=64)
+    config = SamplerConfig(rows_per_block=2, precision="fp32")
+    decoder = decoder_for(transformer, config)
+    first = sample_rows(decoder, [1], [5], config)
+    next(first)
+    between = sample_codes(decoder, [2], [6], config)
+    *_, last = first
+    assert torch.equal(last, sample_codes(transformer, [1], [5], config))
+    assert torch.equal(between, sample_codes(transformer, [2], [6], config))
+
+
+def test_a_decoder_is_let_go_with_its_memory():
+    config = SamplerConfig(rows_per_block=2, precision="fp32")
+    decoder = decoder_for(small_transformer(tokens_per_side=4, vocab_size=64), config)
+    sample_codes(decoder, [2], [6], config)
+    drawing = weakref.ref(decoder.drawing)
+    gc.disable()
+    try:
+        del decoder
+        assert drawing() is None
+    finally:
+        gc.enable()
+
+
+def test_a_decoder_says_what_auto_means_and_refuses_other_settings():
+    transformer = small_transformer(tokens_per_side=4, vocab_size=64)
+    decoder = decoder_for(transformer, SamplerConfig(rows_per_block=3, precision="bf16"))
+    own = sample_codes(decoder, [1, 2], [5, 6], SamplerConfig())
+    same = sample_codes(transformer, [1, 2], [5, 6], SamplerConfig(rows_per_block=3, precision="bf16"))
+    assert torch.equal(own, same)
+    for settings in ({"rows_per_block": 4}, {"precision": "fp32"}, {"rows_per_block": 3, "guidance_scale": 1.0}):
+        with pytest.raises(ValueError, match=r"rows_per_block: these settings take .* made for 6 in bf16"):
+            sample_codes(decoder, [1], [5], SamplerConfig(**settings))
+
+
+class NotCaptured:
+    def __init__(self, step, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_step_that_cannot_be_captured_is_launched(capsys):
+    transformer, config = small_transformer(tokens_per_side=4, vocab_size=64), SamplerConfig(rows_per_block=2)
+    decoder = decoder_for(transformer, config)
+    config = settled_for(decoder, config)
+    decoder.fused = True
+    decoder.drawing = Drawing(decoder, config, graph=NotCaptured)
+    codes = sample_codes(decoder, [1, 2, 3], [5, 6, 7], config)
+    assert torch.equal(codes, sample_codes(transformer, [1, 2, 3], [5, 6, 7], config)) and not decoder.fused
+    said = capsys.readouterr().err
+    assert said.count("note: no CUDA graph (operation not permitted when stream is capturing)") == 1

@@ -43,7 +43,7 @@ def test_options_of_types_that_may_be_missing_or_given_twice():
 def test_every_setting_of_the_sampler_has_help():
     text = " ".join(parser_of(SamplerConfig).format_help().split())
     assert all(field.metadata["help"] in text for field in fields(SamplerConfig))
-    assert f"--precision {{{','.join(PRECISIONS)}}}" in text and "--rows N" in text
+    assert f"--precision {{auto,{','.join(PRECISIONS)}}}" in text and "--rows N" in text
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,14 @@ def test_a_refused_value_names_its_option(words, message):
     with pytest.raises(UserError) as caught:
         settings_of(SamplerConfig, parser_of(SamplerConfig).parse_args(words))
     assert str(caught.value).startswith(message)
+
+
+def test_a_number_or_a_word(capsys):
+    parse = parser_of(SamplerConfig).parse_args
+    assert parse(["--rows", "7"]).rows_per_block == 7 and parse(["--rows", "auto"]).rows_per_block == "auto"
+    with pytest.raises(SystemExit) as caught:
+        parse(["--rows", "many"])
+    assert caught.value.code == 2 and "--rows: 'many' is no whole number; give one, or auto" in capsys.readouterr().err
 
 
 def test_only_some_settings():

@@ -7,11 +7,10 @@ import torch
 from support.models import VARIANTS, small_transformer
 from torch import Tensor
 
-from ibq.drawing import filter_logits, pick
 from ibq.models.transformer import Transformer
 from ibq.noise import uniforms
 from ibq.sampler import SamplerConfig
-from ibq.sampling import decoder_for, sample_codes, sample_rows
+from ibq.sampling import decoder_for, filter_logits, pick, sample_codes, sample_rows
 
 # A spread distribution with many codes: a rounding difference would soon show in what is drawn.
 SIZES = {"tokens_per_side": 8, "width": 64, "vocab_size": 200}

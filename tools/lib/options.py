@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import Field, fields
+from functools import partial
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -38,6 +39,9 @@ def add_settings(parser: argparse.ArgumentParser, kind: type, *names: str) -> No
 def _reading(hint: Any) -> dict[str, Any]:
     """How argparse reads a value of this type."""
     origin, parts = get_origin(hint), get_args(hint)
+    words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+    if origin in (Union, UnionType) and parts[0] is int and words:
+        return {"type": partial(_number_or_word, words)}
     if origin in (Union, UnionType):  # with None
         return _reading(parts[0])
     if origin is tuple and parts[-1] is Ellipsis:
@@ -49,6 +53,12 @@ def _reading(hint: Any) -> dict[str, Any]:
     if origin is tuple:
         return {"type": parts[0], "nargs": len(parts)}
     return {"type": hint}
+
+
+def _number_or_word(words: Sequence[str], text: str) -> int | str:
+    if text not in words and not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; give one, or {' or '.join(words)}")
+    return text if text in words else int(text)
 
 
 def option_of(field: Field) -> str:

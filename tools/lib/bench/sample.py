@@ -1,8 +1,13 @@
-"""Sampling with a KV cache and guidance against a textbook sampler on equal weights, and against memory bandwidth."""
+"""Sampling with a KV cache and guidance against a textbook sampler on equal weights, and against the machine's limits.
+
+A step's limit is its roofline: what reading the weights and the filled part of the cache takes at the measured
+bandwidth, or what its products take at the measured rate, whichever is longer.
+"""
 
 import argparse
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -10,28 +15,54 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ibq.models.transformer_blocks as blocks
+from ibq import sampling
 from ibq.config import UserError, load_section
-from ibq.decoding import Decoder
+from ibq.decoding import Decoder, PackedLinear
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.pixels import pixels_of
 from ibq.progress import progress_bar
 from ibq.sampler import PRECISIONS, SamplerConfig
-from ibq.sampling import decoder_for, sample_codes
+from ibq.sampling import decoder_for, sample_blocks, sample_codes
+from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
 from tools.lib.bench.options import add_device
-from tools.lib.bench.process import seconds_of
+from tools.lib.bench.process import product_rate, seconds_of
 
 GUIDANCE = 2.0
 PROBE_BYTES = 512 * 2**20  # of what is read to measure the bandwidth: far more than any cache
+PRODUCT = {"cpu": (512, 1024, 4096), "cuda": (8192, 4096, 8192)}  # which a device does at its best rate
+BLOCKS = 3  # of images, that are drawn with pixels and without
+# Parts of a step: what Python calls in each, for the CPU, and what its kernels' names hold, on CUDA.
+METHODS = {
+    "products": (PackedLinear, "forward"),
+    "attention": (blocks.Attention, "_attend"),
+    "norms": (blocks.RMSNorm, "after"),
+    "gates": (blocks.FeedForward, "_gated"),
+    "draw": (sampling, "draw"),
+}
+KERNELS = {
+    "attention": ("attend_kernel",),
+    "norms": ("residual_norm_kernel",),
+    "gates": ("swiglu_kernel",),
+    "products": ("gemm", "gemv", "cutlass", "nvjet", "xmma", "splitk", "cublas"),
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this measurement."""
     add = parser.add_argument
     add("--config", default="yaml/b.yaml", help="config of a transformer run (default: %(default)s)")
-    add("--images", type=int, default=4, help="drawn together, each with and without its class (default: 4)")
+    add("--rows", type=_numbers, default="4", metavar="N,N", help="images drawn together (default: %(default)s)")
     add("--rounds", type=int, default=2, help="of all forms in turn; the best of each counts (default: 2)")
     add("--tokens", type=int, help="codes of an image that the textbook form draws (default: all)")
+    add("--pixels", metavar="CONFIG", help="decode images as well, by a tokenizer of such a run")
     add_device(parser)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 class TextbookSampler:
@@ -88,17 +119,146 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     config = load_section(TransformerConfig, arguments.config, "model")
     tokens = config.num_tokens if arguments.tokens is None else arguments.tokens
-    if not 1 <= tokens <= config.num_tokens or arguments.images < 1 or arguments.rounds < 1:
-        raise UserError(f"--tokens: 1 to {config.num_tokens}; --images and --rounds: at least 1")
+    if not 1 <= tokens <= config.num_tokens or min(arguments.rows) < 1 or arguments.rounds < 1:
+        raise UserError(f"--tokens: 1 to {config.num_tokens}; --rows and --rounds: at least 1")
     transformer = _random_transformer(config, device)
-    forms = _forms(transformer, arguments.images, tokens)
+    tokenizer = None if arguments.pixels is None else _random_tokenizer(arguments.pixels, config, device)
+    machine = {"bytes_per_second": read_bandwidth(device)}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        machine[precision] = product_rate(dtype, [PRODUCT[device.type]], device.type)
+    with progress_bar("sample", arguments.rounds * len(arguments.rows) * (2 + len(PRECISIONS)), "run") as progress:
+        found = {
+            str(rows): _measure_rows(transformer, tokenizer, rows, tokens, arguments.rounds, machine, progress.update)
+            for rows in arguments.rows
+        }
+    return {
+        "config": arguments.config,
+        "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+        "guidance_scale": GUIDANCE,
+        "tokens": config.num_tokens,
+        "machine": machine,
+        "rows": found,
+        "kl_from_fp32_nats": {"bf16": divergence(transformer, "bf16", min(arguments.rows))},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _measure_rows(
+    transformer: Transformer, tokenizer: Tokenizer | None, rows: int, tokens: int, rounds: int, machine, advance
+) -> dict[str, Any]:
+    """What is found for so many images at a time."""
+    config, device = transformer.config, transformer.head.weight.device
+    decoders = {p: decoder_for(transformer, _sampler(rows, p)) for p in PRECISIONS}
+    forms = _forms(transformer, decoders, rows, tokens)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    with progress_bar("sample", arguments.rounds * len(forms), "run") as progress:
-        for _ in range(arguments.rounds):
-            for name, run in forms.items():
-                seconds[name].append(seconds_of(run, device))
-                progress.update()
-    return _figures(arguments, transformer, tokens, {name: min(found) for name, found in seconds.items()})
+    for run in forms.values() if device.type == "cuda" else ():
+        run()  # compiles kernels, captures graphs
+    for _ in range(rounds):
+        for name, run in forms.items():
+            seconds[name].append(seconds_of(run, device))
+            advance()
+    drawn = {name: tokens if name.startswith("textbook") else config.num_tokens for name in forms}
+    step = {name: min(found) / drawn[name] for name, found in seconds.items()}
+    limits = {p: _limits(config, decoders[p], machine) for p in PRECISIONS}
+    found = {
+        "ms_a_step": {name: 1000 * value for name, value in step.items()},
+        "tokens_per_second": {name: rows / value for name, value in step.items()},
+        "images_per_second": {name: rows / value / config.num_tokens for name, value in step.items()},
+        "ratio": {
+            "speedup_fp32": step["textbook fp32"] / step["fp32"],
+            "speedup": step["textbook fp32"] / step["bf16"],
+            "speedup_bf16_over_autocast": step["textbook autocast"] / step["bf16"],
+        },
+        "limits_ms": {p: {name: 1000 * value for name, value in limits[p].items()} for p in PRECISIONS},
+        "share_of_roofline": {p: max(limits[p].values()) / step[p] for p in PRECISIONS},
+        "parts_ms": {p: _parts(forms[p], device, config.num_tokens) for p in PRECISIONS},
+    }
+    if tokenizer is not None:
+        found["with_pixels"] = _measure_pixels(decoders["bf16"], tokenizer, rows)
+    return found
+
+
+def _limits(config: TransformerConfig, decoder: Decoder, machine: dict[str, float]) -> dict[str, float]:
+    """Seconds that a step takes at least, by what limits it."""
+    size, sequences = decoder.dtype.itemsize, decoder.rows
+    before = (config.num_tokens - 1) / 2  # positions in the cache, on average
+    position = 2 * config.depth * config.num_kv_heads * config.head_dim  # numbers in the cache
+    weights = decoder.weight_bytes()
+    attention = 4 * config.depth * config.model_width * before
+    return {
+        "memory": (weights + sequences * before * position * size) / machine["bytes_per_second"],
+        "products": sequences * (2 * weights / size + attention) / machine[decoder.precision],
+    }
+
+
+def _parts(run: Callable[[], Any], device: torch.device, steps: int) -> dict[str, float]:
+    """Milliseconds of a step by part; on CUDA of its kernels, `rest` being what none of the names fits."""
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize(device)
+        found = dict.fromkeys([*KERNELS, "rest"], 0.0)
+        for event in profile.key_averages():
+            name = event.key.lower()
+            part = next((part for part, words in KERNELS.items() if any(word in name for word in words)), "rest")
+            found[part] += event.self_device_time_total / 1e6
+    else:
+        clock = Stopwatch(device)
+        with _clocked(clock):
+            whole = seconds_of(run)
+        found = {name.removeprefix("seconds/"): seconds for name, seconds in clock.means(1).items()}
+        found["rest"] = whole - sum(found.values())
+    return {name: 1000 * seconds / steps for name, seconds in found.items()}
+
+
+@contextmanager
+def _clocked(clock: Stopwatch) -> Iterator[None]:
+    """The methods of a step's parts, measured while this lasts."""
+    plain = {name: getattr(*place) for name, place in METHODS.items()}
+
+    def measured(name: str) -> Callable:
+        @wraps(plain[name])
+        def call(*arguments, **keywords):
+            with clock.part(name):
+                return plain[name](*arguments, **keywords)
+
+        return call
+
+    for name, place in METHODS.items():
+        setattr(*place, measured(name))
+    try:
+        yield
+    finally:
+        for name, place in METHODS.items():
+            setattr(*place, plain[name])
+
+
+def _sampler(rows: int, precision: str) -> SamplerConfig:
+    return SamplerConfig(guidance_scale=GUIDANCE, rows_per_block=rows, precision=precision)
+
+
+def _measure_pixels(decoder: Decoder, tokenizer: Tokenizer, rows: int) -> dict[str, float]:
+    """Images a second of some blocks: codes alone, and with their pixels decoded beside."""
+    device, count = decoder.device, BLOCKS * rows
+    classes = [number % decoder.config.num_classes for number in range(count)]
+    draw = partial(sample_blocks, decoder, classes, range(count), _sampler(rows, decoder.precision))
+    runs = {
+        "codes": lambda: [codes.shape for codes in draw()],
+        "pixels": lambda: [images.shape for images in pixels_of(draw(), tokenizer, "bf16")],
+    }
+    found = {}
+    for name, run in runs.items():
+        if device.type == "cuda":
+            run()
+        found[f"{name}_images_per_second"] = count / seconds_of(run, device)
+    return found | {"ratio": found["pixels_images_per_second"] / found["codes_images_per_second"]}
+
+
+def _random_tokenizer(file: str, config: TransformerConfig, device: torch.device) -> Tokenizer:
+    model = load_section(TokenizerConfig, file, "model", [f"quantizer.num_codes={config.vocab_size}"])
+    torch.manual_seed(0)
+    channels_last = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    return Tokenizer(model).to(device, memory_format=channels_last).eval().requires_grad_(False)
 
 
 def _random_transformer(config: TransformerConfig, device: torch.device) -> Transformer:
@@ -112,7 +272,9 @@ def _random_transformer(config: TransformerConfig, device: torch.device) -> Tran
     return transformer
 
 
-def _forms(transformer: Transformer, images: int, tokens: int) -> dict[str, Callable[[], Any]]:
+def _forms(
+    transformer: Transformer, decoders: dict[str, Decoder], images: int, tokens: int
+) -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
     device, textbook = transformer.head.weight.device, TextbookSampler(transformer)
     classes = [i % transformer.config.num_classes for i in range(images)]
@@ -126,45 +288,19 @@ def _forms(transformer: Transformer, images: int, tokens: int) -> dict[str, Call
             plain()
 
     forms: dict[str, Callable[[], Any]] = {"textbook fp32": plain, "textbook autocast": autocast}
-    for precision in PRECISIONS:
-        sampler = SamplerConfig(guidance_scale=GUIDANCE, rows_per_block=images, precision=precision)
-        decoder = decoder_for(transformer, sampler)
+    for precision, decoder in decoders.items():
+        sampler = _sampler(images, precision)
         forms[precision] = partial(sample_codes, decoder, classes, range(len(classes)), sampler)
     return forms
-
-
-def _figures(arguments, transformer: Transformer, tokens: int, seconds: dict[str, float]) -> dict[str, Any]:
-    config, images = transformer.config, arguments.images
-    drawn = {name: images * (tokens if name.startswith("textbook") else config.num_tokens) for name in seconds}
-    rate = {name: drawn[name] / found for name, found in seconds.items()}
-    bandwidth = read_bandwidth(transformer.head.weight.device)
-    bytes_per_step = {p: Decoder(transformer, p, images).weight_bytes() for p in PRECISIONS}
-    share = {p: bytes_per_step[p] * config.num_tokens / seconds[p] / bandwidth for p in PRECISIONS}
-    plain = rate["textbook fp32"]
-    return {
-        "config": arguments.config,
-        "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
-        "images": images,
-        "guidance_scale": GUIDANCE,
-        "tokens_per_second": rate,
-        "ratio": {
-            "speedup_fp32": rate["fp32"] / plain,
-            "speedup": rate["bf16"] / plain,
-            "speedup_bf16_over_autocast": rate["bf16"] / rate["textbook autocast"],
-        },
-        "weight_bytes_per_step": bytes_per_step,
-        "bandwidth_gb_per_second": bandwidth / 1e9,
-        "share_of_bandwidth": share,
-        "kl_from_fp32_nats": {"bf16": divergence(transformer, "bf16", images)},
-        "threads": torch.get_num_threads(),
-    }
 
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes a second at which a product with a vector reads a matrix that fits no cache: the best of eight."""
     matrix = torch.ones(PROBE_BYTES // 4096, 1024, device=device)
     vector = torch.ones(1024, device=device)
-    return PROBE_BYTES / min(seconds_of(lambda: torch.mv(matrix, vector), device) for _ in range(8))
+    calls = 20 if device.type == "cuda" else 1  # for the launch and the wait not to count
+    seconds = min(seconds_of(lambda: [torch.mv(matrix, vector) for _ in range(calls)], device) for _ in range(8))
+    return calls * PROBE_BYTES / seconds
 
 
 @torch.no_grad()
@@ -184,21 +320,34 @@ def divergence(transformer: Transformer, precision: str, images: int, steps: int
 def _log_probabilities(decoder: Decoder, labels: Tensor, codes: Tensor) -> Tensor:
     condition, cache = decoder.condition(labels), decoder.new_cache()
     inputs = [condition.embedding, *map(decoder.embed, codes.unbind(1)[:-1])]
-    rows = [decoder.step(x, condition, cache, position) for position, x in enumerate(inputs)]
+    positions = torch.arange(len(inputs), device=decoder.device).split(1) if decoder.fused else range(len(inputs))
+    rows = [decoder.step(x, condition, cache, place) for place, x in zip(positions, inputs, strict=True)]
     return torch.stack(rows, dim=1).log_softmax(-1)
 
 
 def table(figures: dict[str, Any]) -> str:
     """The figures for the terminal."""
-    rate, share = figures["tokens_per_second"], figures["share_of_bandwidth"]
-    lines = [f"{figures['parameters']:,} parameters, {figures['images']} images at a time, guidance on"]
-    for name, tokens in rate.items():
-        more = f"{tokens / rate['textbook fp32']:5.2f} x the textbook form"
-        if name in share:
-            gigabytes = figures["weight_bytes_per_step"][name] / 1e9
-            more += f", {share[name]:4.0%} of reading {gigabytes:.2f} GB of weights a step"
-        if name in figures["kl_from_fp32_nats"]:
-            more += f", KL from fp32 {figures['kl_from_fp32_nats'][name]:.2e} nats a code"
-        lines.append(f"  {name:<18} {tokens:8.1f} tokens/s  {more}")
-    lines.append(f"memory is read at {figures['bandwidth_gb_per_second']:.1f} GB/s by a product with a vector")
+    lines = [f"{figures['parameters']:,} parameters, guidance on, {figures['tokens']} codes an image"]
+    for rows, found in figures["rows"].items():
+        lines.append(f"{rows} images at a time:")
+        for name, step in found["ms_a_step"].items():
+            more = f"{found['ms_a_step']['textbook fp32'] / step:6.2f} x the textbook form"
+            if name in PRECISIONS:
+                limit = max(found["limits_ms"][name], key=found["limits_ms"][name].get)
+                more += f", {found['share_of_roofline'][name]:4.0%} of the roofline ({limit})"
+            if name in figures["kl_from_fp32_nats"]:
+                more += f", KL from fp32 {figures['kl_from_fp32_nats'][name]:.2e} nats a code"
+            lines.append(f"  {name:<18} {step:9.3f} ms a step {found['images_per_second'][name]:9.3f} images/s {more}")
+        for precision, parts in found["parts_ms"].items():
+            text = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
+            lines.append(f"  parts of {precision}, ms a step: {text}")
+        if "with_pixels" in found:
+            pixels = found["with_pixels"]
+            lines.append(
+                f"  with pixels {pixels['pixels_images_per_second']:.3f} images/s, "
+                f"{pixels['ratio']:.2f} of those of codes alone"
+            )
+    machine = figures["machine"]
+    rates = ", ".join(f"{p} products {machine[p] / 1e12:.2f} TFLOP/s" for p in PRECISIONS)
+    lines.append(f"memory is read at {machine['bytes_per_second'] / 1e9:.1f} GB/s by a product with a vector; {rates}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from ibq.config_yaml import parse_yaml, unwrap
 from ibq.data.codes import META_FILE
 from ibq.data.shards import CLASSES_FILE, class_names, parse_classes
 from ibq.data.storage import is_url
-from ibq.decoding import Decoder
+from ibq.decoding import Decoder, settle
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.sampler import SamplerConfig
@@ -24,6 +25,7 @@ from tools.lib.options import device_of, settings_of
 from tools.sample import check_pair
 
 QUICKSTART = Path("runs/quickstart")
+ROWS = 16  # images of one sheet, on a GPU too
 
 
 class Models:
@@ -60,7 +62,10 @@ class Models:
 def open_models(arguments: argparse.Namespace) -> Models:
     """Load what the options name, or what the quickstart has made; UserError that says what to do otherwise."""
     defaults = settings_of(SamplerConfig, arguments)
+    if defaults.rows_per_block == "auto":
+        defaults = replace(defaults, rows_per_block=ROWS)
     device, paths = device_of(arguments), places(arguments)
+    defaults = settle(defaults, None, device)
     tokenizer = load_tokenizer(paths[0], device=device)
     if tokenizer.config.in_channels != 3:
         raise UserError(f"{paths[0]}: takes images of {tokenizer.config.in_channels} channels; the page has RGB ones")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from ibq.api import decode_in_blocks
 from ibq.config import UserError
+from ibq.pixels import decode_in_blocks
 from ibq.sampler import SamplerConfig
 from ibq.sampling import sample_rows
 from tools.lib.demo import views as views
