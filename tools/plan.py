@@ -121,12 +121,15 @@ def layout_of(engine: EngineConfig, machine: Machine) -> Layout:
                 ranks = explicit.mesh_sizes(machine.gpus)[1]
             else:
                 engine.mesh_sizes(machine.gpus)
+            share = ranks or machine.gpus // engine.tensor_parallel
             return Layout(
                 kind="fsdp",
                 shard_ranks=ranks,
                 offload_optimizer=engine.offload,
                 tensor=engine.tensor_parallel,
                 sequence=engine.sequence_parallel,
+                reduces_each=engine.reduce == "each",
+                reshards=engine.reshards(share),
                 **common,
             )
 

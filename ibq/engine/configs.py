@@ -29,14 +29,26 @@ class FsdpEngineConfig:
     tensor_parallel: int = 1  # ranks that share each matrix
     sequence_parallel: bool = False  # they also share the tokens between the matrices
     compile: bool | None = None  # as in `LocalEngineConfig`
+    # Gradients are summed over the ranks in the last micro-batch of a step, or in each: that is less memory by the
+    # whole gradients in float32, and as many times the traffic.
+    reduce: Literal["last", "each"] = "last"
+    # Gathered weights are freed after a block's forward pass, and gathered again for its backward pass; by default
+    # wherever several ranks share a copy.
+    reshard: bool | None = None
 
     def __post_init__(self):
         require_least(self, tensor_parallel=1)
+        if self.reduce not in ("last", "each"):
+            raise ValueError(f"reduce: {self.reduce!r} is not possible; choose last or each")
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel: needs tensor_parallel of at least 2")
         if self.shard_ranks is not None and self.shard == "full":
             raise ValueError("shard_ranks: is for shard: hybrid; leave it out")
         require_least(self, shard_ranks=1)
+
+    def reshards(self, shard_ranks: int) -> bool:
+        """Whether gathered weights are freed between a block's two passes."""
+        return shard_ranks > 1 if self.reshard is None else self.reshard
 
     def mesh_sizes(self, world_size: int) -> tuple[int, int, int]:
         """(replicate, shard, tensor) ranks; UserError where the numbers do not divide."""

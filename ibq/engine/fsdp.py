@@ -6,6 +6,7 @@ of one tensor group are neighbours and see the same data.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -75,8 +76,12 @@ class FsdpEngine(TorchEngine):
         # The blocks are gathered in bf16. What is left (embeddings, final norm, head, quantizer) stays in fp32 under
         # autocast, as in one process.
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for unit in units_of(module):
-            fully_shard(unit, **common, mp_policy=bf16 if settings.precision == "bf16" else MixedPrecisionPolicy())
+        policy = bf16 if settings.precision == "bf16" else MixedPrecisionPolicy()
+        reshard = config.reshards(self._mesh["shard"].size())
+        for unit in (units := units_of(module)):
+            fully_shard(unit, **common, mp_policy=policy, reshard_after_forward=reshard)
+        for unit, following in itertools.pairwise(units):
+            unit.set_modules_to_forward_prefetch([following])  # asked for before this one's kernels, not after
         fully_shard(module, **common)
         for path, method in getattr(module, "forward_methods", ()):
             make_forward_method(module.get_submodule(path), method)
@@ -107,6 +112,13 @@ class FsdpEngine(TorchEngine):
         return Held(tensor=own, piece=piece, decays=parameter.dim() >= 2, copies=copies)
 
     # --- The step ---
+
+    @contextlib.contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around one micro-batch's forward and backward passes; see `FsdpEngineConfig.reduce`."""
+        last = self._micro_batches == self.settings.accumulation - 1
+        self.module.set_requires_gradient_sync(last or self.config.reduce == "each")
+        yield
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:

@@ -9,13 +9,14 @@ by rings (a reduce-scatter or all-gather of S bytes sends S (n - 1) / n, an all-
   weights. ZeRO-2: the reduce-scatter in every micro-batch. ZeRO-3: two all-gathers of the weights and a reduce-scatter
   of the gradients in every micro-batch.
 - FSDP2: in every micro-batch all-gathers of the blocks for the forward and for the backward pass, one of the rest (its
-  weights stay), and a reduce-scatter of the float32 gradients; hybrid: within a group of n ranks, and an all-reduce of
-  each rank's 1 / n between the groups.
+  weights stay), and once a step (or in every micro-batch) a reduce-scatter of the float32 gradients; hybrid: within a
+  group of n ranks, and an all-reduce of each rank's 1 / n between the groups.
 - Tensor parallelism, in every micro-batch: an all-reduce of [tokens, C] after each of the two parts of a block and in
   the backward pass before each, after the embedding, and before the head; with full checkpointing the forward ones
   twice. Sequence parallelism sends as much, as reduce-scatters and all-gathers.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,8 @@ class Layout:
     shard_ranks: int | None = None  # of FSDP: ranks that share one copy; None: all
     tensor: int = 1
     sequence: bool = False
+    reduces_each: bool = False  # FSDP's gradients, in every micro-batch instead of once a step
+    reshards: bool = True  # FSDP's blocks are gathered for each of their passes
     bucket: int = 50_000_000  # elements of ZeRO's buckets
     gather: int = 50_000_000  # elements gathered at a time, or ahead of their use
     live: int = 200_000_000  # elements that ZeRO-3 keeps gathered
@@ -128,29 +131,31 @@ def rules(layout: Layout, training: Training) -> Rules:
             buckets = 4.0 if layout.gpus > 1 else 0.0
             return Rules(weights=4, optimizer=moments, ema=ema, gradient=4, cast=2.0 * bf16, buckets=buckets)
         case "fsdp":
-            return _fsdp(layout, moments, ema, 2.0 if bf16 else 4.0)
+            whole = training.accumulation(layout) > 1 and not layout.reduces_each
+            return _fsdp(layout, moments, ema, 2.0 if bf16 else 4.0, whole=whole)
         case "zero":
             return _zero(layout, moments, ema, 2.0 if bf16 else 4.0)
 
 
-def _fsdp(layout: Layout, moments: float, ema: float, compute: float) -> Rules:
+def _fsdp(layout: Layout, moments: float, ema: float, compute: float, *, whole: bool) -> Rules:
     """Float32 shards; a block is gathered into a buffer and copied out of it, the next one's buffer fills meanwhile.
 
     Its gradients come whole, in the computation's dtype, and are copied to a float32 buffer to be reduced, which is
-    freed when the next block's are.
+    freed when the next block's are; `whole`: until the last micro-batch they are summed up in float32 first. Without
+    resharding gathered weights stay.
     """
     n = layout.shard
     here = 0.0 if layout.offload_optimizer != "none" else 1.0
+    stay = {} if layout.reshards else {"gathered": 0.0, "ahead": 0.0, "live": compute, "live_elements": math.inf}
     return Rules(
         weights=here * 4 / n,
         optimizer=here * moments / n,
         ema=here * ema / n,
-        gradient=here * 4 / n,
-        gathered=compute,
-        ahead=compute,
+        gradient=4.0 if whole else here * 4 / n,
         passing=compute + 4,
         root_gathered=4,
         root_passing=4,
+        **({"gathered": compute, "ahead": compute} | stay),
     )
 
 

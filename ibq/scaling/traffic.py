@@ -40,10 +40,12 @@ def parameter_traffic(network: Network, layout: Layout, training: Training) -> T
     if layout.kind == "local" or (layout.kind == "zero" and layout.stage == 0):
         return Traffic(data=2 * ring(layout.data) * 4 * elements, data_ranks=layout.data)
     if layout.kind == "fsdp":
-        gathered = 2 * size * (elements - root) + 4 * root
-        data = passes * ring(n) * (gathered + 4 * elements)
-        copies = passes * 2 * ring(layout.copies) * 4 * elements / n
-        host = passes * (gathered + 4 * elements) / n if layout.offload_optimizer != "none" else 0.0
+        gathered = (2 if layout.reshards else 1) * size * (elements - root) + 4 * root
+        reductions = passes if layout.reduces_each else 1
+        data = ring(n) * (passes * gathered + reductions * 4 * elements)
+        copies = reductions * 2 * ring(layout.copies) * 4 * elements / n
+        moved = passes * gathered + reductions * 4 * elements
+        host = moved / n if layout.offload_optimizer != "none" else 0.0
         updated = elements / n if host else 0.0
         return Traffic(data=data, data_ranks=n, copies=copies, host=host, cpu_elements=updated)
     once = 4 if size == 4 else 8  # DeepSpeed's stage 1 with bf16 reduces by an all-reduce

@@ -19,6 +19,8 @@ ENGINES = {
     "one process": (1, ()),
     "DDP": (2, ()),
     "FSDP2": (2, ("engine.kind=fsdp",)),
+    "FSDP2, reduced in each": (2, ("engine.kind=fsdp", "engine.reduce=each")),
+    "FSDP2, kept gathered": (2, ("engine.kind=fsdp", "engine.reshard=false")),
     "FSDP2 with offload": (2, ("engine.kind=fsdp", "engine.offload=cpu")),
     "FSDP2 of one process": (1, ("engine.kind=fsdp",)),
     "hybrid": (4, ("engine.kind=fsdp", "engine.shard=hybrid", "engine.shard_ranks=2")),
@@ -63,6 +65,7 @@ class Runner:
 
     def __init__(self, folder):
         self.folder, self.jobs = folder, {}
+        self.reductions: dict[str, int] = {}  # reduce-scatters of each run
 
     def add(self, name: str, engine: str, overrides, fault=None, accumulated=False) -> None:
         processes, settings = ENGINES[engine]
@@ -72,7 +75,7 @@ class Runner:
         settings = [setting.replace("NVME", str(self.folder / "nvme")) for setting in settings]
         argv = ["--config", str(self.folder / "transformer.yaml"), f"output={self.folder / name}"]
         argv += [*QUIET, micro_batch(engine, accumulated), *settings, *overrides]
-        self.jobs.setdefault(processes, []).append({"stage": "transformer", "argv": argv, "fault": fault})
+        self.jobs.setdefault(processes, []).append({"stage": "transformer", "argv": argv, "fault": fault, "name": name})
 
     def start(self) -> None:
         jobs, self.jobs = self.jobs, {}
@@ -83,6 +86,8 @@ class Runner:
             assert result.returncode == 0, result.stderr[-4000:]
             for rank in range(processes):
                 assert json.loads((self.folder / f"{file.name}.{rank}").read_text()) == [0] * len(some), result.stderr
+            counts = json.loads((self.folder / f"{file.name}.0.reductions").read_text())
+            self.reductions |= {job["name"]: count for job, count in zip(some, counts, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +154,12 @@ def test_an_engine_trains_as_one_process(equality, engine, variant):
 def test_a_planted_fault_is_noticed(equality, name):
     found = deviation(equality / name, equality / "one process" / "adamw", STEPS)
     assert not equal(found), found
+
+
+def test_gradients_are_reduced_once_a_step_or_in_every_micro_batch(equality, runner):
+    """Of two blocks and what is around them; with two micro-batches a step."""
+    once, each = (runner.reductions[f"equal/{name}/recomputed"] for name in ("FSDP2", "FSDP2, reduced in each"))
+    assert (once, each) == (3 * STEPS, 2 * 3 * STEPS)
 
 
 def test_the_variants_differ(equality):

@@ -295,6 +295,10 @@ ENGINES = {
     "fsdp x tensor": {"kind": "fsdp", "tensor_parallel": 2},
     "fsdp x tensor + sequence": {"kind": "fsdp", "tensor_parallel": 2, "sequence_parallel": True},
 }
+FSDP = {
+    "fsdp, reduced in each": {"kind": "fsdp", "reduce": "each"},
+    "fsdp, kept gathered": {"kind": "fsdp", "reshard": False},
+}
 SIZES = {
     "weights": (WEIGHTS, "fp32", 2, 1),
     "weights, accumulated": (WEIGHTS, "bf16", 2, 2),
@@ -311,7 +315,7 @@ def case(engine: str, size: str) -> dict:
     model, precision, micro_batch, accumulation = (SIZES | KEPT_SIZES | TOKENIZER_SIZES)[size]
     return {
         "model": model,
-        "engine": ENGINES[engine],
+        "engine": (ENGINES | FSDP)[engine],
         "precision": precision,
         "micro_batch": micro_batch,
         "accumulation": accumulation,
@@ -333,6 +337,7 @@ TOKENIZER_SIZES = {
 }
 CASES = {f"{engine}: {size}": case(engine, size) for engine in ENGINES for size in SIZES}
 CASES |= {f"{engine}: {size}": case(engine, size) for engine in ("local", "fsdp") for size in TOKENIZER_SIZES}
+CASES |= {f"{engine}: weights, accumulated": case(engine, "weights, accumulated") for engine in FSDP}
 CASES |= {f"local: {size}": case("local", size) for size in KEPT_SIZES}
 
 
@@ -345,6 +350,8 @@ def planned_peak(found: dict, gpus: int) -> float:
         stage=stage or 0,
         tensor=tensor,
         sequence=engine.get("sequence_parallel", False),
+        reduces_each=engine.get("reduce") == "each",
+        reshards=engine.get("reshard", True),
         bucket=BUCKETS["reduce_bucket_size"],
         gather=BUCKETS["prefetch_bucket_size"],
         live=BUCKETS["max_live_parameters"],
@@ -391,7 +398,6 @@ def test_peak_memory_on_two_processes(peaks, name):
         ("local: weights", "zero-2: weights"),
         ("zero-1: weights, accumulated", "zero-2: weights, accumulated"),
         ("zero-2: weights", "local: weights"),
-        ("fsdp: weights, accumulated", "local: weights, accumulated"),
         ("fsdp: activations", "fsdp x tensor: activations"),
         ("local: activations, recomputed", "local: activations"),
         ("local: tokenizer's weights", "fsdp: tokenizer's weights"),
@@ -436,9 +442,12 @@ def test_traffic_per_engine():
     assert sent(kind="zero", stage=3).data == ring(8) * passes * (2 + 2 + 4) * count
     full, hybrid = sent(kind="fsdp"), sent(kind="fsdp", shard_ranks=4)
     root = transformer_network(config, Layout(kind="fsdp", gpus=8), training).root
-    assert full.data == ring(8) * passes * (4 * (count - root) + 4 * root + 4 * count)
-    assert full.copies == 0 and hybrid.copies == passes * 2 * ring(2) * 4 * count / 4
+    assert full.data == ring(8) * (passes * (4 * (count - root) + 4 * root) + 4 * count)
+    assert full.copies == 0 and hybrid.copies == 2 * ring(2) * 4 * count / 4
     assert hybrid.data == full.data * ring(4) / ring(8)
+    each, kept = sent(kind="fsdp", reduces_each=True), sent(kind="fsdp", reshards=False)
+    assert each.data == pytest.approx(full.data + ring(8) * (passes - 1) * 4 * count)
+    assert kept.data == pytest.approx(full.data - ring(8) * passes * 2 * (count - root))
     offloaded = sent(kind="zero", stage=3, offload_optimizer="nvme", offload_parameters="nvme")
     assert offloaded.disk == (2 * 16 + passes * 2 * 2) * count / 8
 

@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/workers/train_worker.py jobs.json
 
-jobs.json: a list of {"stage", "argv", "fault"}; exit codes go to jobs.json.RANK. Faults, by the engine of the stage:
+jobs.json: a list of {"stage", "argv", "fault"}; exit codes go to jobs.json.RANK, numbers of reduce-scatters
+to jobs.json.RANK.reductions. Faults, by the engine of the stage:
     {"kind": "nan", "steps": [1, 2], "rank": 1, "engine": "tokenizer"}   its loss is NaN at these steps on this rank
     {"kind": "scale", "factor": 1.01}                                     all gradients are too large by a factor
     {"kind": "unreduced"}                                                 FSDP2's ranks keep their own gradients
@@ -20,8 +21,15 @@ from ibq import dist
 from ibq.engine.local import TorchEngine
 from ibq.training import loop
 
-reduce_scatter = torch_dist.reduce_scatter_single
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(torch_dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+reduce_scatter = getattr(torch_dist, REDUCE_SCATTER)
+reductions: list[int] = []  # reduce-scatters of each job
 backward, seed_step = TorchEngine.backward, loop.seed_step
+
+
+def counted(*arguments, **keywords):
+    reductions[-1] += 1
+    return reduce_scatter(*arguments, **keywords)
 
 
 def plant(fault: dict | None) -> None:
@@ -48,7 +56,7 @@ def plant(fault: dict | None) -> None:
     loop.seed_step = note_step
     TorchEngine.backward = faulty if fault else backward
     unreduced = fault is not None and fault["kind"] == "unreduced"
-    torch_dist.reduce_scatter_single = keep_own if unreduced else reduce_scatter
+    setattr(torch_dist, REDUCE_SCATTER, keep_own if unreduced else counted)
 
 
 def main() -> None:
@@ -57,10 +65,12 @@ def main() -> None:
     shutdown, dist.shutdown = dist.shutdown, lambda: None
     codes = []
     for job in json.loads(jobs.read_text()):
+        reductions.append(0)
         plant(job.get("fault"))
         codes.append(train_here(job["stage"], job["argv"]))
         dist.barrier()
     Path(f"{jobs}.{dist.rank()}").write_text(json.dumps(codes))
+    Path(f"{jobs}.{dist.rank()}.reductions").write_text(json.dumps(reductions))
     shutdown()
 
 
