@@ -48,8 +48,11 @@ def decode_rgb(data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int
             image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > max_pixels:
             raise TooLargeError(f"{image.width} x {image.height} pixels are more than the {max_pixels:,} allowed")
+        image = _with_transparency(image, data)
         image = _upright(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        if image.mode == "F":
+            raise ValueError("of floating-point numbers, whose scale is unknown")
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them instead of scaling
@@ -63,6 +66,31 @@ def decode_rgb(data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int
         raise ValueError("not a readable picture: of no known format") from error
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         raise ValueError(f"not a readable picture: {str(error) or type(error).__name__}") from error
+
+
+def _with_transparency(image: Image.Image, data: bytes) -> Image.Image:
+    """A PNG of grey or RGB that names one transparent colour (`tRNS`), in its own depth, with an alpha channel instead.
+
+    Pillow compares that colour with pixels that it has scaled, and takes 16 bits for 8.
+    """
+    colour = image.info.get("transparency")
+    if image.format != "PNG" or image.mode == "P" or colour is None:
+        return image
+    depth, image_pixels = data[24], np.asarray(image)  # of the header, which every PNG begins with
+    colours = np.atleast_1d(np.asarray(colour, dtype=np.int64))
+    if image.mode == "1":
+        colours, image_pixels = colours > 0, image_pixels > 0
+    elif depth < 8:
+        colours = colours * (255 // (2**depth - 1))
+    elif depth == 16 and not image.mode.startswith("I"):
+        colours = colours >> 8  # as Pillow has made them
+    pixels = image_pixels if image_pixels.ndim == 3 else image_pixels[..., None]
+    clear = (pixels == colours).all(-1)
+    grey = Image.fromarray((image_pixels // 257).astype(np.uint8)) if image.mode.startswith("I") else image
+    solid = grey.convert("RGB")
+    solid.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    solid.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return solid
 
 
 def _upright(image: Image.Image) -> Image.Image:
