@@ -10,7 +10,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from ibq.config import UserError
-from ibq.meeting import Meeting, meet, number, place, telling_others
+from ibq.meeting import Meeting, meet, number, own_gpu, place, telling_others
 
 TIMEOUT = timedelta(minutes=30)
 T = TypeVar("T")
@@ -42,18 +42,18 @@ def setup(device: str = "auto", meeting: Meeting | None = None) -> torch.device:
 def own_device(device: str) -> torch.device:
     """The device of this rank; UserError if its machine has fewer than ranks."""
     place()  # takes over what srun says
-    local_rank = number("LOCAL_RANK", "0")
+    own = own_gpu()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cuda":
         return torch.device(device)
-    if local_rank >= torch.cuda.device_count():
+    if own >= torch.cuda.device_count():
         raise UserError(
-            f"device: process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices; "
+            f"device: process {own} of this machine finds {torch.cuda.device_count()} CUDA devices; "
             "start fewer processes, or set device=cpu"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device(device, local_rank)
+    torch.cuda.set_device(own)
+    return torch.device(device, own)
 
 
 def ensure_group() -> None:

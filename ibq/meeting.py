@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
+import torch
 import torch.distributed as torch_dist
 
 from ibq.config import UserError
@@ -88,6 +89,17 @@ def number(name: str, default: str | None = None) -> int:
     if not re.fullmatch(r"\d{1,9}", value):
         raise UserError(f"{name}={value} is no whole number; {BY_HAND}")
     return int(value)
+
+
+def own_gpu() -> int:
+    """This process's GPU among those that it sees: its number on the machine, or 0 where Slurm shows it one alone.
+
+    So it does with `srun --gpus-per-task=1`: every task has a device 0 that the others do not see.
+    """
+    per_task = f"{os.environ.get('SLURM_GPUS_PER_TASK', '')} {os.environ.get('SLURM_TRES_PER_TASK', '')}"
+    bound = os.environ.get("SLURM_GPU_BIND", "").startswith(("per_task", "single", "map_gpu"))
+    alone = (bound or bool(per_task.strip())) and torch.cuda.device_count() == 1
+    return 0 if alone else number("LOCAL_RANK", "0")
 
 
 def _variable(name: str, default: str | None = None) -> str:

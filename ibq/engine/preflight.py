@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
-from ibq.meeting import Place, number, place
+from ibq.meeting import Place, own_gpu, place
 
 FOLDER = ".preflight-"  # and a random word, beside the run's files; removed again
 POLL_S = 0.05
@@ -111,7 +111,7 @@ class _Member:
 
     def _hello(self) -> None:
         problem = _write_own(self.folder, self.rank)
-        local = number("LOCAL_RANK", "0")
+        local = own_gpu()
         if self.device == "cuda" and local >= torch.cuda.device_count():
             problem = problem or f"has {torch.cuda.device_count()} CUDA devices, too few for its process {local}"
         self.store.set(f"hello/{self.rank}", json.dumps({"host": _own_name(), "problem": problem}))
@@ -252,8 +252,7 @@ class _Member:
         return result[0] if result else 0.0
 
     def _all_reduce(self) -> float:
-        local = number("LOCAL_RANK", "0")
-        place = torch.device("cuda", local) if self.device == "cuda" else torch.device("cpu")
+        place = torch.device("cuda", own_gpu()) if self.device == "cuda" else torch.device("cpu")
         group = torch_dist.PrefixStore("group", self.store)
         timeout = timedelta(seconds=self.config.wait_s)
         backend = "nccl" if self.device == "cuda" else "gloo"
