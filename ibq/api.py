@@ -31,6 +31,10 @@ MODEL_PLACES = (
 )
 
 
+class NoModelError(UserError):
+    """A file of weights that does not say which model they are of."""
+
+
 def load_tokenizer(path: str | Path, *, weights: Weights = "ema", device: torch.device | str = "auto") -> Tokenizer:
     """A tokenizer for use (eval mode) from one of MODEL_PLACES; UserError if there is none.
 
@@ -110,7 +114,13 @@ def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device, we
         return _ready(kind, config, state, device, path)
     folder = pretrained_folder(path)
     if not (folder / "config.yaml").exists():  # a folder for the Hub, whose file says all
-        return _load(kind, config_kind, folder / "model.safetensors", device, weights)
+        try:
+            return _load(kind, config_kind, folder / "model.safetensors", device, weights)
+        except NoModelError as error:
+            raise UserError(
+                f"{folder}: has no config.yaml, and model.safetensors does not say what it holds; copy config.yaml "
+                "from the run's `best` folder"
+            ) from error
     try:
         config = load_config(config_kind, folder / "config.yaml")
     except ConfigError as error:
@@ -142,10 +152,15 @@ def read_metadata(path: Path) -> tuple[dict[str, str], dict]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
+        if "model" not in metadata:
+            raise NoModelError(
+                f"{path}: does not say which model it holds; give the folder with its config.yaml, or write it again "
+                "by tools/convert.py"
+            )
         model = json.loads(metadata["model"])
         if not isinstance(model, dict) or not {"kind", "config"} <= model.keys():
             raise ValueError("`model` is not a table of kind and config")
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not a model of this project ({error}); write it again by tools/convert.py") from error
     return metadata, model
 

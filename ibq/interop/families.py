@@ -7,7 +7,8 @@ from pathlib import Path
 from ibq.interop import llamagen, open_magvit2, seed_voken
 from ibq.interop.lightning_tokenizer import Weights
 from ibq.interop.published import Hints, Published
-from ibq.interop.reference_tensors import read_file, table_of
+from ibq.interop.reference_tensors import read_file, table_of, wrapper_of
+from ibq.progress import say
 
 SUFFIXES = {".ckpt", ".pt", ".pth"}
 
@@ -52,7 +53,10 @@ def read_published(
 
     Raises ValueError that names the file and what is wrong with it.
     """
-    table = table_of(read_file(path), path, "ema", "model", "state_dict")
+    file = read_file(path)
+    table = table_of(file, path, "ema", "model", "state_dict")
+    if wrapper := wrapper_of(next((file[key] for key in ("ema", "model", "state_dict") if key in file), file)):
+        say(f"note: {path}: the names of its weights begin with {wrapper}, which is taken off")
     found = family_of(table)
     if family is not None and family != found:
         raise ValueError(f"{path}: has the names of {FAMILIES[found].title}; import it as {found}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 DAMAGED = "is damaged, or no file of torch.save"
 DOWNLOAD_AGAIN = "download it again and compare its SHA-256 with the publisher's"
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 FIRST_STAGE, TRANSFORMER = "first_stage_model.", "transformer."  # the two parts of the reference's AR checkpoints
 
 
@@ -52,7 +53,16 @@ def table_of(checkpoint: Mapping[str, Any], path: str | Path, *keys: str) -> dic
         raise ValueError(
             f"{path}: has no table of tensors; expected a checkpoint with {' or '.join(f'`{k}`' for k in keys)}"
         )
-    return dict(state)
+    wrapper = wrapper_of(state)
+    return {name.removeprefix(wrapper).replace("._orig_mod.", "."): value for name, value in state.items()}
+
+
+def wrapper_of(names: Iterable[str]) -> str:
+    """What DDP (`module.`), torch.compile (`_orig_mod.`) or a Lightning module (`model.`) has put before all names."""
+    names, found = [*names], ""
+    while names and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in names)), "")):
+        names, found = [name.removeprefix(prefix) for name in names], found + prefix
+    return found
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:

@@ -94,6 +94,8 @@ class Tokenizer(nn.Module):
     def check_images(self, images: Tensor) -> None:
         """ValueError unless the images can be encoded."""
         factor = self.downsampling
+        if not images.is_floating_point():
+            raise ValueError(f"images must be in [-1, 1], got {images.dtype}; give images.float() / 127.5 - 1")
         if images.dim() != 4 or images.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"images must be [B, {self.config.in_channels}, H, W] in [-1, 1], got {tuple(images.shape)}"

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.golden import golden_dir, golden_json
 from support.published import read_tokenizer, read_transformer
 from support.training import CODES, SIDE, make_workplace, train_here
@@ -82,6 +83,34 @@ def test_tokenizer_from_a_published_checkpoint(weights):
     codes = expected.eval().encode(images)
     assert torch.equal(tokenizer.encode(images), codes)
     assert torch.equal(tokenizer.decode(codes), expected.decode(codes))
+
+
+def test_weights_without_a_word_of_their_model(tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"has no config\.yaml, and model\.safetensors does not say what it holds"):
+        ibq.load_tokenizer(tmp_path, device="cpu")
+    with pytest.raises(UserError, match="does not say which model it holds; give the folder with its config"):
+        ibq.load_tokenizer(tmp_path / "model.safetensors", device="cpu")
+
+
+def test_images_of_whole_numbers_are_refused():
+    path = golden_dir() / golden_json("tokenizer_small")["checkpoint"]["file"]
+    with pytest.raises(ValueError, match=r"got torch\.uint8; give images\.float\(\) / 127\.5 - 1"):
+        ibq.load_tokenizer(path, device="cpu").encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_names_that_a_wrapper_has_lengthened(wrapper, tmp_path, capsys):
+    """As DDP, torch.compile and Lightning do it."""
+    path = golden_dir() / golden_json("tokenizer_small")["checkpoint"]["file"]
+    state = torch.load(path, weights_only=True)["state_dict"]
+    wrapped = {f"{wrapper}{name}".replace(".conv_in.", "._orig_mod.conv_in."): value for name, value in state.items()}
+    torch.save({"state_dict": wrapped}, tmp_path / "wrapped.ckpt")
+    found = ibq.load_tokenizer(tmp_path / "wrapped.ckpt", weights="raw", device="cpu").state_dict()
+    expected = ibq.load_tokenizer(path, weights="raw", device="cpu").state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    said = capsys.readouterr().err
+    assert said.count(f"the names of its weights begin with {wrapper}, which is taken off") == 1
 
 
 def test_transformer_from_a_published_checkpoint():
