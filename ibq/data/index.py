@@ -12,12 +12,14 @@ A sample that can't be used keeps its place, with the reason: the order of all t
 
 import hashlib
 import json
+import posixpath
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -26,9 +28,16 @@ from ibq.files import write_text
 
 FORMAT = 1
 INDEX_SUFFIX = ".index.json"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
 NO_LABEL, NO_CHECKSUM = -1, -1
 LABEL_PROBLEM = "the label"  # how such problems begin: they do not matter to a set that is read without labels
+# First bytes, name and command of what tar files are compressed by.
+COMPRESSED = (
+    (b"\x1f\x8b", "gzip", "gunzip"),
+    (b"BZh", "bzip2", "bunzip2"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
+    (b"\xfd7zXZ\x00", "xz", "unxz"),
+)
 END_OF_TAR = 1024  # two blocks of zeros close a tar file
 
 
@@ -176,10 +185,11 @@ def write_shard_index(path: Path) -> ShardIndex:
 
 
 def index_shard(path: Path, *, checksums: bool) -> ShardIndex:
-    """Index a tar file; UserError if it is none.
+    """Index a tar file, or several one after the other; UserError if it is none.
 
     Pictures and labels (`KEY.cls`, a whole number) belong together by the member's name up to the first dot of its last
-    part, as in webdataset. Other members are passed over, unread.
+    part, as in webdataset. A key that comes again later in the shard is another sample. Links are followed within the
+    shard. Other members are passed over, unread.
     """
     try:
         walk = _Walk(path, checksums)
@@ -189,97 +199,224 @@ def index_shard(path: Path, *, checksums: bool) -> ShardIndex:
     return walk.result()
 
 
+@dataclass(kw_only=True, slots=True)
+class _Member:
+    """A picture or label in a tar file, or what looks like one."""
+
+    key: str
+    field: str  # what follows the key, in small letters
+    name: str
+    offset: int = 0
+    size: int = 0
+    crc32: int = NO_CHECKSUM
+    text: str = ""  # of a label
+    link: str | None = None  # the member that it stands for
+    problem: str | None = None
+
+    @property
+    def is_image(self) -> bool:
+        return f".{self.field}" in IMAGE_SUFFIXES
+
+    @property
+    def is_label(self) -> bool:
+        return self.field == "cls"
+
+
 class _Walk:
     """One pass over the members of a tar file."""
 
     def __init__(self, path: Path, checksums: bool):
         self.path, self.checksums = path, checksums
         self.size = path.stat().st_size
-        self.images: dict[str, tuple[int, int, int]] = {}  # key -> offset, size, CRC
-        self.labels: dict[str, str] = {}
-        self.order: dict[str, None] = {}  # keys as they come
-        self.problems: dict[str, str] = {}
+        self.members: list[_Member] = []  # pictures and labels, in order
+        self.places: dict[str, _Member] = {}  # everything that a link may name
+        self.end: str | None = None  # what is wrong at the end
 
     def run(self) -> None:
-        with open(self.path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open(self.path, "rb") as file:
+            check_not_compressed(self.path, file.read(8))
+            start: int | None = 0
+            while start is not None:
+                start = self._archive(file, start)
+            for member in self.members:
+                self._follow(file, member)
+                if member.is_label and not member.problem:
+                    file.seek(member.offset)
+                    member.text = file.read(min(member.size, 64)).decode("utf-8", "replace").strip()
+
+    def _archive(self, file: BinaryIO, start: int) -> int | None:
+        """Read the archive that begins at `start`; where the next one does, as of `cat a.tar b.tar`."""
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             try:
                 for member in tar:
-                    if member.isfile():
-                        self._take(tar, member)
+                    self._take(tar, member)
                     tar.members = []  # or the whole list would stay in memory
             except tarfile.ReadError:  # cut off in the middle of a member
-                if not self.order:
+                if not self.members:
                     raise
-            self._check_end(file, tar.offset)
+            return self._check_end(file, tar.offset)
 
-    def _take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        folder, slash, name = member.name.rpartition("/")  # folders may have dots, as in ./0001.png
-        name, dot, suffix = name.partition(".")
-        key = (folder + slash + name).replace("\n", " ")
-        if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-            crc = NO_CHECKSUM
-            if member.offset_data + member.size > self.size:
-                self.problems[key] = f"the shard is cut off at byte {self.size:,}"
-            elif self.checksums:
-                crc = zlib.crc32(tar.extractfile(member).read())
-            self.images[key] = member.offset_data, member.size, crc
-            self.order[key] = None
-        elif dot and suffix == "cls":
-            self.order[key] = None
-            data = tar.extractfile(member).read(64)
-            self.labels[key] = data.decode("utf-8", "replace").strip()
+    def _take(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
+        folder, slash, name = info.name.rpartition("/")  # folders may have dots, as in ./0001.png
+        if name.startswith("."):  # a Mac's ._1.jpg is no picture
+            return
+        name, _, suffix = name.partition(".")
+        key, name = (folder + slash + name).replace("\n", " "), posixpath.normpath(info.name)
+        member = _Member(key=key, field=suffix.lower(), name=name, offset=info.offset_data, size=info.size)
+        if info.islnk() or info.issym():
+            target = info.linkname if info.islnk() else posixpath.join(folder, info.linkname)
+            member.link = posixpath.normpath(target)
+        elif not info.isfile():
+            return
+        elif info.issparse():
+            member.problem = "a sparse file, which can't be read in place: write the shard without --sparse"
+        elif info.offset_data + info.size > self.size:
+            member.problem = f"the shard is cut off at byte {self.size:,}"
+        elif self.checksums and member.is_image:
+            member.crc32 = zlib.crc32(tar.extractfile(info).read())
+        self.places[name] = member
+        if member.is_image or member.is_label or posixpath.splitext(member.field)[1] in IMAGE_SUFFIXES:
+            self.members.append(member)
 
-    def _check_end(self, file, offset: int) -> None:
-        """A tar file ends with zeros; one that does not has lost its end."""
+    def _follow(self, file: BinaryIO, member: _Member) -> None:
+        """Take a link's place from what it names."""
+        target, seen = member, set()
+        while target is not None and target.link is not None:
+            seen.add(target.name)
+            target = self.places.get(target.link) if target.link not in seen else None
+        if target is None:
+            member.problem = f"{member.name} is a link to {member.link}, which the shard does not hold"
+        elif target is not member:
+            member.offset, member.size, member.problem = target.offset, target.size, target.problem
+            if self.checksums and member.is_image and not member.problem:
+                file.seek(member.offset)
+                member.crc32 = zlib.crc32(file.read(member.size))
+
+    def _check_end(self, file: BinaryIO, offset: int) -> int | None:
+        """A tar file ends with zeros; one that does not has lost its end. Where another one follows."""
         file.seek(min(offset, self.size))
         rest = file.read(512)
         if len(rest) == 512 and not any(rest):
-            return
+            return self._next_archive(file, offset)
         if offset == self.size:  # between two members: whether something is missing cannot be told
-            return
+            return None
         cut = offset + 512 > self.size
-        last = next(reversed(self.order), "(end)")
-        if last in self.problems:
-            return
-        if not cut or (last in self.images and last in self.labels):
-            last = "(end)"  # a sample of which nothing is left
-        self.order[last] = None
-        self.problems[last] = f"the shard is {'cut off' if cut else 'damaged'} at byte {min(offset, self.size):,}"
+        problem = f"the shard is {'cut off' if cut else 'damaged'} at byte {min(offset, self.size):,}"
+        last = self.members[-1] if self.members else None
+        if last is not None and last.problem:
+            return None
+        fields = [member for member in self.members if last is not None and member.key == last.key]
+        complete = any(member.is_image for member in fields) and any(member.is_label for member in fields)
+        if last is None or not cut or complete:
+            self.end = problem  # of a sample of which nothing is left
+        else:
+            last.problem = problem
+        return None
+
+    def _next_archive(self, file: BinaryIO, offset: int) -> int | None:
+        """Behind the zeros at `offset`: another archive, nothing, or what is none and so is told."""
+        file.seek(offset)
+        while block := file.read(512):
+            if any(block):
+                start = file.tell() - len(block)
+                if block[257:262] == b"ustar":
+                    return start
+                self.end = f"what is no tar member follows its end, at byte {start:,}"
+                return None
+        return None
 
     def result(self) -> ShardIndex:
-        keys = list(self.order)
+        samples = sorted(self._samples(), key=lambda sample: sample[0])
+        columns: dict[str, list] = {name: [] for name in ("keys", "offsets", "sizes", "labels", "crc32")}
         problems = {}
-        labels = []
-        for number, key in enumerate(keys):
-            label, problem = self._label(key)
-            problem = self.problems.get(key) or (None if key in self.images else "no picture") or problem
-            labels.append(label)
-            if problem:
-                problems[number] = problem
-        images = [self.images.get(key, (0, 0, NO_CHECKSUM)) for key in keys]
+        for number, (_, key, image, label, problem) in enumerate(samples):
+            found, wrong = _label(label)
+            image = image or _Member(key=key, field="", name="")
+            row = (key, image.offset, image.size, found, image.crc32)
+            for column, value in zip(columns.values(), row, strict=True):
+                column.append(value)
+            if problem or wrong:
+                problems[number] = problem or wrong
         return ShardIndex(
             name=self.path.name,
             bytes=self.size,
             sha256=sha256_of(self.path) if self.checksums else None,
-            keys=keys,
-            offsets=[offset for offset, _, _ in images],
-            sizes=[size for _, size, _ in images],
-            labels=labels,
-            crc32=[crc for _, _, crc in images],
             problems=problems,
+            **columns,
         )
 
-    def _label(self, key: str) -> tuple[int, str | None]:
-        text = self.labels.get(key)
-        if text is None:
-            return NO_LABEL, None  # whether that is a problem depends on who reads the set
-        try:
-            label = int(text)
-        except ValueError:
-            return NO_LABEL, f"{LABEL_PROBLEM} {text[:20]!r} ({key}.cls) is no whole number"
-        if not 0 <= label < 2**31 - 1:
-            return NO_LABEL, f"{LABEL_PROBLEM} {label} ({key}.cls) is out of range"
-        return label, None
+    def _samples(self) -> Iterator[tuple[int, str, _Member | None, _Member | None, str | None]]:
+        """(place in the order, key, picture, label, problem) of each sample."""
+        by_key: dict[str, list[tuple[int, int, _Member]]] = {}
+        run = 0
+        for place, member in enumerate(self.members):
+            run += place > 0 and self.members[place - 1].key != member.key
+            by_key.setdefault(member.key, []).append((run, place, member))
+        for key, found in by_key.items():
+            runs = [found] if _is_one(found) else [[*group] for _, group in groupby(found, key=lambda each: each[0])]
+            for group in runs:
+                yield from self._of_run(key, group)
+        if self.end:
+            yield len(self.members), "(end)", None, None, self.end
+
+    def _of_run(self, key: str, group: list[tuple[int, int, _Member]]) -> Iterator[tuple]:
+        """The samples of members of one key that stand together."""
+        images = [(place, member) for _, place, member in group if member.is_image]
+        labels = [member for _, _, member in group if member.is_label]
+        others = [(place, member) for _, place, member in group if not member.is_image and not member.is_label]
+        first = group[0][1]
+        if _is_one(group) and (images or labels) and not (others and not images):
+            image = images[0][1] if images else None
+            label = labels[0] if labels else None
+            problem = image.problem if image else (label.problem or "no picture")
+            if image and not problem and label and label.problem:
+                problem = f"{LABEL_PROBLEM}: {label.problem}"
+            yield first, key, image, label, problem
+        elif images or labels:
+            names = ", ".join(member.name for _, _, member in group if member.is_image or member.is_label)
+            several = f"several members of one key stand together ({names}): rename them"
+            for place, member in images or [(first, None)]:
+                problem = several if not _is_one(group) else _dotted(others[0][1])
+                yield place, key, member, None, problem
+        else:
+            for place, member in others:
+                yield place, key, None, None, _dotted(member)
+
+
+def _is_one(group: Sequence[tuple[int, int, _Member]]) -> bool:
+    """Whether there is at most one picture and one label."""
+    members = [member for _, _, member in group]
+    return sum(member.is_image for member in members) <= 1 and sum(member.is_label for member in members) <= 1
+
+
+def _dotted(member: _Member) -> str:
+    return (
+        f"no picture: a key ends at the first dot, so {member.name} is field {member.field!r} of "
+        f"{posixpath.basename(member.key)!r}; rename it"
+    )
+
+
+def _label(member: _Member | None) -> tuple[int, str | None]:
+    if member is None or member.problem:
+        return NO_LABEL, None  # whether that is a problem depends on who reads the set
+    try:
+        label = int(member.text)
+    except ValueError:
+        return NO_LABEL, f"{LABEL_PROBLEM} {member.text[:20]!r} ({member.key}.cls) is no whole number"
+    if not 0 <= label < 2**31 - 1:
+        return NO_LABEL, f"{LABEL_PROBLEM} {label} ({member.key}.cls) is out of range"
+    return label, None
+
+
+def check_not_compressed(path: Path, start: bytes) -> None:
+    """UserError for a file that begins as compressed ones do."""
+    for magic, kind, command in COMPRESSED:
+        if start.startswith(magic):
+            raise UserError(
+                f"cannot read shard {path}: it is compressed ({kind}), but images are read in place; "
+                f"unpack it first: {command} < {path.name} > unpacked.tar"
+            )
 
 
 def sha256_of(path: Path) -> str:
@@ -313,9 +450,15 @@ class ImageIndex:
         self._check_labels(labelled)
 
     @classmethod
-    def of_files(cls, folder: Path, files: Sequence[tuple[Path, int]], classes: Sequence[str]) -> "ImageIndex":
-        """The image files of a folder, (path, label) each: every file is a shard of its own."""
+    def of_files(
+        cls, folder: Path, files: Sequence[tuple[Path, int]], classes: Sequence[str], problems: Mapping[int, str]
+    ) -> "ImageIndex":
+        """The image files of a folder, (path, label) each: every file is a shard of its own.
+
+        `problems`: file -> why it can't be used.
+        """
         index, count = cls([], classes), len(files)
+        index._problems = {_id(number, 0): problem for number, problem in problems.items()}
         index.shards = [str(path) for path, _ in files]
         index.shard = np.arange(count, dtype=np.int32)
         index.place = np.zeros(count, np.int32)
@@ -388,6 +531,19 @@ class ImageIndex:
         for name in ("shard", "place", "offset", "size", "label", "crc32"):
             setattr(part, name, getattr(self, name)[chosen])
         return part
+
+    def numbered_as(self, classes: Sequence[str]) -> "ImageIndex":
+        """The same set with its classes, matched by name, numbered as in a list. ValueError for a class not in it."""
+        places = {name: number for number, name in enumerate(classes)}
+        missing = [name for name in self.classes if name not in places]
+        if missing or len(places) < len(classes):
+            raise ValueError(f"its class {missing[0]!r} is none of theirs" if missing else "two classes have one name")
+        same = self.subset(range(len(self)))
+        known = np.array([places[name] for name in self.classes], dtype=np.int32)
+        inside = (self.label >= 0) & (self.label < len(known))
+        same.label = np.where(inside, known[np.where(inside, self.label, 0)], self.label)
+        same.classes = list(classes)
+        return same
 
     def fingerprint(self) -> str:
         """A hash of what the set holds: it stays when the files move elsewhere."""

@@ -5,19 +5,31 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from ibq.config import UserError, require_least
-from ibq.data.index import IMAGE_SUFFIXES, NO_LABEL, ImageIndex, ShardIndex, index_file, index_shard, read_shard_index
+from ibq.data.index import (
+    IMAGE_SUFFIXES,
+    LABEL_PROBLEM,
+    NO_LABEL,
+    ImageIndex,
+    ShardIndex,
+    index_file,
+    index_shard,
+    read_shard_index,
+)
 from ibq.data.storage import ShardStore, cache_root, is_url, open_url, shard_name
 from ibq.data.transforms import AugmentConfig
 from ibq.files import write_text
 
 CLASSES_FILE = "classes.json"
+# Pictures of other kinds, which are counted and named.
+OTHER_PICTURES = {".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".ppm", ".jxl"}
+INDEX_RULES = 2  # of `index_shard`: what older ones have left in the cache is made again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +116,7 @@ def open_images(
     """
     config = config or ImageDataConfig(train=place)
     if not is_url(place) and Path(place).is_dir():
-        return _index_folder(Path(place), config.labels)
+        return _index_folder(Path(place), config)
     shards = expand_place(place)
     if not shards:
         raise UserError(
@@ -120,19 +132,71 @@ def open_images(
 
 def assemble(place: str, shards: Sequence[tuple[str, ShardIndex]], config: ImageDataConfig) -> ImageIndex:
     """The set that these shards make, checked against `max_bad_fraction`."""
-    top = max((max(index.labels, default=NO_LABEL) for _, index in shards), default=NO_LABEL)
-    index = ImageIndex(shards, class_names(shards[0][0], top + 1), labelled=config.labels)
+    shards, classes = _by_name(shards) if config.labels else (shards, class_names(shards[0][0], 1))
+    index = ImageIndex(shards, classes, labelled=config.labels)
     if not len(index):
         raise UserError(f"no images in the shards {place!r}: expected JPEG, PNG or WebP files with a .cls file each")
+    return _checked(index, config)
+
+
+def _checked(index: ImageIndex, config: ImageDataConfig) -> ImageIndex:
+    """The set itself; UserError where more of it can't be used than the config allows."""
     problems = index.problems()
     if len(problems) > config.max_bad_fraction * len(index):
         number, reason = problems[0]
         raise UserError(
-            f"{len(problems):,} of {len(index):,} samples can't be used, the first in shard "
-            f"{index[number].shard}: image {index.key(number)!r}: {reason}; mend the shards, raise "
-            f"data.max_bad_fraction, or set data.labels=false to do without labels"
+            f"{len(problems):,} of {len(index):,} samples can't be used, the first in "
+            f"{index[number].shard}: image {index.key(number)!r}: {reason}; mend them, or raise "
+            f"data.max_bad_fraction{', or set data.labels=false to do without labels' if 'label' in reason else ''}"
         )
     return index
+
+
+def _by_name(shards: Sequence[tuple[str, ShardIndex]]) -> tuple[list[tuple[str, ShardIndex]], list[str]]:
+    """The shards and the names of their classes; where their folders name others, one list of all, with labels to it.
+
+    UserError where only some of the folders name their classes: numbers of the others may mean anything.
+    """
+    folders: dict[str, list[str] | None] = {}
+    for shard, _ in shards:
+        if (folder := _folder_of(shard)) not in folders:
+            folders[folder] = named_classes(shard)
+    lists = [names for names in folders.values() if names is not None]
+    if not lists:
+        top = max((max(index.labels, default=NO_LABEL) for _, index in shards), default=NO_LABEL)
+        return [*shards], [str(i) for i in range(top + 1)]
+    if len(lists) < len(folders):
+        named, unnamed = (next(f for f, names in folders.items() if (names is None) == none) for none in (False, True))
+        raise UserError(
+            f"{named}/{CLASSES_FILE} names the classes, but {unnamed} has no such file, so what its labels mean is "
+            f"unknown; put the {CLASSES_FILE} of its own classes there, or set data.labels=false to do without"
+        )
+    if all(names == lists[0] for names in lists):
+        return [*shards], lists[0]
+    for folder, names in folders.items():
+        if len({*names}) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(
+                f"{folder}/{CLASSES_FILE} has the name {twice!r} twice, so its classes can't be matched by name with "
+                "those of the other folders; give every class a name of its own"
+            )
+    merged = {name: None for names in lists for name in names}
+    places = {name: place for place, name in enumerate(merged)}
+
+    def renamed(shard: str, index: ShardIndex) -> ShardIndex:
+        names = folders[_folder_of(shard)]
+        beyond = len(merged)  # no class, as it is none of its own list
+        labels = [
+            label if label == NO_LABEL else places[names[label]] if label < len(names) else beyond + label
+            for label in index.labels
+        ]
+        return ShardIndex(**{**vars(index), "labels": labels})
+
+    return [(shard, renamed(shard, index)) for shard, index in shards], [*merged]
+
+
+def _folder_of(shard: str) -> str:
+    return shard.rpartition("/")[0] if "/" in shard else "."
 
 
 def read_index(shard: str, config: ImageDataConfig, store: ShardStore) -> ShardIndex:
@@ -180,7 +244,8 @@ def _index_url(url: str, store: ShardStore) -> ShardIndex:
 
 def _cached(stamp: str, config: ImageDataConfig, make: Callable[[], ShardIndex]) -> ShardIndex:
     """What `make` gives, kept in the cache under `stamp` where that can be written."""
-    path = config.cache() / "indexes" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.json"
+    name = hashlib.sha256(f"{INDEX_RULES} {stamp}".encode()).hexdigest()[:32]
+    path = config.cache() / "indexes" / f"{name}.json"
     if path.is_file():
         try:
             return ShardIndex.from_json(path.read_bytes(), str(path))
@@ -194,41 +259,104 @@ def _cached(stamp: str, config: ImageDataConfig, make: Callable[[], ShardIndex])
     return index
 
 
-def _index_folder(folder: Path, labelled: bool) -> ImageIndex:
-    classes, images = class_folders(folder)
-    if not classes and not labelled:
-        images = [(path, 0) for path in images_below(folder)]
-    if not images:
-        raise UserError(f"no images in {str(folder)!r}: expected one sub-folder a class with JPEG, PNG or WebP files")
-    return ImageIndex.of_files(folder, images, classes or ["0"])
+def _index_folder(folder: Path, config: ImageDataConfig) -> ImageIndex:
+    """The images below a folder. Without labels these are all; with labels, those in no class folder are unusable."""
+    classes, images = class_folders(folder) if config.labels else _without_labels(folder)
+    rows = [(path, label, _not_read(path)) for path, label in images]
+    if config.labels:
+        loose = [path for path in pictures_below(folder, deep=False) if not _not_read(path)]
+        rows += [(path, NO_LABEL, f"{LABEL_PROBLEM} is missing: it lies beside the class folders") for path in loose]
+        if not classes:
+            hint = "; for a set without labels set data.labels=false" if loose else ""
+            raise UserError(
+                f"no images in {str(folder)!r}: expected one sub-folder a class with JPEG, PNG or WebP files{hint}"
+            )
+    if all(problem for _, _, problem in rows):
+        raise UserError(f"no images in {str(folder)!r}: expected JPEG, PNG or WebP files")
+    problems = {number: problem for number, (_, _, problem) in enumerate(rows) if problem}
+    index = ImageIndex.of_files(folder, [(path, label) for path, label, _ in rows], classes, problems)
+    return _checked(index, config)
+
+
+def _without_labels(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """As `class_folders`, with the pictures that are in none; labels say nothing."""
+    pictures = [(path, path.relative_to(folder).parts[0]) for path in pictures_below(folder)]
+    names = sorted({top for path, top in pictures if path.parent != folder})
+    place = {name: number for number, name in enumerate(names)}
+    return names or ["0"], [(path, place.get(top, 0)) for path, top in pictures]
 
 
 def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """(class names, (file, label) of every image) of a folder of class folders; classes are in sorted order."""
+    """(class names, (file, label) of every picture) of a folder of class folders; classes are in sorted order.
+
+    A sub-folder without pictures is no class. UserError for one whose pictures are all of kinds that are not read: it
+    would be none, and all later labels others.
+    """
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    for name in names:  # one that can't be read would be no class, and all later labels others
+    for name in names:  # one that can't be read would be no class either
         try:
             os.scandir(folder / name).close()
         except OSError as error:
             raise UserError(f"the class folder '{folder / name}' cannot be read ({error.strerror})") from error
-    images = {name: images_below(folder / name) for name in names}
+    images = {name: pictures_below(folder / name) for name in names}
+    for name in names:
+        check_is_class(folder / name, images[name])
     classes = [name for name in names if images[name]]
     return classes, [(path, label) for label, name in enumerate(classes) for path in images[name]]
 
 
+def check_is_class(folder: Path, pictures: Sequence[Path]) -> None:
+    """UserError for a class folder with pictures of which none is read."""
+    if pictures and all(map(_not_read, pictures)):
+        raise UserError(
+            f"the class folder '{folder}' has {len(pictures):,} pictures, but {_not_read(pictures[0])}; convert them, "
+            "or move the folder away"
+        )
+
+
 def images_below(folder: Path) -> list[Path]:
-    """All image files in a folder and its sub-folders, without hidden ones: a Mac's `._1.jpg` is no picture."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
+    """The pictures of a folder and its sub-folders that are read: JPEG, PNG and WebP."""
+    return [path for path in pictures_below(folder) if not _not_read(path)]
+
+
+def pictures_below(folder: Path, *, deep: bool = True) -> list[Path]:
+    """The pictures of any kind of a folder and, if `deep`, its sub-folders, in sorted order.
+
+    Hidden files and folders are left out: a Mac's `._1.jpg` is no picture. Links are followed; UserError for a loop.
+    """
+    kinds = IMAGE_SUFFIXES | OTHER_PICTURES
+    return [path for path in _files_below(folder, (), deep) if path.suffix.lower() in kinds]
+
+
+def _files_below(folder: Path, above: tuple[Path, ...], deep: bool) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in above:
+        raise UserError(f"'{folder}' is a link to a folder that it lies in, which has no end; remove the link")
+    for name in sorted(entry.name for entry in os.scandir(folder)):
+        path = folder / name
+        if name.startswith("."):
+            continue
+        if path.is_dir():
+            if deep:
+                yield from _files_below(path, (*above, real), deep)
+        elif path.is_file():
+            yield path
+
+
+def _not_read(path: Path) -> str | None:
+    """Why a picture can't be used, by its name; None if it can."""
+    suffix = path.suffix.lower()
+    return None if suffix in IMAGE_SUFFIXES else f"{suffix} files are not read, only JPEG, PNG and WebP"
 
 
 def class_names(shard: str, count: int) -> list[str]:
     """The names in the `classes.json` beside a shard, or else the numbers below `count`."""
+    names = named_classes(shard)
+    return [str(i) for i in range(count)] if names is None else names
+
+
+def named_classes(shard: str) -> list[str] | None:
+    """The names in the `classes.json` beside a shard; None without one."""
     beside = shard.rsplit("/", 1)[0] + f"/{CLASSES_FILE}" if "/" in shard else CLASSES_FILE
     text = None
     if is_url(shard):
@@ -240,9 +368,7 @@ def class_names(shard: str, count: int) -> list[str]:
                 text = None
     elif os.path.exists(beside):
         text = Path(beside).read_bytes()
-    if text is None:
-        return [str(i) for i in range(count)]
-    return parse_classes(text, beside)
+    return None if text is None else parse_classes(text, beside)
 
 
 def parse_classes(text: str | bytes, source: str) -> list[str]:

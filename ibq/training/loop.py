@@ -83,6 +83,8 @@ def train(
     A signal (see CheckpointConfig) ends the run after the step: it saves once, and the same command goes on from there.
     A rank that dies or hangs ends all within a bounded time, and `status.json` names it.
     """
+    if config.validate_every is not None:
+        data.check_validation()
     state, signals = TrainingState(order=data.describe()), StopSignals(checkpoint.signal)
 
     def write_failure(reason: str) -> None:  # on one rank, not always 0, and beside a main thread that waits

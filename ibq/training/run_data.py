@@ -10,7 +10,15 @@ from torch import Tensor
 from ibq import dist
 from ibq.config import UserError
 from ibq.data.codes import CodeDataConfig, CodeDataset, CodeStream
-from ibq.data.images import ArrivalOrder, BadSample, BatchSource, ImageDataset, ImageStream, ShardSequence
+from ibq.data.images import (
+    ArrivalOrder,
+    BadSample,
+    BadSampleError,
+    BatchSource,
+    ImageDataset,
+    ImageStream,
+    ShardSequence,
+)
 from ibq.data.index import ImageIndex
 from ibq.data.loader import Report, training_batches, validation_batches
 from ibq.data.order import Batching, MixedOrder, Order, StreamOrder
@@ -76,6 +84,23 @@ class RunData:
             device=self.device,
             limit=self.validation_limit,
             report=report,
+        )
+
+    def check_validation(self) -> None:
+        """UserError on every rank if no validation picture can be used; it looks no further than the first good one."""
+        if isinstance(self.validation_set, BatchSource):
+            dist.on_main(self._first_good)
+
+    def _first_good(self) -> None:
+        numbers, first = range(len(self.validation_set))[: self.validation_limit], None
+        for number in numbers:
+            *_, bad = self.validation_set.batch([number])
+            if not bad:
+                return
+            first = first or bad[0]
+        raise UserError(
+            f"data.validation: none of its {len(numbers):,} pictures can be used, the first: {BadSampleError(first)}; "
+            "give others, or set training.validate_every=null"
         )
 
     def resume_position(self, saved: TrainingState) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support.processes import run_ranks, run_script
-from support.training import CLASSES, TOKENIZER_CONFIG, picture, png, scalars, write_shard
+from support.training import CLASSES, TOKENIZER_CONFIG, picture, png, scalars, train_here, write_shard
 
 from ibq.config import UserError
 from ibq.data import storage
@@ -249,6 +249,22 @@ def test_what_the_index_tells_is_refused_at_once(spoilt, tmp_path):
     config = ImageDataConfig(train=place, max_bad_fraction=0.005, cache_folder=str(tmp_path))
     with pytest.raises(UserError, match=r"3 of 400 samples.*train-3\.tar.*'0247'.*no label \(0247\.cls\)"):
         open_images(place, config)
+
+
+def test_a_validation_without_a_good_picture_is_refused_before_the_training(tmp_path, capsys):
+    write_set(tmp_path / "set", damage=False)
+    bad = {f"{i}.png": b"no picture" for i in range(8)} | {f"{i}.cls": b"0" for i in range(8)}
+    write_shard(tmp_path / "set/val.tar", bad)
+    text = TOKENIZER_CONFIG.replace("DATA/val-*", f"{tmp_path}/set/val").replace("DATA", f"{tmp_path}/set")
+    (tmp_path / "config.yaml").write_text(text)
+    argv = ["--config", str(tmp_path / "config.yaml"), f"output={tmp_path}/run", f"data.cache_folder={tmp_path}/cache"]
+    assert train_here("tokenizer", argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: data.validation: none of its 8 pictures can be used, the first: shard ")
+    assert "'0'" in error and "not a readable picture" in error
+    assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text()
+    write_shard(tmp_path / "set/val.tar", {**bad, **members([900])})
+    assert train_here("tokenizer", [*argv, "--fresh"]) == 0
 
 
 def test_a_set_without_a_good_sample_ends(tmp_path):

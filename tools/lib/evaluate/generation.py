@@ -171,6 +171,13 @@ def with_classifier(samples: ImageSet, arguments: argparse.Namespace, device: to
     else:
         sets = (open_split(arguments.classifier, split, HELD_OUT) for split in ("train", "validation"))
     train, validation = sets
+    if validation.classes != train.classes:
+        try:
+            validation = validation.numbered_as(train.classes)
+        except ValueError as error:
+            raise UserError(
+                f"--classifier-validation: classes are matched by name with {arguments.classifier}, but {error}"
+            ) from error
     classes = len(train.classes)
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         wrong = next(int(label) for label in labels if not 0 <= label < classes)

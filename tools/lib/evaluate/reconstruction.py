@@ -15,6 +15,7 @@ from ibq.api import load_tokenizer
 from ibq.config import UserError, dump_config
 from ibq.data.images import BadSample, ImageDataset, Subset
 from ibq.data.loader import validation_batches
+from ibq.data.shards import ImageDataConfig
 from ibq.evaluation.features import RESIZING, Inception, load_inception, weights_at_hand
 from ibq.evaluation.image_sets import PixelHash
 from ibq.evaluation.reconstruction import BLOCK, MIN_TOKENS_PER_CODE, ReconstructionReport, evaluate_reconstruction
@@ -137,7 +138,7 @@ def reconstruct(
     device: torch.device,
 ) -> tuple[ReconstructionReport, str]:
     """Encode and decode all images, with a progress bar; also the hash of the originals."""
-    images = dist.main_first(lambda: open_images_of(arguments))
+    images = dist.main_first(lambda: open_images_of(arguments, ImageDataConfig(train=arguments.images, labels=False)))
     dataset = ImageDataset(images, tokenizer.config.resolution)
     batches = validation_batches(
         share_of(dataset, BLOCK, dist.rank(), dist.world_size()),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ibq.config import UserError
 from ibq.data.index import IMAGE_SUFFIXES
 from ibq.data.order import shuffled
-from ibq.data.shards import CLASSES_FILE, images_below, parse_classes
+from ibq.data.shards import CLASSES_FILE, check_is_class, parse_classes, pictures_below
 from ibq.files import lock
 from ibq.progress import progress_bar, say
 
@@ -99,10 +99,20 @@ def sample_keys(paths: Iterable[str]) -> list[str]:
 
 
 def _images(folder: Path) -> list[Path]:
-    paths = images_below(folder)
+    paths = _read_below(folder)
     if not paths:
         raise UserError(f"no images in {str(folder)!r}: expected JPEG, PNG or WebP files")
     return paths
+
+
+def _read_below(folder: Path) -> list[Path]:
+    """The pictures that are read; how many others are there is said."""
+    pictures = pictures_below(folder)
+    read = [path for path in pictures if path.suffix.lower() in IMAGE_SUFFIXES]
+    if others := {path.suffix.lower() for path in pictures} - IMAGE_SUFFIXES:
+        kinds = ", ".join(sorted(others))
+        say(f"note: {len(pictures) - len(read):,} pictures in {folder} are passed over: {kinds} files are not read")
+    return read
 
 
 def _sources(folder: Path, files: Iterable[tuple[Path, int | None]]) -> list[Source]:
@@ -144,7 +154,10 @@ def _scan(folder: Path) -> dict[str, list[Source]]:
     with progress_bar("scan", len(names), "folder", disable=len(names) < BARS_FROM) as progress:
         for name in names:
             os.scandir(folder / name).close()  # one that can't be read would look empty, and shift all later labels
-            found[name] = _sources(folder, ((path, None) for path in images_below(folder / name)))
+            paths = _read_below(folder / name)
+            if not paths:
+                check_is_class(folder / name, pictures_below(folder / name))
+            found[name] = _sources(folder, ((path, None) for path in paths))
             progress.update()
     empty = [name for name in names if not found[name]]
     if empty and len(empty) < len(names):
