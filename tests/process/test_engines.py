@@ -86,7 +86,7 @@ class Runner:
             assert result.returncode == 0, result.stderr[-4000:]
             for rank in range(processes):
                 assert json.loads((self.folder / f"{file.name}.{rank}").read_text()) == [0] * len(some), result.stderr
-            counts = json.loads((self.folder / f"{file.name}.0.reductions").read_text())
+            counts = json.loads((self.folder / f"reductions-{file.stem}-0.json").read_text())
             self.reductions |= {job["name"]: count for job, count in zip(some, counts, strict=True)}
 
 

@@ -3,7 +3,7 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/workers/train_worker.py jobs.json
 
 jobs.json: a list of {"stage", "argv", "fault"}; exit codes go to jobs.json.RANK, numbers of reduce-scatters
-to jobs.json.RANK.reductions. Faults, by the engine of the stage:
+to reductions-jobs-RANK.json. Faults, by the engine of the stage:
     {"kind": "nan", "steps": [1, 2], "rank": 1, "engine": "tokenizer"}   its loss is NaN at these steps on this rank
     {"kind": "scale", "factor": 1.01}                                     all gradients are too large by a factor
     {"kind": "unreduced"}                                                 FSDP2's ranks keep their own gradients
@@ -70,7 +70,7 @@ def main() -> None:
         codes.append(train_here(job["stage"], job["argv"]))
         dist.barrier()
     Path(f"{jobs}.{dist.rank()}").write_text(json.dumps(codes))
-    Path(f"{jobs}.{dist.rank()}.reductions").write_text(json.dumps(reductions))
+    jobs.with_name(f"reductions-{jobs.stem}-{dist.rank()}.json").write_text(json.dumps(reductions))
     shutdown()
 
 
