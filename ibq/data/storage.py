@@ -176,9 +176,12 @@ class ShardStore:
     def _make_room(self, size: int, part: Path) -> int | None:
         """Remove the least recently used shards until `size` bytes fit; else how many others are being fetched."""
         files = {}
-        for file in [*self.cache.glob("*.tar"), *self.cache.glob("*.part")]:
-            with contextlib.suppress(FileNotFoundError):
-                files[file] = file.stat()
+        # Those being fetched first: one that is whole meanwhile is found as what it has become.
+        for file in [*self.cache.glob("*.part"), *self.cache.glob("*.tar")]:
+            for name in (file, file.with_suffix(".tar")):
+                with contextlib.suppress(FileNotFoundError):
+                    files[name] = name.stat()
+                    break
         files.pop(part, None)
         for file in [file for file in files if file.suffix == ".part" and self._is_abandoned(file)]:
             file.unlink(missing_ok=True)
