@@ -147,9 +147,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     form = arguments.files or ("png" if len(request.labels) <= MOST_PNG else "shards")
     description = {**hashes, "sampler": asdict(sampler), "labels_sha256": weights_hash(_as_tensors(request))}
     description |= {"sampler_version": SAMPLER_VERSION, "images": len(request.labels), "piece": request.piece}
-    with explained(sampler):
+    processes = cores() // dist.local_world_size()
+    with explained(sampler), files.Writers(arguments.output, form, processes) as writers:
         if dist.on_main(lambda: files.begin(arguments.output, description, fresh=arguments.fresh)):
-            draw(request, tokenizer, transformer, sampler, arguments.output, form)
+            draw(request, tokenizer, transformer, sampler, arguments.output, writers)
             dist.on_main(lambda: finish(request, arguments, description, form))
     dist.barrier()
     if dist.is_main():
@@ -170,7 +171,12 @@ def check_pair(arguments: argparse.Namespace, tokenizer: Tokenizer, transformer:
 
 
 def draw(
-    request: Request, tokenizer: Tokenizer, transformer: Transformer, sampler: SamplerConfig, folder: Path, form: str
+    request: Request,
+    tokenizer: Tokenizer,
+    transformer: Transformer,
+    sampler: SamplerConfig,
+    folder: Path,
+    writers: files.Writers,
 ) -> None:
     """Draw this rank's share of the missing pieces; each is a file that is whole or absent.
 
@@ -184,10 +190,7 @@ def draw(
     device = next(tokenizer.parameters()).device
     clock, start = Stopwatch(device), time.monotonic()
     count = sum(len(request.labels[request.part(number)]) for number in own)
-    with (
-        files.Writers(folder, form, cores() // dist.local_world_size()) as writers,
-        progress_bar("sample", count, "image", disable=not dist.is_main()) as progress,
-    ):
+    with progress_bar("sample", count, "image", disable=not dist.is_main()) as progress:
         for number in [n for n in range(request.pieces) if n not in missing][dist.rank() :: dist.world_size()]:
             writers.add(number, *request.rows(number))  # which an interruption left uncompressed
         if own:

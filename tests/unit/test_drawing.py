@@ -2,10 +2,10 @@
 
 import gc
 import weakref
-from collections import Counter
 
 import pytest
 import torch
+from support.dispatch import Recorder
 from support.models import VARIANTS, small_transformer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -17,18 +17,6 @@ from ibq.sampling import Drawing, decoder_for, sample_codes, sample_rows, settle
 
 OPERATORS_A_CODE = 200  # a third of the 600 that were launched before
 HOST = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique"}
-
-
-class Recorder(TorchDispatchMode):
-    """Counts operators by name, and those that make a tensor on the CPU out of nothing or wait for a value."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.names[function.overloadpacket.__name__] += 1
-        return function(*arguments, **(keywords or {}))
 
 
 def as_one(monkeypatch, owner, name: str, recorder: Recorder) -> None:

@@ -6,8 +6,8 @@ Counted on the CPU, where some kernels of the GPU are several operators. A chang
 from collections import Counter
 
 import pytest
+from support.dispatch import Recorder
 from support.training import make_workplace, train_here
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibq.training.ar_task import ARTask
 from ibq.training.tokenizer_task import TokenizerTask
@@ -20,18 +20,6 @@ GAN = ("loss.gan.start_step=0", "codebook_start.warmup_steps=0")
 VIEWS = {"view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "detach", "alias"}
 VIEWS |= {"_unsafe_view", "as_strided", "split", "split_with_sizes", "unbind", "view_as_real", "view_as_complex"}
 WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero"}  # the transformer's check codes, on the CPU alone
-
-
-class Recorder(TorchDispatchMode):
-    """Counts operators by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.names[function.overloadpacket.__name__] += 1
-        return function(*arguments, **(keywords or {}))
 
 
 @pytest.mark.parametrize("stage", TASKS)

@@ -398,6 +398,7 @@ def test_peak_memory_on_two_processes(peaks, name):
         ("local: weights", "zero-2: weights"),
         ("zero-1: weights, accumulated", "zero-2: weights, accumulated"),
         ("zero-2: weights", "local: weights"),
+        ("fsdp: weights, accumulated", "local: weights, accumulated"),
         ("fsdp: activations", "fsdp x tensor: activations"),
         ("local: activations, recomputed", "local: activations"),
         ("local: tokenizer's weights", "fsdp: tokenizer's weights"),

@@ -116,12 +116,7 @@ def test_the_way_of_an_image(tmp_path, monkeypatch):
         sample.main([*models, f"--output={tmp_path / 'out'}", "--device=cpu", "--classes=1", "--count=1", "--rows=2"])
     finally:
         torch.set_flush_denormal(False)
-    way -= SERVICES | {
-        "ibq/files.py",
-        "ibq/meeting.py",
-        "tools/lib/__init__.py",
-        "tools/lib/sample/files.py",
-    }  # the writing, when it is drawn
+    way -= SERVICES | {"ibq/files.py", "tools/lib/sample/files.py"}  # the writing, when it is drawn
     show("the way of an image", way)
     assert {"tools/sample.py", "ibq/sampling.py", "ibq/models/tokenizer.py"} <= way
     assert len(way) <= MOST_OF_AN_IMAGE
