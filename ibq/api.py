@@ -21,6 +21,7 @@ from ibq.interop.published import Hints
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.ops.backend import image_format
 from ibq.pixels import pixels_of
 from ibq.sampler import SamplerConfig
 from ibq.sampling import sample_blocks, settled_for
@@ -183,9 +184,7 @@ def _ready(kind: type[nn.Module], config, state: dict[str, Tensor], device, sour
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise UserError(f"{source}: the weights do not fit config.yaml: {reason}") from error
-    # Convolutions on tensor cores want channels last.
-    channels_last = kind is Tokenizer and torch.device(device).type == "cuda"
-    model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    model.to(device, memory_format=image_format(device) if kind is Tokenizer else torch.preserve_format)
     return model.eval().requires_grad_(False)
 
 

@@ -23,6 +23,7 @@ from ibq.engine.configs import LocalEngineConfig
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.perceptual import build_perceptual
 from ibq.models.tokenizer import Tokenizer
+from ibq.ops.backend import image_format
 from ibq.training.run import Command, naming
 from ibq.training.run_data import RunData, image_data
 from ibq.training.tokenizer_config import TokenizerRunConfig
@@ -58,8 +59,7 @@ def build_task(command: Command, data: RunData, perceptual: torch.nn.Module | No
     steps_per_epoch = data.steps_per_epoch
     total_steps = config.training.total_steps(steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
-    # Convolutions on tensor cores want channels last; small ones on the CPU do not.
-    memory_format = torch.channels_last if command.device.type == "cuda" else torch.contiguous_format
+    memory_format = image_format(command.device)
     engine = partial(command.engine, data=data, memory_format=memory_format)
     gan, discriminator = config.loss.gan, None
     if gan.enabled:  # small, and with batch statistics of its own: never sharded

@@ -10,20 +10,16 @@ import glob
 import io
 import json
 import math
-import multiprocessing
-import os
 import re
 import shlex
 import signal
 import sys
 import tarfile
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
 from itertools import islice
-from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +35,8 @@ from ibq.data.transforms import decode_rgb
 from ibq.files import whole_file, write_text
 from ibq.progress import progress_bar, say
 from tools.lib import cores
+from tools.lib.processes import context as process_context
+from tools.lib.processes import prepare
 from tools.lib.shards.labels import Job, Options, Sample, ShardSet, alone, check_same, read_sources
 
 MAX_LEFT_OUT = 0.05  # of all images
@@ -423,7 +421,7 @@ def in_processes(
 
     When one fails or Ctrl-C is pressed, all processes end at once.
     """
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    context = process_context()
     counter = context.Value("q", 0)
     stop, stopper = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(processes, context, _start_worker, (counter, stop))
@@ -450,12 +448,10 @@ def in_processes(
 
 
 def _start_worker(counter, stop) -> None:
-    """Prepare a process: Ctrl-C is the main process's matter, which then ends this one."""
+    """Prepare a process, which the main one ends by a word on `stop`."""
     global _counter
     _counter = counter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ends = [stop, multiprocessing.parent_process().sentinel]
-    threading.Thread(target=lambda: (wait_for_any(ends), os._exit(1)), daemon=True).start()
+    prepare(stop)
 
 
 def count_one() -> None:

@@ -314,11 +314,6 @@ def check_is_class(folder: Path, pictures: Sequence[Path]) -> None:
         )
 
 
-def images_below(folder: Path) -> list[Path]:
-    """The pictures of a folder and its sub-folders that are read: JPEG, PNG and WebP."""
-    return [path for path in pictures_below(folder) if not _not_read(path)]
-
-
 def pictures_below(folder: Path, *, deep: bool = True) -> list[Path]:
     """The pictures of any kind of a folder and, if `deep`, its sub-folders, in sorted order.
 

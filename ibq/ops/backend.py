@@ -40,6 +40,11 @@ def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def image_format(device: torch.device | str) -> torch.memory_format:
+    """How images and the weights of convolutions lie there: tensor cores want channels last, small ones on CPUs not."""
+    return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+
+
 @cache
 def own_stream(purpose: str, device: torch.device) -> torch.cuda.Stream:
     """The one stream of a CUDA device for a purpose: PyTorch would hand out the same few in turn."""

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from ibq.files import append_line, write_text
@@ -78,6 +78,14 @@ def origin(command: str) -> dict:
         "cpu": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def version_of(package: str) -> str | None:
+    """The version that is installed, if any is."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def packages() -> list[str]:

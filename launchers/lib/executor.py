@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.lib import ROOT
+from tools.lib import cores
 
 # Where the project's data and runs are; in a job the code is a copy that lies elsewhere.
 PROJECT = Path(os.environ.get("IBQ_PROJECT", ROOT))
@@ -99,11 +100,6 @@ class StopRequest:
 
     def _note(self, number: int, _frame) -> None:
         self.number = self.number or number
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def code_path(path: str) -> str:

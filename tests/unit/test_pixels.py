@@ -10,6 +10,7 @@ from support.models import TOKENIZER
 from ibq.config import parse_config
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
+from ibq.ops.backend import image_format
 from ibq.pixels import decode_in_blocks, pixels_of
 
 SIZES = (5, 16, 1, 20)
@@ -18,8 +19,7 @@ SIZES = (5, 16, 1, 20)
 def codes_and_tokenizer(device: str):
     torch.manual_seed(0)
     tokenizer = Tokenizer(parse_config(TokenizerConfig, TOKENIZER)).eval()
-    channels_last = torch.channels_last if device == "cuda" else torch.preserve_format
-    tokenizer = tokenizer.to(device, memory_format=channels_last).requires_grad_(False)
+    tokenizer = tokenizer.to(device, memory_format=image_format(device)).requires_grad_(False)
     side = 16 // tokenizer.downsampling
     blocks = [torch.randint(tokenizer.quantizer.num_codes, (n, side, side), device=device) for n in SIZES]
     return blocks, tokenizer

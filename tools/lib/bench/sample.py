@@ -21,6 +21,7 @@ from ibq.decoding import Decoder, PackedLinear
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.ops.backend import image_format
 from ibq.pixels import pixels_of
 from ibq.progress import progress_bar
 from ibq.sampler import PRECISIONS, SamplerConfig
@@ -257,8 +258,7 @@ def _measure_pixels(decoder: Decoder, tokenizer: Tokenizer, rows: int) -> dict[s
 def _random_tokenizer(file: str, config: TransformerConfig, device: torch.device) -> Tokenizer:
     model = load_section(TokenizerConfig, file, "model", [f"quantizer.num_codes={config.vocab_size}"])
     torch.manual_seed(0)
-    channels_last = torch.channels_last if device.type == "cuda" else torch.preserve_format
-    return Tokenizer(model).to(device, memory_format=channels_last).eval().requires_grad_(False)
+    return Tokenizer(model).to(device, memory_format=image_format(device)).eval().requires_grad_(False)
 
 
 def _random_transformer(config: TransformerConfig, device: torch.device) -> Transformer:

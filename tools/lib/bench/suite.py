@@ -17,12 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from ibq.progress import progress_bar
+from ibq.training.provenance import version_of
 from tools.lib import ROOT
 from tools.lib.bench.options import add_device, check
 
@@ -89,16 +89,9 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        **{name: _version(name) for name in ("triton", "deepspeed")},
+        **{name: version_of(name) for name in ("triton", "deepspeed")},
         "driver": found and found[0],
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def run_stages(stages: Sequence[Stage], seconds: float) -> dict[str, dict]:

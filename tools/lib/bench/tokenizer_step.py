@@ -24,6 +24,7 @@ from ibq.models.perceptual import build_lpips
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.ops import textbook
+from ibq.ops.backend import image_format
 from ibq.quantizers import IBQConfig
 from ibq.scaling.tokenizer import discriminator_flops, perceptual_flops, quantizer_flops, tokenizer_flops
 from ibq.training.metrics import Stopwatch
@@ -129,7 +130,7 @@ class OurStep:
     def __init__(
         self, model: TokenizerConfig, settings: TokenizerLossConfig, device: torch.device, engine: LocalEngineConfig
     ):
-        memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        memory_format = image_format(device)
         common = {"optimizer": OPTIMIZER, "device": device, "precision": "bf16", "memory_format": memory_format}
         generator, discriminator = _blueprints(model, settings)
         gan = replace(settings, gan=replace(settings.gan, start_step=0))

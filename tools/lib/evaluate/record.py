@@ -6,7 +6,6 @@ import math
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from ibq.config import UserError
 from ibq.evaluation.record import FORMAT, REMEDY, leaves, read_record, require_figures
 from ibq.files import write_text
 from ibq.progress import say
-from ibq.training.provenance import git_state
+from ibq.training.provenance import git_state, version_of
 from tools.lib import ROOT
 
 HELP = "run an evaluation again from its JSON file: exit code 0 if all is the same, 1 if not, 2 for a bad file"
@@ -34,7 +33,7 @@ def start(command: str, argv: Sequence[str], device: torch.device) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "ranks": dist.world_size(),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "git": git_state(ROOT),
     }
 
@@ -154,10 +153,3 @@ def _without_nan(value):
     if isinstance(value, list | tuple):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -3,18 +3,12 @@
 import gc
 import io
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import sys
 import tarfile
-import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +17,7 @@ from PIL import Image
 
 from ibq.config import UserError
 from ibq.files import remove, whole_file, write_text
+from tools.lib.processes import context, prepare
 
 PIECES, SET_FILE, INFO_FILE = ".pieces", "samples.npz", "samples.json"
 DESCRIPTION_FILE, DESCRIPTION = ".pieces/plan.json", "plan"  # by the names that earlier runs gave them
@@ -88,8 +83,7 @@ class Writers:
 
     def __init__(self, folder: Path, form: Form, processes: int):
         self._folder, self._form = folder, form
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        self._pool = ProcessPoolExecutor(min(MOST_WRITERS, max(1, processes)), context, _start_writer)
+        self._pool = ProcessPoolExecutor(min(MOST_WRITERS, max(1, processes)), context(), _start_writer)
         self._started: list[Future] = []
 
     def __enter__(self):
@@ -120,11 +114,9 @@ class Writers:
 
 
 def _start_writer() -> None:
-    """Prepare a process: Ctrl-C is the main process's matter, with whose end, whatever it was, this one ends."""
+    """Prepare a process."""
     gc.freeze()  # what this process has of the main one's is not its to collect: streams and graphs of a GPU
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait_for_any([end]), os._exit(1)), daemon=True).start()
+    prepare()
 
 
 def compress(folder: Path, number: int, rows: Sequence[tuple[str, int]]) -> None:
