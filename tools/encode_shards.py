@@ -28,7 +28,8 @@ from ibq import dist
 from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import META_FILE, CodesMeta, code_files, write_code_shard, write_codes_meta
-from ibq.data.images import BadSample, ImageDataset, Subset
+from ibq.data.counts import BadSample, count
+from ibq.data.images import ImageDataset, Subset
 from ibq.data.index import ImageIndex
 from ibq.data.loader import validation_batches
 from ibq.data.shards import ImageDataConfig
@@ -351,21 +352,24 @@ def wait_for_all(job: Job) -> None:
 def finish(job: Job) -> None:
     """Check that all views hold the same images, and write the meta data."""
     rows = rows_of_views(job)
-    count, kept = len(job.index), int(rows[0].sum())
-    if count - kept > job.arguments.max_bad_fraction * count or not kept:
+    images, kept = len(job.index), int(rows[0].sum())
+    if images - kept > job.arguments.max_bad_fraction * images or not kept:
         raise UserError(
-            f"{count - kept:,} of {count:,} images could not be used; mend them and use --fresh, or raise "
+            f"{images - kept:,} of {images:,} images could not be used; mend them and use --fresh, or raise "
             f"--max-bad-fraction {job.arguments.max_bad_fraction:g}"
         )
+    pictures = count(job.index, used=kept)
     remove(job.folder, half_written(job.folder))
     made_by = {
         **job.description,
-        "images_left_out": count - kept,
+        "images_left_out": images - kept,
+        "pictures": pictures.to_json(),
         "ibq": ibq.__version__,
         "torch": str(torch.__version__),
     }
     write_codes_meta(job.folder, replace(job.meta, rows=rows.flatten().tolist(), made_by=made_by))
-    say(f"{job.folder}: {len(rows)} view(s) of {kept:,} images, {count - kept:,} left out")
+    say(f"{job.folder}: {len(rows)} view(s) of {kept:,} images")
+    say(f"{job.arguments.images}: {pictures}")
 
 
 def rows_of_views(job: Job) -> np.ndarray:

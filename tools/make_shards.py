@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +30,7 @@ if __name__ == "__main__":
 from PIL import Image
 
 from ibq.config import UserError, exit_on_user_error
+from ibq.data.counts import DAMAGED, PictureCount, reason_of
 from ibq.data.index import ShardIndex, index_file, read_shard_index, write_shard_index
 from ibq.data.shards import CLASSES_FILE
 from ibq.data.transforms import decode_rgb
@@ -308,7 +310,15 @@ def summary(wanted: ShardSet, results: Sequence[Result]) -> dict:
         "bytes": sum(result.bytes for result in results),
         "classes": None if wanted.sources.classes is None else len(wanted.sources.classes),
         "left_out": [{"image": image, "reason": reason} for image, reason in left_out],
+        "pictures": counted(wanted, len(left_out)).to_json(),
     }
+
+
+def counted(wanted: ShardSet, left_out: int) -> PictureCount:
+    """What became of the pictures in the folder, of which so many could not be used."""
+    passed_over = wanted.sources.passed_over
+    found = len(wanted.sources.images) + sum(passed_over.values())
+    return PictureCount(found, +Counter({**passed_over, DAMAGED: left_out}))
 
 
 def tell(wanted: ShardSet, rows: dict, complete: bool) -> None:
@@ -336,6 +346,7 @@ def tell(wanted: ShardSet, rows: dict, complete: bool) -> None:
     if rows["classes"] is None:
         settings.append("data.labels=false")
     print("next: python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml " + shlex.join(settings))
+    print(f"{wanted.folder}: {counted(wanted, len(left_out))}")
 
 
 # --- Indexing shards that are there ---
@@ -360,8 +371,9 @@ def index_shards(patterns: Sequence[str], processes: int) -> int:
         say(message)
     broken = sum(result.broken for result in done)
     kept = sum(result.kept for result in done)
+    left_out = sum((result.left_out for result in done), Counter())
     print(
-        f"{sum(result.samples for result in done):,} samples in {len(done) - broken:,} indexed shards"
+        f"{PictureCount(sum(result.samples for result in done), left_out)}, in {len(done) - broken:,} indexed shards"
         + (f", {kept:,} of which had their index already" if kept else "")
     )
     if broken:
@@ -373,6 +385,7 @@ class Indexed(NamedTuple):
     """What became of a shard that was to be indexed."""
 
     samples: int
+    left_out: Counter  # reason -> samples that can't be used, whatever their labels
     kept: bool  # its index file was there
     broken: bool
     message: str
@@ -389,13 +402,13 @@ def index_one(path: Path) -> Indexed:
         index = index or write_shard_index(path)
         broken = index.bytes > path.stat().st_size
     except (OSError, UserError) as error:
-        return Indexed(0, False, True, str(error))
+        return Indexed(0, Counter(), False, True, str(error))
     message = ""
     if index.problems:
         number, reason = next(iter(index.problems.items()))
         message = f"{path}: {len(index.problems):,} of {len(index.keys):,} samples can't be used, the first: "
         message += f"{index.keys[number]}: {reason}"
-    return Indexed(len(index.keys), kept, broken, message)
+    return Indexed(len(index.keys), Counter(map(reason_of, index.problems.values())), kept, broken, message)
 
 
 def existing_index(path: Path) -> ShardIndex | None:

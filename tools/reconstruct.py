@@ -7,6 +7,7 @@ python tools/reconstruct.py --tokenizer runs/tokenizer_16384 --images photos/*.j
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
+from ibq.data.counts import PictureCount, reason_of
+from ibq.data.index import IMAGE_SUFFIXES, not_read
+from ibq.data.shards import pictures_below
 from ibq.data.transforms import decode_rgb, to_uint8, to_unit_range
 from ibq.evaluation.reconstruction import SSIM_WINDOW, psnr, ssim
 from ibq.files import whole_file
@@ -30,7 +34,6 @@ from ibq.training.run import set_up_torch
 from tools.lib.options import add_device_options, autocast_of, device_of
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 SMALLEST_TILE = 16
 
 
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(arguments)
     device = device_of(arguments)
     set_up_torch(training=False)
-    files = list_files(arguments.images)
+    files, pictures = list_files(arguments.images)
     tokenizer = load_tokenizer(arguments.tokenizer, device=device)
     if arguments.size is not None and arguments.size < tokenizer.downsampling:
         raise UserError(f"--size: a token is {tokenizer.downsampling} pixels wide; give at least so many")
@@ -73,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             one(tokenizer, file, arguments)
             progress.update()
     say(f"{arguments.output}: {len(files)} pictures; peak memory {peak_memory_gib(device):.2f} GiB")
+    say(str(pictures))
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -88,20 +92,23 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--spill: {arguments.spill} is no folder; make it, on a disk with room")
 
 
-def list_files(places: Sequence[Path]) -> list[Path]:
-    """The pictures that are meant; UserError if there are none, or two would be written to one name."""
-    files = []
+def list_files(places: Sequence[Path]) -> tuple[list[Path], PictureCount]:
+    """The pictures that are meant, and what became of all; UserError if there are none, or two for one name."""
+    files, left_out = [], Counter()
     for place in places:
-        inside = sorted(path for path in place.rglob("*") if path.suffix.lower() in ENDINGS) if place.is_dir() else []
-        files += inside or [place]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: no picture there; give files, or folders with {', '.join(ENDINGS)} in them")
+        inside = pictures_below(place) if place.is_dir() else []
+        problems = [not_read(path.suffix.lower()) for path in inside]
+        left_out.update(reason_of(problem) for problem in problems if problem)
+        chosen = [path for path, problem in zip(inside, problems, strict=True) if not problem]
+        if not chosen and not place.is_file():
+            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(f"{place}: no picture there; give files, or folders with {kinds} in them")
+        files += chosen or [place]
     names = [file.stem for file in files]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"--images: two files are named {twice!r}, and would be written to the same {twice}.png")
-    return files
+    return files, PictureCount(len(files) + left_out.total(), left_out)
 
 
 def one(tokenizer: Tokenizer, file: Path, arguments: argparse.Namespace) -> None:

@@ -2,28 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ibq.config import UserError
+from ibq.data.counts import BadSample
 from ibq.data.index import ImageIndex
 from ibq.data.order import Location, Order
 from ibq.data.storage import ShardStore
 from ibq.data.transforms import AugmentConfig, FixedView, decode_rgb, random_square, square, view
 
 GIVE_UP = 10_000  # unusable samples in a row after which a stream counts as lost
-
-
-class BadSample(NamedTuple):
-    """A sample that can't be used, and why."""
-
-    shard: str
-    key: str
-    reason: str
-    position: int = -1  # in the order of the training data
 
 
 class BadSampleError(ValueError):
@@ -117,7 +108,7 @@ class ImageDataset(BatchSource, torch.utils.data.Dataset):
                 problem = str(error)
             except ValueError as error:
                 problem = self._bad[number] = str(error)
-        raise BadSampleError(BadSample(entry.shard, self.index.key(number), problem))
+        raise BadSampleError(BadSample(entry.shard, self.index.key(number), problem, number=number))
 
 
 class ImageStream(BatchSource):

@@ -29,6 +29,8 @@ from ibq.files import write_text
 FORMAT = 1
 INDEX_SUFFIX = ".index.json"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
+# Pictures of other kinds, which are counted and named.
+OTHER_PICTURES = {".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".ppm", ".jxl"}
 NO_LABEL, NO_CHECKSUM = -1, -1
 LABEL_PROBLEM = "the label"  # how such problems begin: they do not matter to a set that is read without labels
 # First bytes, name and command of what tar files are compressed by.
@@ -276,7 +278,7 @@ class _Walk:
         elif self.checksums and member.is_image:
             member.crc32 = zlib.crc32(tar.extractfile(info).read())
         self.places[name] = member
-        if member.is_image or member.is_label or posixpath.splitext(member.field)[1] in IMAGE_SUFFIXES:
+        if member.is_image or member.is_label or _looks_like_picture(member):
             self.members.append(member)
 
     def _follow(self, file: BinaryIO, member: _Member) -> None:
@@ -377,11 +379,11 @@ class _Walk:
             names = ", ".join(member.name for _, _, member in group if member.is_image or member.is_label)
             several = f"several members of one key stand together ({names}): rename them"
             for place, member in images or [(first, None)]:
-                problem = several if not _is_one(group) else _dotted(others[0][1])
+                problem = several if not _is_one(group) else _no_picture(others[0][1])
                 yield place, key, member, None, problem
         else:
             for place, member in others:
-                yield place, key, None, None, _dotted(member)
+                yield place, key, None, None, _no_picture(member)
 
 
 def _is_one(group: Sequence[tuple[int, int, _Member]]) -> bool:
@@ -390,7 +392,18 @@ def _is_one(group: Sequence[tuple[int, int, _Member]]) -> bool:
     return sum(member.is_image for member in members) <= 1 and sum(member.is_label for member in members) <= 1
 
 
-def _dotted(member: _Member) -> str:
+def not_read(suffix: str) -> str | None:
+    """Why a picture with such a suffix can't be used; None if it can."""
+    return None if suffix in IMAGE_SUFFIXES else f"{suffix} files are not read, only JPEG, PNG and WebP"
+
+
+def _looks_like_picture(member: _Member) -> bool:
+    return f".{member.field}" in OTHER_PICTURES or posixpath.splitext(member.field)[1] in IMAGE_SUFFIXES
+
+
+def _no_picture(member: _Member) -> str:
+    if f".{member.field}" in OTHER_PICTURES:
+        return not_read(f".{member.field}")
     return (
         f"no picture: a key ends at the first dot, so {member.name} is field {member.field!r} of "
         f"{posixpath.basename(member.key)!r}; rename it"
@@ -437,6 +450,7 @@ class ImageIndex:
         self.shards = [path for path, _ in shards]
         self.classes = list(classes)
         self.checks = {path: (index.bytes, index.sha256) for path, index in shards}
+        self.elsewhere: dict[str, int] = {}  # why images of the place are not in this set -> how many
         self.shard = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
         self.place = np.concatenate([np.arange(n, dtype=np.int32) for n in counts] or [np.zeros(0, np.int32)])
         self.offset = _column(indexes, "offsets", np.int64)
@@ -523,11 +537,18 @@ class ImageIndex:
         starts = np.flatnonzero(np.diff(self.shard, prepend=-1))
         return np.diff(starts, append=len(self)).astype(np.int64)
 
-    def subset(self, numbers: Sequence[int]) -> "ImageIndex":
-        """The same set with only some of its images."""
+    def has(self, number: int, shard: str, key: str) -> bool:
+        """Whether that is what the set calls its image of this number."""
+        return 0 <= number < len(self) and self.shards[self.shard[number]] == shard and self.key(number) == key
+
+    def subset(self, numbers: Sequence[int], rest: str = "") -> "ImageIndex":
+        """The same set with only some of its images; `rest` says where the others are, for counts."""
         part = object.__new__(ImageIndex)
         part.__dict__.update(self.__dict__)
         chosen = np.asarray(numbers, dtype=np.int64)
+        if len(chosen) < len(self):
+            assert rest
+            part.elsewhere = {**self.elsewhere, rest: self.elsewhere.get(rest, 0) + len(self) - len(chosen)}
         for name in ("shard", "place", "offset", "size", "label", "crc32"):
             setattr(part, name, getattr(self, name)[chosen])
         return part

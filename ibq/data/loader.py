@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ibq.config import UserError
 from ibq.data.codes import CodeDataset, CodeStream
-from ibq.data.images import BadSample, ImageDataset, ImageStream
+from ibq.data.counts import BadSample
+from ibq.data.images import ImageDataset, ImageStream
 from ibq.data.order import Batching
 
 PREFETCH = 4  # batches that a worker is ahead

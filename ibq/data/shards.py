@@ -16,10 +16,12 @@ from ibq.data.index import (
     IMAGE_SUFFIXES,
     LABEL_PROBLEM,
     NO_LABEL,
+    OTHER_PICTURES,
     ImageIndex,
     ShardIndex,
     index_file,
     index_shard,
+    not_read,
     read_shard_index,
 )
 from ibq.data.storage import ShardStore, cache_root, is_url, open_url, shard_name
@@ -27,9 +29,7 @@ from ibq.data.transforms import AugmentConfig
 from ibq.files import write_text
 
 CLASSES_FILE = "classes.json"
-# Pictures of other kinds, which are counted and named.
-OTHER_PICTURES = {".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".ppm", ".jxl"}
-INDEX_RULES = 2  # of `index_shard`: what older ones have left in the cache is made again
+INDEX_RULES = 3  # of `index_shard`: what older ones have left in the cache is made again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,8 +340,7 @@ def _files_below(folder: Path, above: tuple[Path, ...], deep: bool) -> Iterator[
 
 def _not_read(path: Path) -> str | None:
     """Why a picture can't be used, by its name; None if it can."""
-    suffix = path.suffix.lower()
-    return None if suffix in IMAGE_SUFFIXES else f"{suffix} files are not read, only JPEG, PNG and WebP"
+    return not_read(path.suffix.lower())
 
 
 def class_names(shard: str, count: int) -> list[str]:
@@ -405,8 +404,8 @@ def split_sources(
 
 def hold_out(index: ImageIndex, every: int) -> tuple[ImageIndex, ImageIndex]:
     """(the rest, every so many-th image) of a set."""
-    held_out = range(0, len(index), every)
-    return index.subset([i for i in range(len(index)) if i % every]), index.subset(list(held_out))
+    kept, held_out = [i for i in range(len(index)) if i % every], range(0, len(index), every)
+    return index.subset(kept, "held out for validation"), index.subset(held_out, "kept for training")
 
 
 def open_split(place: str, split: str, validation_every: int, config: ImageDataConfig | None = None) -> ImageIndex:

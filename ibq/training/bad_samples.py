@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ibq import dist
 from ibq.config import UserError
-from ibq.data.images import BadSample
+from ibq.data.counts import BadSample
 from ibq.files import append_line, keep_lines
 from ibq.progress import say
 
 SAID = 20  # so many are also named on the screen
 LEAST = 1_000  # samples that a fraction is taken of, where the size of the set is unknown
 FILE = "bad_samples.jsonl"
+TRAIN, VALIDATION = "train", "validation"
 
 
 class BadSamples:
@@ -22,7 +23,7 @@ class BadSamples:
     def __init__(self, folder: Path, size: int | None, max_fraction: float):
         self.path, self.size, self.max_fraction = folder / FILE, size, max_fraction
         self.by_epoch: dict[str, int] = defaultdict(int)
-        self._known: set[tuple[str, str]] = set()
+        self._known: dict[tuple, BadSample] = {}  # (set, shard, key, number), on rank 0
         self._new: list[BadSample] = []
 
     def resume(self, step: int, by_epoch: dict[str, int]) -> None:
@@ -30,7 +31,9 @@ class BadSamples:
         self.by_epoch = defaultdict(int, by_epoch)
         if dist.is_main():
             lines = keep_lines(self.path, lambda row: row["step"] <= step)
-            self._known = {(row["shard"], row["key"]) for row in lines}
+            for row in lines:
+                sample = BadSample(**{name: row[name] for name in BadSample._fields if name in row})
+                self._known[_identity(row.get("set", TRAIN), sample)] = sample
 
     @property
     def total(self) -> int:
@@ -43,27 +46,31 @@ class BadSamples:
 
     def reduce(self, step: int, position: int) -> None:
         """Count what all ranks have noted since the last call; every rank calls it. UserError if it is too much."""
-        if not dist.largest(len(self._new)):
-            return
-        texts = dist.gather_texts(json.dumps(self._new))[:: dist.world_size() // dist.data_world_size()]
-        self._new = []
-        samples = sorted(
-            (BadSample(*fields) for text in texts for fields in json.loads(text)), key=lambda s: s.position
-        )
+        new, self._new = self._new, []
+        samples = _of_all_ranks(new)
         for sample in samples:
             self.by_epoch[str(sample.position // self.size if self.size else 0)] += 1
-            if dist.is_main():
-                self._name(step, sample)
-        self._check(samples, position)
+            self._name(step, sample, TRAIN, "bad sample replaced")
+        if samples:
+            self._check(samples, position)
 
-    def _name(self, step: int, sample: BadSample) -> None:
-        if (sample.shard, sample.key) in self._known:
+    def validation(self, step: int, samples: Sequence[BadSample]) -> None:
+        """Name what this rank's share of a validation is without; every rank calls it."""
+        for sample in _of_all_ranks(samples):
+            self._name(step, sample, VALIDATION, "left out of the validation")
+
+    def _name(self, step: int, sample: BadSample, part: str, what: str) -> None:
+        if not dist.is_main() or _identity(part, sample) in self._known:
             return
-        self._known.add((sample.shard, sample.key))
+        self._known[_identity(part, sample)] = sample
         if len(self._known) <= SAID:
             more = f"; further ones are named in {self.path} alone" if len(self._known) == SAID else ""
-            say(f"bad sample replaced: shard {sample.shard}, image {sample.key!r}: {sample.reason}{more}")
-        append_line(self.path, {"step": step, **sample._asdict()})
+            say(f"{what}: shard {sample.shard}, image {sample.key!r}: {sample.reason}{more}")
+        append_line(self.path, {"step": step, "set": part, **sample._asdict()})
+
+    def named(self, part: str) -> list[BadSample]:
+        """All that were named of a set (TRAIN, VALIDATION), on rank 0."""
+        return [sample for identity, sample in self._known.items() if identity[0] == part]
 
     def _check(self, samples: Sequence[BadSample], position: int) -> None:
         among = self.size or max(LEAST, position)
@@ -75,3 +82,15 @@ class BadSamples:
                 f"data.max_bad_fraction={self.max_fraction:g}; the first of the last ones: shard {first.shard}, image "
                 f"{first.key!r}: {first.reason}; all are in {self.path}; mend the data or raise the fraction"
             )
+
+
+def _identity(part: str, sample: BadSample) -> tuple:
+    return part, sample.shard, sample.key, sample.number
+
+
+def _of_all_ranks(samples: Sequence[BadSample]) -> list[BadSample]:
+    """What the ranks have found, in the order of positions; those that share their data tell it once."""
+    if not dist.largest(len(samples)):
+        return []
+    texts = dist.gather_texts(json.dumps(samples))[:: dist.world_size() // dist.data_world_size()]
+    return sorted((BadSample(*fields) for text in texts for fields in json.loads(text)), key=lambda s: s.position)

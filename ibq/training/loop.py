@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from ibq import dist
 from ibq.config import UserError, require_least
-from ibq.data.images import BadSample
+from ibq.data.counts import BadSample
 from ibq.engine.heartbeat import Heartbeat
 from ibq.files import write_text
 from ibq.progress import progress_bar, say
@@ -117,11 +117,9 @@ def train(
         reason = f"the checkpoint of step {state.step} could not be written ({saver.unsaved})"
         write_status(folder, "failed", state.step, total_steps, reason)
         raise StoppedError(f"{reason}; make room and start the same command again: {saver.last_saved()}")
-    if signals.agreed:
-        write_status(folder, "stopped", state.step, total_steps, signals.name)
-        return signals.exit_code
-    write_status(folder, "finished", state.step, total_steps)
-    return 0
+    ended, reason = ("stopped", signals.name) if signals.agreed else ("finished", "")
+    write_status(folder, ended, state.step, total_steps, reason, pictures=log.count_pictures())
+    return signals.exit_code if signals.agreed else 0
 
 
 def _steps(run: "_Run", total_steps: int, seed: int, title: str, start_up: StartUp) -> None:
@@ -199,9 +197,11 @@ class _Run:
             return
         with self.log.besides_steps():
             self.mark("validation")
-            batches = self.data.validation(_name_bad)
+            bad: list[BadSample] = []
+            batches = self.data.validation(bad.extend)
             result = self.task.validate(itertools.takewhile(self._goes_on, batches))
             if not self.signals.agree():
+                self.log.bad_samples.validation(self.state.step, bad)
                 self._keep(result)
                 self.state.validation_pending = False
 
@@ -219,8 +219,3 @@ class _Run:
             if self.saver.save_best(info):
                 state.best_score, state.best_step = result.score, state.step
         self.log.note_best()
-
-
-def _name_bad(samples: Iterable[BadSample]) -> None:
-    for sample in samples:
-        say(f"left out of the validation: shard {sample.shard}, image {sample.key!r}: {sample.reason}")

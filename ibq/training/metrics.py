@@ -16,7 +16,7 @@ from torch import Tensor
 from ibq import dist
 from ibq.files import append_line, keep_lines
 from ibq.progress import say
-from ibq.training.bad_samples import BadSamples
+from ibq.training.bad_samples import TRAIN, VALIDATION, BadSamples
 from ibq.training.checkpoint import OWN, TrainingState
 from ibq.training.run_data import RunData
 from ibq.training.startup import StartUp
@@ -67,6 +67,15 @@ class RunLog:
     def reduce_bad_samples(self) -> None:
         """Learn of the other ranks' bad samples; UserError where they are too many."""
         self.bad_samples.reduce(self._state.step, self._state.position)
+
+    def count_pictures(self) -> dict[str, dict]:
+        """Say what became of the pictures of every place; the same for a file. Codes and rank 0 alone have none."""
+        if not dist.is_main():
+            return {}
+        counts = self._data.count_pictures(*map(self.bad_samples.named, (TRAIN, VALIDATION)))
+        for place, count in counts.items():
+            say(f"{place}: {count}")
+        return {place: count.to_json() for place, count in counts.items()}
 
     def steps(self, batch_size: int, interval_metrics: Callable[[int], dict[str, float]]) -> None:
         """Log the means since the last log with rates, memory and the task's own figures."""

@@ -10,9 +10,9 @@ from torch import Tensor
 from ibq import dist
 from ibq.config import UserError
 from ibq.data.codes import CodeDataConfig, CodeDataset, CodeStream
+from ibq.data.counts import BadSample, PictureCount, count
 from ibq.data.images import (
     ArrivalOrder,
-    BadSample,
     BadSampleError,
     BatchSource,
     ImageDataset,
@@ -103,6 +103,21 @@ class RunData:
             "give others, or set training.validate_every=null"
         )
 
+    def count_pictures(self, bad: Sequence[BadSample], bad_validation: Sequence[BadSample]) -> dict[str, PictureCount]:
+        """Place -> what became of its pictures, given those that could not be used; nothing where codes are read.
+
+        Used is what the batches are drawn from, seen yet or not. Of shards that are read in the order in which they
+        arrive, other processes alone know how many pictures they hold: they are not counted.
+        """
+        if not isinstance(self.validation_set, ConcatenatedSets):
+            return {}
+        sets = list(self.stream.sets) if isinstance(self.stream.sets, list) else []
+        counts = {}
+        for number, part in enumerate(sets):
+            name = "data.train" if len(sets) == 1 else f"data.sources[{number}].train"
+            counts[name] = count(part.index, bad=bad)
+        return counts | self.validation_set.count_pictures(self.validation_limit, bad_validation)
+
     def resume_position(self, saved: TrainingState) -> int:
         """Where a run goes on: where it was, or at the next epoch if its data or their order are others now."""
         now, then = self.describe(), saved.order
@@ -192,6 +207,17 @@ class ConcatenatedSets(BatchSource):
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def count_pictures(self, limit: int | None, bad: Sequence[BadSample]) -> dict[str, PictureCount]:
+        """Set -> what became of its pictures, if only the first `limit` of all sets are taken."""
+        counts = {}
+        for number, (part, end) in enumerate(zip(self.sets, self._ends.tolist(), strict=True)):
+            size = len(part)
+            kept = size if limit is None else min(size, max(0, limit - (end - size)))
+            index = part.index.subset(range(kept), "beyond training.validation_images")
+            name = "data.validation" if len(self.sets) == 1 else f"data.sources[{number}].validation"
+            counts[name] = count(index, bad=bad)
+        return counts
 
     def fill(self, numbers: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
         """Write the images of these numbers; see ImageDataset.fill."""

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -68,12 +68,23 @@ class StopSignals:
 
 
 def write_status(
-    folder: Path, state: Status, step: int, total_steps: int, reason: str = "", *, any_rank: bool = False
+    folder: Path,
+    state: Status,
+    step: int,
+    total_steps: int,
+    reason: str = "",
+    *,
+    any_rank: bool = False,
+    pictures: Mapping[str, Mapping] | None = None,
 ) -> None:
-    """Say in `status.json` how the run stands; rank 0, or `any_rank`. A full disk is no reason to fail here."""
+    """Say in `status.json` how the run stands; rank 0, or `any_rank`. A full disk is no reason to fail here.
+
+    `pictures`: of each place that the run read, how many were found, used and left out.
+    """
     if not (dist.is_main() or any_rank):
         return
     said = {"state": state, "step": step, "total_steps": total_steps, "reason": reason}
+    said |= {"pictures": pictures} if pictures else {}
     if said.items() <= read_status(folder).items() and state != "running":
         return  # a finished run that is started again stays as it is
     status = said | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(), "pid": os.getpid()}

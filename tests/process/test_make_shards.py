@@ -391,7 +391,7 @@ def damaged(tmp_path):
 @pytest.mark.parametrize("option", [("--check",), ("--size", "20"), ("--format", "png")])
 def test_damaged_image_is_left_out_and_named(damaged, make, tmp_path, option):
     out = tmp_path / "out"
-    assert "1 left out" in make(damaged, out, *SMALL, *option)
+    assert "+ 1 left out" in make(damaged, out, *SMALL, *option)
     found = raw(out / "train-*.tar")
     assert len(found) == 39 and "c1/07" not in found
     text = (out / "train.make_shards.json").read_text()
@@ -406,7 +406,7 @@ def test_damaged_image_is_left_out_and_named(damaged, make, tmp_path, option):
 
 
 def test_kept_images_are_not_looked_at(damaged, make, tmp_path):
-    assert "left out" not in make(damaged, tmp_path / "out", *SMALL)
+    assert "+ 0 left out" in make(damaged, tmp_path / "out", *SMALL)
     assert raw(tmp_path / "out" / "train-*.tar")["c1/07"][0] == (damaged / "c1/07.jpg").read_bytes()
 
 
@@ -430,8 +430,8 @@ def test_image_that_could_not_be_read_comes_in_when_it_can(damaged, make, tmp_pa
     make(damaged, tmp_path / "whole", *SMALL)
     with monkeypatch.context() as patch:
         patch.setattr(make_shards, "load", away)
-        assert "1 left out" in make(damaged, tmp_path / "out", *SMALL)
-    assert "left out" not in make(damaged, tmp_path / "out", *SMALL)
+        assert "+ 1 left out" in make(damaged, tmp_path / "out", *SMALL)
+    assert "+ 0 left out" in make(damaged, tmp_path / "out", *SMALL)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -8,10 +8,12 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ibq.config import UserError
+from ibq.progress import say
 
 if TYPE_CHECKING:
     import torch
 
+    from ibq.data.counts import BadSample
     from ibq.data.index import ImageIndex
     from ibq.data.shards import ImageDataConfig
 
@@ -110,6 +112,12 @@ def open_images_of(arguments: argparse.Namespace, config: "ImageDataConfig | Non
 
     check_least(arguments, batch_size=1, workers=0, validation_every=2)
     return open_split(arguments.images, arguments.split, arguments.validation_every, config)
+
+
+def say_left_out(samples: "Sequence[BadSample]") -> None:
+    """Name images that can't be used."""
+    for sample in samples:
+        say(f"note: left out: shard {sample.shard}, image {sample.key!r}: {sample.reason}")
 
 
 def check_least(arguments: argparse.Namespace, **least: int) -> None:

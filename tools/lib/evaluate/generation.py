@@ -12,6 +12,7 @@ from PIL import Image
 
 from ibq import dist
 from ibq.config import UserError
+from ibq.data.counts import PictureCount, count
 from ibq.data.images import ImageDataset
 from ibq.data.index import ImageIndex
 from ibq.data.shards import open_images, open_split
@@ -21,7 +22,7 @@ from ibq.evaluation.features import load_inception
 from ibq.evaluation.generation import GenerationReport, evaluate_generation, protocol
 from ibq.evaluation.image_sets import ImageSet, NpzImages, PixelHash, open_set
 from ibq.progress import progress_bar, say
-from tools.lib.options import add_device_options, check_least
+from tools.lib.options import add_device_options, check_least, say_left_out
 
 HELP = "FID, sFID, Inception Score, precision and recall of generated images; accuracy of a classifier on them"
 HELD_OUT = 10  # every so many-th image is for the classifier's validation, where no other place is given
@@ -61,11 +62,12 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
     if samples.count < 2 and arguments.reference:
         raise UserError(f"{arguments.samples}: one image is too few for statistics; give at least 2")
     made_by = metadata(samples)
-    record = {
+    record: dict = {
         "metrics": {},
         "inputs": {"samples_sha256": samples.sha256()},
         "image_count": samples.count,
         "image_size": list(samples.size),
+        "pictures": {},
         "samples": arguments.samples,
         "samples_made_by": made_by,
         "checkpoint": {name: made_by.get(name) for name in ("tokenizer", "transformer")},
@@ -73,11 +75,19 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
         "seed": made_by.get("seed"),
         "precision": arguments.precision,
     }
+    note_pictures(record, "samples", samples.place, PictureCount(samples.count))
     if arguments.reference:
         against_references(samples, arguments, device, record)
     if arguments.classifier:
         with_classifier(samples, arguments, device, record)
     return record
+
+
+def note_pictures(record: dict, name: str, place: str, count: PictureCount) -> None:
+    """Say what became of the pictures of a place, and put it into the record."""
+    record["pictures"][name] = count.to_json()
+    if dist.is_main():
+        say(f"{place}: {count}")
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -121,6 +131,9 @@ def against_references(samples: ImageSet, arguments: argparse.Namespace, device:
         batch_size=arguments.batch_size,
         progress=image_bar,
     )
+    for reference in references:
+        if reference.count:  # not of statistics alone
+            note_pictures(record, f"reference {reference.place}", reference.place, PictureCount(reference.count))
     record["metrics"] |= report.metrics
     record["references"] = report.references
     record["protocol"] = protocol(network, arguments.precision_recall)
@@ -185,7 +198,12 @@ def with_classifier(samples: ImageSet, arguments: argparse.Namespace, device: to
             f"{arguments.samples}: class {wrong} is none of the {classes} of {arguments.classifier}; give the real "
             "images of the same classes"
         )
-    parts = [real_images(index, config.size, device) for index in (train, validation)]
+    parts = []
+    for name, index in (("classifier", train), ("classifier validation", validation)):
+        images, found = real_images(index, config.size, device)
+        place = name == "classifier" or not arguments.classifier_validation
+        note_pictures(record, name, arguments.classifier if place else arguments.classifier_validation, found)
+        parts.append(images)
     generated = LabelledImages(images=resized(samples, config.size).to(device), labels=labels.to(device))
     with progress_bar("classifier", config.steps, "step") as progress:
         metrics = evaluate_with_classifier(*parts, generated, classes, config, progress.update)
@@ -199,15 +217,14 @@ def with_classifier(samples: ImageSet, arguments: argparse.Namespace, device: to
     show_classifier(metrics)
 
 
-def real_images(index: ImageIndex, size: int, device: torch.device) -> LabelledImages:
+def real_images(index: ImageIndex, size: int, device: torch.device) -> tuple[LabelledImages, PictureCount]:
     """All images of a set, or evenly spaced ones of a large set; what can't be read is left out."""
     step = -(-len(index) // MOST_TRAINING)
-    if step > 1:
-        say(f"note: the classifier takes every {step}th of {len(index):,} images")
-    images, labels, bad = ImageDataset(index, size).batch(range(0, len(index), step))
-    for sample in bad:
-        say(f"note: left out: shard {sample.shard}, image {sample.key!r}: {sample.reason}")
-    return LabelledImages(images=images.contiguous().to(device), labels=labels.to(device))
+    part = index.subset(range(0, len(index), step), f"passed over, as every {step}th is enough for the classifier")
+    images, labels, bad = ImageDataset(part, size).batch(range(len(part)))
+    say_left_out(bad)
+    found = count(part, used=len(images))
+    return LabelledImages(images=images.contiguous().to(device), labels=labels.to(device)), found
 
 
 def resized(samples: ImageSet, size: int) -> torch.Tensor:

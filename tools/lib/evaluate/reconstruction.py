@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,9 @@ import yaml
 from ibq import dist
 from ibq.api import load_tokenizer
 from ibq.config import UserError, dump_config
-from ibq.data.images import BadSample, ImageDataset, Subset
+from ibq.data.counts import count
+from ibq.data.images import ImageDataset, Subset
+from ibq.data.index import ImageIndex
 from ibq.data.loader import validation_batches
 from ibq.data.shards import ImageDataConfig
 from ibq.evaluation.features import RESIZING, Inception, load_inception, weights_at_hand
@@ -24,7 +26,7 @@ from ibq.models.perceptual import BACKBONES, build_lpips
 from ibq.models.tokenizer import Tokenizer
 from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import weights_hash
-from tools.lib.options import add_device_options, add_image_options, autocast_of, open_images_of
+from tools.lib.options import add_device_options, add_image_options, autocast_of, open_images_of, say_left_out
 
 HELP = "PSNR, SSIM, LPIPS, rFID, codebook usage, perplexity and effective rank of a tokenizer"
 PICTURES = 24  # that --npz gets
@@ -60,11 +62,14 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
     tokenizer = load_tokenizer(arguments.tokenizer, device=device)
     perceptual = perceptual_of(arguments, device, tokenizer.config.resolution)
     inception = inception_of(arguments, device)
-    report, originals = reconstruct(tokenizer, perceptual, inception, arguments, device)
+    images = dist.main_first(lambda: open_images_of(arguments, ImageDataConfig(train=arguments.images, labels=False)))
+    report, originals = reconstruct(tokenizer, perceptual, inception, images, arguments, device)
     if inception is not None and report.metrics["images"] < 2:
         raise UserError(f"{arguments.images}: rFID needs at least 2 images; add some, or use --inception none")
+    pictures = count(images, used=int(report.metrics["images"]))
     if dist.is_main():
         show(report, inception)
+        say(f"{arguments.images}: {pictures}")
         if arguments.npz:
             write_pictures(arguments.npz, report)
     return {
@@ -80,6 +85,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
         "split": arguments.split,
         "precision": arguments.precision,
         "image_count": int(report.metrics["images"]),
+        "pictures": {"images": pictures.to_json()},
         "seed": None,  # nothing is drawn
         "sampler": None,
         "protocol": protocol(tokenizer, perceptual, inception),
@@ -134,11 +140,11 @@ def reconstruct(
     tokenizer: Tokenizer,
     perceptual: Mapping[str, nn.Module],
     inception: Inception | None,
+    images: ImageIndex,
     arguments: argparse.Namespace,
     device: torch.device,
 ) -> tuple[ReconstructionReport, str]:
     """Encode and decode all images, with a progress bar; also the hash of the originals."""
-    images = dist.main_first(lambda: open_images_of(arguments, ImageDataConfig(train=arguments.images, labels=False)))
     dataset = ImageDataset(images, tokenizer.config.resolution)
     batches = validation_batches(
         share_of(dataset, BLOCK, dist.rank(), dist.world_size()),
@@ -167,12 +173,6 @@ def share_of(dataset: ImageDataset, block: int, rank: int, world_size: int) -> S
     """A rank's blocks of the images: the same blocks for every number of ranks."""
     starts = range(0, len(dataset), block)[rank::world_size]
     return Subset(dataset, [n for start in starts for n in range(start, min(start + block, len(dataset)))])
-
-
-def say_left_out(samples: Sequence[BadSample]) -> None:
-    """Name the images that the figures are without."""
-    for sample in samples:
-        say(f"note: left out: shard {sample.shard}, image {sample.key!r}: {sample.reason}")
 
 
 def observed(batches: Iterable[tuple[Tensor, Tensor]], progress, digest: PixelHash) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,15 +8,16 @@ import math
 import os
 import re
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ibq.config import UserError
-from ibq.data.index import IMAGE_SUFFIXES
+from ibq.data.counts import BESIDE, reason_of
+from ibq.data.index import IMAGE_SUFFIXES, not_read
 from ibq.data.order import shuffled
 from ibq.data.shards import CLASSES_FILE, check_is_class, parse_classes, pictures_below
 from ibq.files import lock
@@ -43,6 +44,7 @@ class SourceSet(NamedTuple):
 
     images: list[Source]  # in sorted order
     classes: list[str] | None  # None: a set without labels
+    passed_over: Mapping[str, int]  # reason -> pictures that are not among them
 
 
 class LabelLine(NamedTuple):
@@ -61,7 +63,8 @@ def read_sources(folder: Path, *, labels: Path | None, classes: Path | None, lab
     try:
         names = None if classes is None else read_classes(classes)
         if not labelled:
-            return SourceSet(_sources(folder, ((path, None) for path in _images(folder))), None)
+            images, passed_over = _images(folder)
+            return SourceSet(_sources(folder, ((path, None) for path in images)), None, passed_over)
         if labels is None:
             return _read_class_folders(folder, names)
         return _read_flat_folder(folder, labels, names)
@@ -98,21 +101,21 @@ def sample_keys(paths: Iterable[str]) -> list[str]:
     return list(keys)
 
 
-def _images(folder: Path) -> list[Path]:
-    paths = _read_below(folder)
+def _images(folder: Path) -> tuple[list[Path], Counter]:
+    paths, passed_over = _read(folder, pictures_below(folder))
     if not paths:
         raise UserError(f"no images in {str(folder)!r}: expected JPEG, PNG or WebP files")
-    return paths
+    return paths, passed_over
 
 
-def _read_below(folder: Path) -> list[Path]:
-    """The pictures that are read; how many others are there is said."""
-    pictures = pictures_below(folder)
+def _read(folder: Path, pictures: Sequence[Path]) -> tuple[list[Path], Counter]:
+    """(those pictures that are read, reason -> number of the others), which is said."""
     read = [path for path in pictures if path.suffix.lower() in IMAGE_SUFFIXES]
-    if others := {path.suffix.lower() for path in pictures} - IMAGE_SUFFIXES:
-        kinds = ", ".join(sorted(others))
-        say(f"note: {len(pictures) - len(read):,} pictures in {folder} are passed over: {kinds} files are not read")
-    return read
+    others = [path.suffix.lower() for path in pictures if path.suffix.lower() not in IMAGE_SUFFIXES]
+    if others:
+        kinds = ", ".join(sorted(set(others)))
+        say(f"note: {len(others):,} pictures in {folder} are passed over: {kinds} files are not read")
+    return read, Counter(reason_of(not_read(suffix)) for suffix in others)
 
 
 def _sources(folder: Path, files: Iterable[tuple[Path, int | None]]) -> list[Source]:
@@ -124,8 +127,9 @@ def _sources(folder: Path, files: Iterable[tuple[Path, int | None]]) -> list[Sou
 
 def _read_class_folders(folder: Path, names: Sequence[str] | None) -> SourceSet:
     """Classes are in sorted order, as in `ibq.data.shards.class_folders`, or in that of `names`."""
-    found = _scan(folder)
-    loose = sum(path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." for path in folder.iterdir())
+    found, passed_over = _scan(folder)
+    beside, others = _read(folder, pictures_below(folder, deep=False))
+    loose = len(beside)
     if not found and loose:
         raise UserError(
             f"{str(folder)!r} holds {loose:,} images but no class folders; give their labels with --labels FILE "
@@ -135,6 +139,7 @@ def _read_class_folders(folder: Path, names: Sequence[str] | None) -> SourceSet:
         raise UserError(f"no images in {str(folder)!r}: expected one sub-folder a class with JPEG, PNG or WebP files")
     if loose:
         say(f"note: {loose:,} images that lie directly in {folder} belong to no class and are passed over")
+    passed_over += others + Counter({BESIDE: loose})
     classes = list(names or found)
     position = {name: label for label, name in enumerate(classes)}
     unknown = [name for name in found if name not in position]
@@ -144,36 +149,37 @@ def _read_class_folders(folder: Path, names: Sequence[str] | None) -> SourceSet:
             f"{unknown[0]!r}; rename them, move them away, or leave out --classes"
         )
     images = [image._replace(label=position[name]) for name, rows in found.items() for image in rows]
-    return SourceSet(images, classes)
+    return SourceSet(images, classes, passed_over)
 
 
-def _scan(folder: Path) -> dict[str, list[Source]]:
-    """Class name -> its images, without labels yet; folders without images are no classes."""
+def _scan(folder: Path) -> tuple[dict[str, list[Source]], Counter]:
+    """(class name -> its images, without labels yet, what is not read); folders without images are no classes."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = {}
+    found, passed_over = {}, Counter()
     with progress_bar("scan", len(names), "folder", disable=len(names) < BARS_FROM) as progress:
         for name in names:
             os.scandir(folder / name).close()  # one that can't be read would look empty, and shift all later labels
-            paths = _read_below(folder / name)
-            if not paths:
-                check_is_class(folder / name, pictures_below(folder / name))
+            pictures = pictures_below(folder / name)
+            check_is_class(folder / name, pictures)
+            paths, others = _read(folder / name, pictures)
+            passed_over += others
             found[name] = _sources(folder, ((path, None) for path in paths))
             progress.update()
     empty = [name for name in names if not found[name]]
     if empty and len(empty) < len(names):
         say(f"note: {len(empty):,} folders without images are no classes, the first: {empty[0]!r}")
-    return {name: rows for name, rows in found.items() if rows}
+    return {name: rows for name, rows in found.items() if rows}, passed_over
 
 
 # --- A flat folder and a file with labels ---
 
 
 def _read_flat_folder(folder: Path, file: Path, names: Sequence[str] | None) -> SourceSet:
-    paths = _images(folder)
+    paths, passed_over = _images(folder)
     lines = read_label_lines(file)
     chosen = _match([path.relative_to(folder).as_posix() for path in paths], lines, folder, file)
     values, classes = _numbers(chosen, names, file)
-    return SourceSet(_sources(folder, zip(paths, values, strict=True)), classes)
+    return SourceSet(_sources(folder, zip(paths, values, strict=True)), classes, passed_over)
 
 
 def read_label_lines(file: Path) -> list[LabelLine]:
