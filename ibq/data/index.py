@@ -13,6 +13,7 @@ A sample that can't be used keeps its place, with the reason: the order of all t
 import hashlib
 import json
 import posixpath
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ COMPRESSED = (
     (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
     (b"\xfd7zXZ\x00", "xz", "unxz"),
 )
+WEBDATASET_OWN = re.compile(r"__[^/]*__(/|$)")  # names of what webdataset keeps for itself, and passes over
 END_OF_TAR = 1024  # two blocks of zeros close a tar file
 
 
@@ -261,7 +263,7 @@ class _Walk:
 
     def _take(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
         folder, slash, name = info.name.rpartition("/")  # folders may have dots, as in ./0001.png
-        if name.startswith("."):  # a Mac's ._1.jpg is no picture
+        if name.startswith(".") or WEBDATASET_OWN.match(info.name):  # a Mac's ._1.jpg is no picture
             return
         name, _, suffix = name.partition(".")
         key, name = (folder + slash + name).replace("\n", " "), posixpath.normpath(info.name)

@@ -142,6 +142,16 @@ def test_archives_one_after_the_other_are_all_read(tmp_path):
     assert first == ("a", b"a", 2, "") and last[0] == "(end)" and "what is no tar member follows" in last[3]
 
 
+def test_names_of_webdatasets_own_are_passed_over(tmp_path):
+    """As webdataset does: a folder or a member at the top whose name begins and ends with two underscores."""
+    names = ("__meta__/x.png", "__info__", "a/__meta__/y.png", "__z.png")
+    path = shard(tmp_path / "s.tar", *((name, PICTURE) for name in names))
+    with open(path, "rb") as file:
+        theirs = [sample["fname"] for sample in webdataset.tariterators.tar_file_iterator(file)]
+    assert theirs == ["a/__meta__/y.png", "__z.png"]
+    assert [f"{key}.png" for key, *_ in found(path)] == theirs
+
+
 def test_names_with_dots_are_told(tmp_path):
     """A key ends at the first dot; a further field of a sample that has its picture is none of ours."""
     path = shard(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ibq.config import UserError
 from ibq.data.counts import BESIDE, reason_of
-from ibq.data.index import IMAGE_SUFFIXES, not_read
+from ibq.data.index import IMAGE_SUFFIXES, WEBDATASET_OWN, not_read
 from ibq.data.order import shuffled
 from ibq.data.shards import CLASSES_FILE, check_is_class, parse_classes, pictures_below
 from ibq.files import lock
@@ -91,7 +91,7 @@ def sample_keys(paths: Iterable[str]) -> list[str]:
     for path in paths:
         stem, _, suffix = path.rpartition(".")
         key = base = re.sub(r"[.\x00-\x1f\x7f]", "_", stem)
-        if re.match(r"__[^/]*__/", key):  # webdataset passes over such folders
+        if WEBDATASET_OWN.match(f"{key}.{suffix}"):
             key = base = key[1:]
         number = 1
         while key in keys:
