@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -184,7 +185,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = {"loss": arguments.loss, "size": arguments.size}
     print("\n".join(as_text(analysis, found, columns)))
     try:
-        write_text(output / "fit.json", as_json(analysis, found, columns, source=str(file)))
+        from ibq.training.provenance import origin  # reads PyTorch
+
+        command = f"python tools/fit_scaling.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
+        write_text(output / "fit.json", as_json(analysis, found, columns, str(file), origin(command)))
         from tools.lib.scaling.plots import write_plots  # reads matplotlib
 
         pictures = write_plots(analysis, output, columns)

@@ -159,6 +159,7 @@ def test_links_and_pictures_exist(page):
 def test_raw_results_are_named_and_say_where_they_come_from():
     """Each is BENCH_MODEL_HARDWARE_YYYYMM.json, stands on the page beside it, and was written by the bench it names."""
     others = {"sweep": "python launchers/sweep.py ", "quickstart": "bash tools/quickstart.sh"}
+    others["fit-scaling"] = "python tools/fit_scaling.py "
     files = sorted((ROOT / "tools/results").glob("*.json"))
     assert files
     for file in files:

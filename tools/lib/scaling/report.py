@@ -93,11 +93,14 @@ def compute(analysis: Analysis, found: FrontierFit) -> np.ndarray:
 # --- JSON ---
 
 
-def as_json(analysis: Analysis, found: Sequence[Finding], columns: Mapping[str, str], source: str) -> str:
+def as_json(
+    analysis: Analysis, found: Sequence[Finding], columns: Mapping[str, str], source: str, origin: Mapping
+) -> str:
     """Everything, for other programs."""
     settings = analysis.settings
     laws = [law for law in (analysis.joint, *analysis.by_size) if law is not None]
     values: dict[str, Any] = {
+        "origin": dict(origin),
         "source": source,
         "columns": dict(columns),
         "settings": dict(vars(settings)),
