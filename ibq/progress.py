@@ -1,6 +1,8 @@
 """Progress bars with ETA, and messages that do not break them."""
 
+import os
 import sys
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
@@ -18,6 +20,18 @@ def progress_bar(title: str, total: int, unit: str, *, initial: int = 0, disable
         mininterval=0.5 if terminal else 15.0,
         ascii=not terminal,
     )
+
+
+def terminals() -> list[int]:
+    """Which of this process's standard streams are a terminal."""
+    return [stream for stream in (0, 1, 2) if os.isatty(stream)]
+
+
+def leave(streams: Iterable[int]) -> None:
+    """Let those of these streams lead nowhere whose terminal has been closed: writing to it would be an error."""
+    for stream in streams:
+        if not os.isatty(stream):
+            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
 
 
 def say(message: str) -> None:

@@ -4,6 +4,7 @@ python launchers/job.py -- ibq/train_ar.py --config yaml/xxl.yaml      # in a jo
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -20,13 +21,15 @@ if __name__ == "__main__":
 
 from ibq.config import UserError, exit_on_user_error
 from ibq.files import append_line
+from ibq.progress import leave, terminals
 from launchers.lib import ROOT
 from launchers.lib.allocation import Allocation, Step, current_allocation, deepspeed_command, torchrun_command
 from launchers.lib.executor import in_code
 from launchers.lib.run_config import check_run, is_training_script, load_run
 
 ATTEMPTS_FILE = "attempts.jsonl"
-STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)}
+LOOK_S = 0.5  # between two looks at what is left
 MOST_STOPS = 20  # in a row that leave no new checkpoint: each costs the whole start, and one more helps no more
 ONE_PROCESS = {"launchers/sweep.py"}  # starts ranks by itself
 Launcher = Literal["srun", "torchrun", "deepspeed"]
@@ -177,23 +180,38 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
     When Slurm ends a job it signals the tasks itself, and `srun` and this process too: this one waits for them.
     """
     in_slurm = "SLURM_JOB_ID" in os.environ
-    received: list[int] = []
+    streams = terminals()
 
     def pass_on(number: int, _frame) -> None:
-        received.append(number)
+        if number == signal.SIGHUP:
+            leave(streams)
         if not in_slurm or number in (signal.SIGUSR1, signal.SIGUSR2):
             for process in processes:
                 if process.poll() is None:
                     process.send_signal(number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         codes = [process.wait() for process in processes]
+        while any(is_group_running(process.pid) for process in processes):
+            time.sleep(LOOK_S)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return max(128 - code if code < 0 else code for code in codes)
+
+
+def is_group_running(group: int) -> bool:
+    """Whether any process of a group is left, its leader or not: the deepspeed command ends before ranks that save."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):  # it has just ended
+            state, _, own, *_ = path.read_text().rpartition(")")[2].split()
+            if own == str(group) and state not in "ZX":
+                return True
+    return False
 
 
 def say(message: str) -> None:

@@ -54,12 +54,24 @@ class Process(NamedTuple):
     @classmethod
     def current(cls) -> "Process":
         """This process."""
+        return cls.of(os.getpid()) or cls(os.uname().nodename, "", os.getpid(), "")
+
+    @classmethod
+    def of(cls, pid: int) -> "Process | None":
+        """A process of this machine; None where there is none, or the system does not tell."""
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             machine = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-            return cls(os.uname().nodename, machine, os.getpid(), _stat(os.getpid())[19])
+            return cls(os.uname().nodename, machine, pid, _stat(pid)[19])
         except (OSError, IndexError):
-            return cls(os.uname().nodename, "", os.getpid(), "")
+            return None
+
+    def parent(self) -> int:
+        """The process id of its parent; 0 for the first one, or where it is gone."""
+        try:
+            return int(_stat(self.pid)[1])
+        except (OSError, IndexError):
+            return 0
 
     def state(self) -> str:
         """On its own machine: the kernel's letter (R, S, D, T ...), or nothing if it is gone or but a zombie."""

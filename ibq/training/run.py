@@ -22,6 +22,7 @@ from ibq.files import lock, remove
 from ibq.meeting import meet, telling_others
 from ibq.progress import say
 from ibq.training import bad_samples, provenance, startup
+from ibq.training.launcher import watch_launcher
 from ibq.training.loop import train
 from ibq.training.run_data import RunData
 from ibq.training.startup import StartUp, TimedBlueprint
@@ -86,6 +87,7 @@ class Command:
         An error in this context ends the others too.
         """
         start_up = StartUp()
+        watch_launcher()
         with telling_others():
             arguments = parse_arguments(kind, description, example, argv)
             set_up_torch(training=True)

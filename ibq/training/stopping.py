@@ -12,20 +12,23 @@ from typing import Literal
 
 from ibq import dist
 from ibq.files import write_text
-from ibq.progress import say
+from ibq.progress import leave, say, terminals
 
 STATUS_FILE = "status.json"
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and one of SIGUSR1 and SIGUSR2, so that the run can end between two steps.
+    """Notes SIGTERM, SIGINT, SIGHUP and one of SIGUSR1 and SIGUSR2, so that the run can end between two steps.
 
-    A signal that comes again, during the save say, changes nothing.
+    A signal that comes again, during the save say, changes nothing. SIGHUP comes when the terminal is closed, and means
+    nothing to what `nohup` has started.
     """
 
     def __init__(self, extra: Literal["USR1", "USR2", "none"]):
         self.numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self.numbers.append(signal.SIGHUP)
         if extra != "none":
             self.numbers.append(signal.Signals[f"SIG{extra}"])
         self.received = 0  # the number of the first signal that this rank has noted
@@ -38,6 +41,7 @@ class StopSignals:
         After a run that a signal has ended they stay without effect: the process is on its way out.
         """
         before = {number: signal.signal(number, self._note) for number in self.numbers}
+        self._terminals = terminals()
         try:
             yield
         finally:
@@ -47,6 +51,8 @@ class StopSignals:
 
     def _note(self, number: int, _frame) -> None:
         self.received = self.received or number
+        if number == signal.SIGHUP:
+            leave(self._terminals)
 
     def agree(self) -> bool:
         """Whether any rank has noted a signal; every rank calls it, and all get the same answer."""

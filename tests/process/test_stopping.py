@@ -11,6 +11,8 @@ from support.points import HANG_S, Points, wait_for
 from support.processes import PIPE, rank_environments, script_environment, start_script
 from support.training import SCRIPTS, checkpoint_tensors, make_workplace, scalars, train_here
 
+from ibq.training.stopping import StopSignals
+
 STEPS = {"tokenizer": 20, "transformer": 40}
 
 
@@ -73,6 +75,7 @@ def check_stopped(run: Running, name: str, stage: str) -> int:
     [
         ("SIGTERM", "tokenizer", [], 1, 1),
         ("SIGINT", "transformer", ["model.residual_dropout=0.1"], 1, 0),
+        ("SIGHUP", "transformer", [], 1, 0),
         ("SIGUSR2", "tokenizer", [], 2, 0),
         ("SIGUSR1", "transformer", ["checkpoint.signal=USR1"], 2, 1),
     ],
@@ -121,6 +124,19 @@ def test_more_signals_during_the_save_and_after_do_no_harm(place, tmp_path):
     run.points.release("saved")
     wait_for(ended)  # until the very end of the process
     check_stopped(run, "SIGTERM", "tokenizer")
+
+
+def test_a_closed_terminal_is_nothing_to_what_nohup_has_started():
+    """SIGHUP is ignored there, and stays so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals = StopSignals("none")
+        with signals.noted():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+            assert not signals.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

@@ -1,0 +1,117 @@
+"""The headline command is stopped in every usual way: one checkpoint, a true status, and no process is left."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from support import ENVIRONMENT, ROOT
+from support.points import wait_for
+from support.processes import HANG_S
+from support.training import make_workplace, scalars
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("deepspeed"))
+
+
+class Command:
+    """The deepspeed command, or another that calls it, perhaps in a terminal of its own; it would train for days."""
+
+    def __init__(self, place: Path, output: Path, *before: str, terminal: bool = False):
+        self.output = output
+        settings = [f"output={output}", "training.max_steps=1000000", "training.micro_batch=4", "training.log_every=5"]
+        settings += ["training.validate_every=null", "checkpoint.save_every=1000000", "engine={kind: local}"]
+        command = [*before, "ibq/train_ar.py", "--config", str(place / "transformer.yaml"), *settings]
+        self.terminal, theirs = pty.openpty() if terminal else (None, os.open(os.devnull, os.O_RDWR))
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if terminal else None,
+        )
+        os.close(theirs)
+        logged = output / "metrics.jsonl"
+        wait_for(lambda: self.read() or (logged.exists() and "loss/total" in scalars(output)), self.process)
+
+    def read(self) -> None:
+        """Read what is said in the terminal, or the others would wait."""
+        if self.terminal is not None and select.select([self.terminal], [], [], 0)[0]:
+            with contextlib.suppress(OSError):  # nobody is there any more
+                os.read(self.terminal, 65536)
+
+    def processes(self) -> list[int]:
+        """What still runs of the session, and of those that were started from it."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+                said = (path / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if str(self.output) in said and state not in "ZX":
+                found.append(int(path.name))
+        return found
+
+    def check(self, reason: str) -> None:
+        """Everything has ended, after one checkpoint."""
+        wait_for(lambda: self.read() or not self.processes(), what="the end of all processes")
+        status = json.loads((self.output / "status.json").read_text())
+        assert status["state"] == "stopped" and status["reason"] == reason
+        names = [path.name for path in (self.output / "checkpoints").iterdir()]
+        assert names == [f"step-{status['step']:08d}"]
+
+
+def deepspeed(*options: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", *options]
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", -15), ("SIGKILL", -9)])
+def test_the_command_alone_is_signalled(place, tmp_path, number, code):
+    """It ends at once, by its own rules; the ranks notice, save and end."""
+    command = Command(place, tmp_path / "run", *deepspeed())
+    command.process.send_signal(signal.Signals[number])
+    assert command.process.wait(HANG_S) == code
+    command.check("SIGTERM")
+
+
+def test_the_terminal_is_closed(place, tmp_path):
+    command = Command(place, tmp_path / "run", *deepspeed(), terminal=True)
+    os.close(command.terminal)
+    command.terminal = None
+    command.process.wait(HANG_S)
+    command.check("SIGHUP")
+
+
+def test_ctrl_c(place, tmp_path):
+    command = Command(place, tmp_path / "run", *deepspeed(), terminal=True)
+    os.write(command.terminal, b"\x03")
+    code = wait_for(lambda: command.read() or command.process.poll(), what="the end of the command")
+    assert code == -signal.SIGINT
+    command.check("SIGINT")
+
+
+def test_a_job_waits_for_its_ranks(place, tmp_path):
+    """launchers/job.py ends when they have."""
+    job = [sys.executable, "launchers/job.py", "--launcher", "deepspeed", "--ranks", "2", "--no-preflight", "--"]
+    command = Command(place, tmp_path / "run", *job)
+    command.process.terminate()
+    assert command.process.wait(HANG_S) == 128 + signal.SIGTERM
+    assert not command.processes()
+    command.check("SIGTERM")
