@@ -88,15 +88,20 @@ def write_pieces(
 
 
 def copied(
-    pieces: Mapping[str, Piece], parts: tuple[str, ...], states: Iterator[tuple[str, ParameterState]]
+    pieces: Mapping[str, Piece], parts: tuple[str, ...], states: Iterator[tuple[str, ParameterState]], memory: Tensor
 ) -> list[tuple[str, ParameterState]]:
-    """The states of `pieces`, copied to the CPU: what the next steps change is as it was."""
-    copies = []
+    """The states of `pieces`, copied into `memory` of the CPU: what the next steps change is as it was.
+
+    From a GPU they are there when it has been synchronized.
+    """
+    copies, end = [], 0
     for name, state in states:
         if name in pieces:
-            found = {part: torch.empty(pieces[name].numel) for part in parts}
-            for part, copy in found.items():
-                copy.copy_(getattr(state, part).detach().reshape(-1))
+            found, numel = {}, pieces[name].numel
+            for part in parts:
+                found[part] = memory[end : end + numel]
+                found[part].copy_(getattr(state, part).detach().reshape(-1), non_blocking=True)
+                end += numel
             copies.append((name, ParameterState(**found)))
     return copies
 

@@ -46,6 +46,7 @@ from ibq.engine.state_files import (
 from ibq.files import fresh_folder, recover_folder, replace_folder, sync_folder, write_text
 from ibq.progress import say
 from ibq.tensor_file import write_tensors
+from ibq.training.staging import Staging, available_bytes
 
 FORMAT = 3
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -61,7 +62,9 @@ class CheckpointConfig:
     save_every: int = 5_000  # steps
     keep: int = 2  # the last so many, and the one of the best validation
     on_error: Literal["continue", "stop"] = "continue"  # when the disk is full, say
-    asynchronous: bool = False  # write while training goes on; takes memory for a copy of what a rank holds
+    # Write while training goes on, from a copy of what a rank holds, in the CPU's memory; by default on a GPU, if half
+    # of the free memory holds the copies.
+    asynchronous: bool | None = None
     signal: Literal["USR1", "USR2", "none"] = "USR2"  # besides TERM and INT: save once and exit
 
     def __post_init__(self):
@@ -96,25 +99,47 @@ class DamagedError(Exception):
 class CheckpointWriter:
     """Writes checkpoints under `folder`; every rank calls the same methods.
 
-    `asynchronous` copies the state and writes it while training goes on, where the engines allow: `poll` between the
-    steps puts a checkpoint in its place when all ranks have written their part. Methods return whether a checkpoint
-    has come into its place, and raise CheckpointError on every rank if any of them cannot write.
+    `asynchronous` copies the state and writes it while training goes on: `poll` between the steps puts a checkpoint in
+    its place when all ranks have written their part. Methods return whether a checkpoint has come into its place, and
+    raise CheckpointError on every rank if any of them cannot write.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: CheckpointConfig, device: torch.device):
+        self.folder, self.config, self.device = folder, config, device
+        self.asynchronous = config.asynchronous  # None until the first engines are seen
+        self._staging = Staging(device)
         self._pending: _Pending | None = None
+
+    def prepare(self, engines: Mapping[str, Engine]) -> None:
+        """Decide how to write, and begin to take the memory for it: when the optimizers have made their steps."""
+        numel = copied_numel(engines)
+        if self.asynchronous is None:
+            self.asynchronous = self.device.type == "cuda" and self._holds_copies(4 * numel)
+        if self.asynchronous:
+            self._staging.prepare(numel)
+
+    def _holds_copies(self, size: int) -> bool:
+        """Whether half of the machines' free memory holds what their ranks copy, `size` bytes on this one."""
+        need, free = size * dist.local_world_size(), available_bytes()
+        short = bool(dist.largest(int(2 * need > free)))
+        if short and dist.is_main():
+            need, free = (f"{value / 2**30:.1f} GiB" for value in (need, free))
+            say(f"note: training will wait for its checkpoints: copies would take {need} of the {free} that are free")
+        return not short
 
     def save(self, engines: Mapping[str, Engine], rank_tensors: Mapping[str, Tensor], state: TrainingState) -> None:
         """Begin a checkpoint; an earlier one must be done (`wait`)."""
         assert self._pending is None
+        if self.asynchronous is None:
+            self.prepare(engines)
         target = step_folder(self.folder, state.step)
         temporary = target.with_name(f".tmp-{target.name}")
         together(temporary, lambda: dist.is_main() and fresh_folder(target))
-        write = _writer_of_parts(temporary, engines, rank_tensors, copy=self.config.asynchronous)
+        staging = self._staging if self.asynchronous else None
+        write = _writer_of_parts(temporary, engines, rank_tensors, staging)
         summary = json.dumps({"format": FORMAT, **asdict(state), "updates": {n: e.steps for n, e in engines.items()}})
         self._pending = _Pending(temporary, target, write, engines, summary, state.best_step)
-        if self.config.asynchronous:
+        if self.asynchronous:
             self._pending.start()
 
     def poll(self) -> bool:
@@ -126,7 +151,10 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is None:
             return False
-        together(pending.temporary, pending.write)
+        try:
+            together(pending.temporary, pending.write)
+        finally:
+            self._staging.give_back()
         together(pending.temporary, lambda: dist.is_main() and pending.finish())
         if dist.is_main():
             best = None if pending.best_step is None else step_folder(self.folder, pending.best_step)
@@ -189,14 +217,28 @@ class _Pending:
         replace_folder(self.temporary, self.target)
 
 
-def _writer_of_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensors, *, copy: bool):
-    """A function that writes this rank's part of a checkpoint; with `copy` the state as it is now."""
+def copied_numel(engines: Mapping[str, Engine]) -> int:
+    """Elements of this rank's part of a checkpoint."""
+    return sum(
+        len(engine.state_parts()) * sum(piece.numel for piece in owned_pieces(engine).values())
+        for engine in engines.values()
+    )
+
+
+def _writer_of_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensors, staging: Staging | None):
+    """A function that writes this rank's part of a checkpoint; with `staging` the state as it is now."""
     rank = dist.rank()
     to_write = {}
+    memory = None if staging is None else staging.take(copied_numel(engines))
     for name, engine in engines.items():
         pieces, parts = owned_pieces(engine), engine.state_parts()
-        states = copied(pieces, parts, engine.named_state()) if copy else None
+        states = None
+        if memory is not None:
+            own, memory = memory.split([numel := copied_numel({name: engine}), memory.numel() - numel])
+            states = copied(pieces, parts, engine.named_state(), own)
         to_write[name] = (pieces, parts, engine, states)
+    if staging is not None and staging.device.type == "cuda":
+        torch.cuda.synchronize(staging.device)  # before the next step changes what is copied from
     own = {f"rank-{rank}.safetensors": {name: tensor.detach().cpu().clone() for name, tensor in rank_tensors.items()}}
     if dist.is_main():
         own |= {buffers_file(name): untrained(engine) for name, engine in engines.items()}

@@ -140,6 +140,7 @@ def _steps(run: "_Run", total_steps: int, seed: int, title: str, start_up: Start
             run.count(task.step(state.step, batch, log.stopwatch))
             if not start_up.done:
                 log.note_start(start_up)
+                saver.prepare()
             progress.update()
             last = state.step == total_steps
             if state.step % config.log_every == 0 or last:

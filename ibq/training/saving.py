@@ -47,7 +47,7 @@ class Saver:
         self.folder, self.config, self.total_steps = folder, config, total_steps
         self.unsaved = ""  # why the last checkpoint could not be written
         self._task, self._data, self._state, self._log, self._mark = task, data, state, log, mark
-        self._writer = CheckpointWriter(folder / "checkpoints", config)
+        self._writer = CheckpointWriter(folder / "checkpoints", config, data.device)
         self._saved: tuple[int, bool] | None = None  # step of the last checkpoint, and whether it waits for validation
         self._saving: tuple[int, bool] | None = None  # the same of the one that is being written
 
@@ -80,6 +80,10 @@ class Saver:
         """Where the next start goes on."""
         return "it begins anew" if self._saved is None else f"it goes on from step {self._saved[0]}"
 
+    def prepare(self) -> None:
+        """Take what checkpoints need, after a first step."""
+        self._writer.prepare(self._task.engines)
+
     def save(self) -> None:
         """Write a checkpoint, or begin to."""
         self.finish()
@@ -93,7 +97,7 @@ class Saver:
                 self._writer.save(self._task.engines, tensors, self._state)
             except CheckpointError as error:
                 self._not_saved(str(error))
-        if not self.config.asynchronous:
+        if not self._writer.asynchronous:
             self.finish()
 
     def finish(self, wait: bool = True) -> None:

@@ -27,8 +27,12 @@ from support.training import (
 )
 
 from ibq.data.index import sha256_of
+from ibq.engine.base import EngineSettings, OptimizerConfig
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.local import LocalEngine
 from ibq.training import checkpoint
 from ibq.training.checkpoint import DamagedError, verify_checkpoint
+from ibq.training.staging import Staging, available_bytes
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +429,50 @@ def test_a_checkpoint_written_beside_the_steps_is_that_of_its_step(place, tmp_pa
     # The control: the steps do differ.
     first, second = (checkpoint_tensors(beside, step) for step in (1, 2))
     assert not torch.equal(first["transformer/weight/head.weight"], second["transformer/weight/head.weight"])
+
+
+def test_training_waits_where_there_is_no_room_for_copies(tmp_path, monkeypatch, capsys):
+    """By default on a CPU, and on a GPU whose machine has no room for them; what is asked for is done."""
+    settings = EngineSettings(optimizer=OptimizerConfig(), device=torch.device("cpu"))
+    engines = {"x": LocalEngine(Blueprint(name="x", build=lambda: torch.nn.Linear(4, 4), seed=0), settings)}
+    for wanted, device, free, found in (
+        (None, "cpu", 1e12, False),
+        (None, "cuda", 160.0, True),  # twice the bytes of its 20 elements
+        (None, "cuda", 159.0, False),
+        (True, "cpu", 0.0, True),
+        (False, "cuda", 1e12, False),
+    ):
+        config = checkpoint.CheckpointConfig(asynchronous=wanted)
+        writer = checkpoint.CheckpointWriter(tmp_path, config, torch.device(device))
+        monkeypatch.setattr(checkpoint, "available_bytes", lambda free=free: free)
+        monkeypatch.setattr(writer, "_staging", Staging(torch.device("cpu")))
+        writer.prepare(engines)
+        assert writer.asynchronous is found
+    assert "note: training will wait for its checkpoints: copies would take" in capsys.readouterr().err
+
+
+def test_memory_for_copies_is_used_again():
+    staging = Staging(torch.device("cpu"))
+    first = staging.take(8)
+    assert first.shape == (8,) and staging.take(4).data_ptr() == first.data_ptr()
+    assert staging.take(9).shape == (9,)
+    staging.give_back()
+    assert staging._flat is None and available_bytes() > 2**20
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_checkpoint_is_that_of_its_step(place, tmp_path):
+    """Copied while the next step waits, written beside it; the memory is pinned and used again."""
+    folders = {}
+    for name, setting in (("waiting", "false"), ("beside", "null")):
+        folders[name] = tmp_path / name
+        argv = ["--config", str(place / "transformer.yaml"), f"output={folders[name]}", "training.validate_every=null"]
+        argv += ["device=cuda", *ASYNCHRONOUS[1:], f"checkpoint.asynchronous={setting}", "training.max_steps=6"]
+        assert train_here("transformer", argv) == 0
+    for step in range(1, 7):
+        ours, theirs = (checkpoint_tensors(folder, step) for folder in folders.values())
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), step
 
 
 def test_a_disk_that_fails_beside_the_steps_costs_a_checkpoint(place, tmp_path, monkeypatch, capsys):
