@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,12 @@ from ibq.data.index import (
     IMAGE_SUFFIXES,
     LABEL_PROBLEM,
     NO_LABEL,
+    OTHER_PICTURES,
     ImageIndex,
     ShardIndex,
     index_file,
     index_shard,
+    not_read,
     read_shard_index,
 )
 from ibq.data.storage import ShardStore, cache_root, is_url, open_url, shard_name
@@ -27,9 +29,7 @@ from ibq.data.transforms import AugmentConfig
 from ibq.files import write_text
 
 CLASSES_FILE = "classes.json"
-# Pictures of other kinds, which are counted and named.
-OTHER_PICTURES = {".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".ppm", ".jxl"}
-INDEX_RULES = 2  # of `index_shard`: what older ones have left in the cache is made again
+INDEX_RULES = 3  # of `index_shard`: what older ones have left in the cache is made again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,19 +152,38 @@ def _checked(index: ImageIndex, config: ImageDataConfig) -> ImageIndex:
     return index
 
 
-def _by_name(shards: Sequence[tuple[str, ShardIndex]]) -> tuple[list[tuple[str, ShardIndex]], list[str]]:
-    """The shards and the names of their classes; where their folders name others, one list of all, with labels to it.
+@dataclass(frozen=True)
+class ClassLists:
+    """What the labels of a place's shards mean."""
+
+    names: list[str] | None  # by label; None: no folder names its classes
+    folders: Mapping[str, list[str]] = field(default_factory=dict)  # where they differ: the names by a folder's labels
+
+    def renumbered(self, shard: str, index: ShardIndex) -> ShardIndex:
+        """A shard's samples with labels to `names`."""
+        if not self.folders:
+            return index
+        names, places = self.folders[_folder_of(shard)], {name: place for place, name in enumerate(self.names)}
+        beyond = len(places)  # no class, as it is none of its own list
+        labels = [
+            label if label == NO_LABEL else places[names[label]] if label < len(names) else beyond + label
+            for label in index.labels
+        ]
+        return ShardIndex(**{**vars(index), "labels": labels})
+
+
+def class_lists(shards: Sequence[str]) -> ClassLists:
+    """The names of the shards' classes; where their folders name others, one list of all, to be matched by name.
 
     UserError where only some of the folders name their classes: numbers of the others may mean anything.
     """
     folders: dict[str, list[str] | None] = {}
-    for shard, _ in shards:
+    for shard in shards:
         if (folder := _folder_of(shard)) not in folders:
             folders[folder] = named_classes(shard)
     lists = [names for names in folders.values() if names is not None]
     if not lists:
-        top = max((max(index.labels, default=NO_LABEL) for _, index in shards), default=NO_LABEL)
-        return [*shards], [str(i) for i in range(top + 1)]
+        return ClassLists(None)
     if len(lists) < len(folders):
         named, unnamed = (next(f for f, names in folders.items() if (names is None) == none) for none in (False, True))
         raise UserError(
@@ -172,7 +191,7 @@ def _by_name(shards: Sequence[tuple[str, ShardIndex]]) -> tuple[list[tuple[str, 
             f"unknown; put the {CLASSES_FILE} of its own classes there, or set data.labels=false to do without"
         )
     if all(names == lists[0] for names in lists):
-        return [*shards], lists[0]
+        return ClassLists(lists[0])
     for folder, names in folders.items():
         if len({*names}) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -180,19 +199,16 @@ def _by_name(shards: Sequence[tuple[str, ShardIndex]]) -> tuple[list[tuple[str, 
                 f"{folder}/{CLASSES_FILE} has the name {twice!r} twice, so its classes can't be matched by name with "
                 "those of the other folders; give every class a name of its own"
             )
-    merged = {name: None for names in lists for name in names}
-    places = {name: place for place, name in enumerate(merged)}
+    return ClassLists([*dict.fromkeys(name for names in lists for name in names)], folders)
 
-    def renamed(shard: str, index: ShardIndex) -> ShardIndex:
-        names = folders[_folder_of(shard)]
-        beyond = len(merged)  # no class, as it is none of its own list
-        labels = [
-            label if label == NO_LABEL else places[names[label]] if label < len(names) else beyond + label
-            for label in index.labels
-        ]
-        return ShardIndex(**{**vars(index), "labels": labels})
 
-    return [(shard, renamed(shard, index)) for shard, index in shards], [*merged]
+def _by_name(shards: Sequence[tuple[str, ShardIndex]]) -> tuple[list[tuple[str, ShardIndex]], list[str]]:
+    """The shards, with labels to one list of classes, and that list."""
+    lists = class_lists([shard for shard, _ in shards])
+    if lists.names is None:
+        top = max((max(index.labels, default=NO_LABEL) for _, index in shards), default=NO_LABEL)
+        return [*shards], [str(i) for i in range(top + 1)]
+    return [(shard, lists.renumbered(shard, index)) for shard, index in shards], lists.names
 
 
 def _folder_of(shard: str) -> str:
@@ -264,10 +280,11 @@ def _index_folder(folder: Path, config: ImageDataConfig) -> ImageIndex:
     classes, images = class_folders(folder) if config.labels else _without_labels(folder)
     rows = [(path, label, _not_read(path)) for path, label in images]
     if config.labels:
-        loose = [path for path in pictures_below(folder, deep=False) if not _not_read(path)]
-        rows += [(path, NO_LABEL, f"{LABEL_PROBLEM} is missing: it lies beside the class folders") for path in loose]
+        loose = pictures_below(folder, deep=False)
+        beside = f"{LABEL_PROBLEM} is missing: it lies beside the class folders"
+        rows += [(path, NO_LABEL, _not_read(path) or beside) for path in loose]
         if not classes:
-            hint = "; for a set without labels set data.labels=false" if loose else ""
+            hint = "" if all(map(_not_read, loose)) else "; for a set without labels set data.labels=false"
             raise UserError(
                 f"no images in {str(folder)!r}: expected one sub-folder a class with JPEG, PNG or WebP files{hint}"
             )
@@ -317,7 +334,8 @@ def check_is_class(folder: Path, pictures: Sequence[Path]) -> None:
 def pictures_below(folder: Path, *, deep: bool = True) -> list[Path]:
     """The pictures of any kind of a folder and, if `deep`, its sub-folders, in sorted order.
 
-    Hidden files and folders are left out: a Mac's `._1.jpg` is no picture. Links are followed; UserError for a loop.
+    Hidden files and folders are left out: a Mac's `._1.jpg` is no picture. Links are followed; UserError for a loop,
+    and for a link to nothing, which may have been a class.
     """
     kinds = IMAGE_SUFFIXES | OTHER_PICTURES
     return [path for path in _files_below(folder, (), deep) if path.suffix.lower() in kinds]
@@ -336,12 +354,17 @@ def _files_below(folder: Path, above: tuple[Path, ...], deep: bool) -> Iterator[
                 yield from _files_below(path, (*above, real), deep)
         elif path.is_file():
             yield path
+        elif path.is_symlink():
+            raise UserError(
+                f"'{path}' is a link to '{os.readlink(path)}', which is not there: what it stood for would be missing "
+                "without a word; bring that back, or remove the link"
+            )
 
 
 def _not_read(path: Path) -> str | None:
     """Why a picture can't be used, by its name; None if it can."""
     suffix = path.suffix.lower()
-    return None if suffix in IMAGE_SUFFIXES else f"{suffix} files are not read, only JPEG, PNG and WebP"
+    return None if suffix in IMAGE_SUFFIXES else not_read(suffix)
 
 
 def class_names(shard: str, count: int) -> list[str]:

@@ -125,7 +125,7 @@ def _sources(folder: Path, files: Iterable[tuple[Path, int | None]]) -> list[Sou
 def _read_class_folders(folder: Path, names: Sequence[str] | None) -> SourceSet:
     """Classes are in sorted order, as in `ibq.data.shards.class_folders`, or in that of `names`."""
     found = _scan(folder)
-    loose = sum(path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." for path in folder.iterdir())
+    loose = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in pictures_below(folder, deep=False))
     if not found and loose:
         raise UserError(
             f"{str(folder)!r} holds {loose:,} images but no class folders; give their labels with --labels FILE "
@@ -254,13 +254,13 @@ def _match(paths: Sequence[str], lines: Sequence[LabelLine], folder: Path, file:
     return [chosen[number] for number in range(len(paths))]
 
 
-def _fit(path: PurePosixPath, wanted: PurePosixPath) -> tuple[int, bool, bool] | None:
+def _fit(path: PurePosixPath, wanted: PurePosixPath) -> tuple[int, bool, bool, bool] | None:
     """How well a name in a label file fits an image of the same stem: more is better, None is not at all."""
     have, want = path.parent.parts, wanted.parent.parts
     shared = min(len(have), len(want))
     if have[len(have) - shared :] != want[len(want) - shared :]:
         return None
-    return shared, have == want, path.suffix.lower() == wanted.suffix.lower()
+    return shared, have == want, path.suffix.lower() == wanted.suffix.lower(), path.suffix == wanted.suffix
 
 
 def _numbers(lines: Sequence[LabelLine], names: Sequence[str] | None, file: Path) -> tuple[list[int], list[str]]:
