@@ -485,7 +485,7 @@ class ImageIndex:
         index.shard = np.arange(count, dtype=np.int32)
         index.place = np.zeros(count, np.int32)
         index.offset = np.zeros(count, np.int64)
-        index.size = np.fromiter((path.stat().st_size for path, _ in files), np.int64, count)
+        index.size = np.fromiter((_size_of(path) for path, _ in files), np.int64, count)
         index.label = np.fromiter((label for _, label in files), np.int32, count)
         index.crc32 = np.full(count, NO_CHECKSUM, np.int64)
         index._keys = [str(path.relative_to(folder)) for path, _ in files]
@@ -575,6 +575,14 @@ class ImageIndex:
         for column in (self.shard, self.place, self.size, self.label):
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()[:16]
+
+
+def _size_of(path: Path) -> int:
+    """Of a file; of a link to nothing its own."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return path.lstat().st_size
 
 
 def _id(shard, place):

@@ -309,7 +309,7 @@ def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     A sub-folder without pictures is no class. UserError for one whose pictures are all of kinds that are not read: it
     would be none, and all later labels others.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = names_of_class_folders(folder)
     for name in names:  # one that can't be read would be no class either
         try:
             os.scandir(folder / name).close()
@@ -322,20 +322,32 @@ def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     return classes, [(path, label) for label, name in enumerate(classes) for path in images[name]]
 
 
+def names_of_class_folders(folder: Path) -> list[str]:
+    """The visible sub-folders in sorted order; UserError for a link to nothing, which may have been another one."""
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    for path in entries:
+        if path.is_symlink() and not path.exists() and path.suffix.lower() not in IMAGE_SUFFIXES | OTHER_PICTURES:
+            raise UserError(
+                f"'{path}' is a link to '{os.readlink(path)}', which is not there: if it was a class, all later labels "
+                "would be others; bring that back, or remove the link"
+            )
+    return sorted(path.name for path in entries if path.is_dir())
+
+
 def check_is_class(folder: Path, pictures: Sequence[Path]) -> None:
     """UserError for a class folder with pictures of which none is read."""
     if pictures and all(map(_not_read, pictures)):
         raise UserError(
-            f"the class folder '{folder}' has {len(pictures):,} pictures, but {_not_read(pictures[0])}; convert them, "
-            "or move the folder away"
+            f"the class folder '{folder}' has {len(pictures):,} pictures, but {_not_read(pictures[0])}; mend or "
+            "convert them, or move the folder away"
         )
 
 
 def pictures_below(folder: Path, *, deep: bool = True) -> list[Path]:
     """The pictures of any kind of a folder and, if `deep`, its sub-folders, in sorted order.
 
-    Hidden files and folders are left out: a Mac's `._1.jpg` is no picture. Links are followed; UserError for a loop,
-    and for a link to nothing, which may have been a class.
+    Hidden files and folders are left out: a Mac's `._1.jpg` is no picture. Links are followed; UserError for a loop.
+    A link to nothing is there if it is called a picture.
     """
     kinds = IMAGE_SUFFIXES | OTHER_PICTURES
     return [path for path in _files_below(folder, (), deep) if path.suffix.lower() in kinds]
@@ -352,19 +364,15 @@ def _files_below(folder: Path, above: tuple[Path, ...], deep: bool) -> Iterator[
         if path.is_dir():
             if deep:
                 yield from _files_below(path, (*above, real), deep)
-        elif path.is_file():
+        elif path.is_file() or path.is_symlink():
             yield path
-        elif path.is_symlink():
-            raise UserError(
-                f"'{path}' is a link to '{os.readlink(path)}', which is not there: what it stood for would be missing "
-                "without a word; bring that back, or remove the link"
-            )
 
 
 def _not_read(path: Path) -> str | None:
-    """Why a picture can't be used, by its name; None if it can."""
-    suffix = path.suffix.lower()
-    return None if suffix in IMAGE_SUFFIXES else not_read(suffix)
+    """Why a picture can't be used, as far as its name and place tell; None if it can."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return not_read(path.suffix.lower())
+    return None if path.exists() else f"a link to '{os.readlink(path)}', which is not there"
 
 
 def class_names(shard: str, count: int) -> list[str]:
@@ -423,6 +431,9 @@ def split_sources(
     if config.validation is not None:
         return train, [_open_named("validation", config.validation, config, report)]
     parts = [hold_out(index, config.validation_every) for index in train]
+    for name, place, index in zip(names, config.places, train, strict=True):
+        if len(index) == 1:
+            raise UserError(f"data.{name}: {place!r} has 1 image, and none is left to train on; set data.validation")
     return [kept for kept, _ in parts], [held for _, held in parts]
 
 

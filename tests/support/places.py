@@ -66,21 +66,23 @@ def suffix_of(name: str) -> str:
 
 
 def pictures_below(place: Path) -> dict[str, bytes | None] | None:
-    """Path -> file, None for other kinds of pictures; no dictionary where a link has no end or leads nowhere."""
+    """Path -> file, None for other kinds of pictures and links to nothing; no dictionary where a link has no end."""
     found = {}
     for root, folders, files in os.walk(place, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         for path in (Path(root, name) for name in folders + files if name[0] != "."):
-            if path.is_symlink() and (not path.exists() or path.resolve() in map(Path.resolve, path.parents)):
+            if path.is_symlink() and path.exists() and path.resolve() in map(Path.resolve, path.parents):
                 return None
             if path.name in files and suffix_of(path.name) in READ + OTHERS:
-                found[str(path.relative_to(place))] = path.read_bytes() if suffix_of(path.name) in READ else None
+                readable = suffix_of(path.name) in READ and path.exists()
+                found[str(path.relative_to(place))] = path.read_bytes() if readable else None
     return found
 
 
 def in_folder(place: Path, labelled: bool) -> Content | None:
     """What a folder holds; None where it is to be refused."""
-    if (found := pictures_below(place)) is None:
+    lost = [path for path in place.iterdir() if path.name[0] != "." and not path.exists()]  # classes, perhaps
+    if (found := pictures_below(place)) is None or (labelled and {suffix_of(p.name) for p in lost} - {*READ, *OTHERS}):
         return None
     tops = defaultdict(list)
     for path, data in found.items():
@@ -215,8 +217,8 @@ class Tree(Draw):
                 self.file(self.place / name)
         everyday = (self.deep, self.loose, self.loose_other, self.other_kind, self.other_file, self.hidden)
         links = (self.file_link, self.folder_link, self.class_link, self.hard_link, self.empty_class, self.broken)
-        names = (self.name_of_bytes, self.same_stem, self.hidden_folder)
-        for form in self.some(everyday + links + names, (self.only_other, self.dead_link, self.dead_class, self.loop)):
+        names = (self.name_of_bytes, self.same_stem, self.hidden_folder, self.dead_link)
+        for form in self.some(everyday + links + names, (self.only_other, self.only_dead, self.dead_class, self.loop)):
             for _ in range(self.rng.randint(1, 2)):
                 form()
 
@@ -296,7 +298,11 @@ class Tree(Draw):
         self.file(self.place / "only other", "1.bmp")
 
     def dead_link(self) -> None:
-        self.link(self.somewhere() / self.rng.choice(["dead.png", "dead"]), self.root / "nowhere")
+        folder = self.rng.choice([self.somewhere(), self.somewhere(), self.place])
+        self.link(folder / self.rng.choice(["dead.png", "dead.txt"]), self.root / "nowhere")
+
+    def only_dead(self) -> None:
+        self.link(self.place / "only dead" / "1.jpg", self.root / "nowhere")
 
     def dead_class(self) -> None:
         self.link(self.place / "dead class", self.root / "nowhere")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ibq.config import UserError
 from ibq.data.index import IMAGE_SUFFIXES
 from ibq.data.order import shuffled
-from ibq.data.shards import CLASSES_FILE, check_is_class, parse_classes, pictures_below
+from ibq.data.shards import CLASSES_FILE, check_is_class, names_of_class_folders, parse_classes, pictures_below
 from ibq.files import lock
 from ibq.progress import progress_bar, say
 
@@ -108,10 +108,14 @@ def _images(folder: Path) -> list[Path]:
 def _read_below(folder: Path) -> list[Path]:
     """The pictures that are read; how many others are there is said."""
     pictures = pictures_below(folder)
-    read = [path for path in pictures if path.suffix.lower() in IMAGE_SUFFIXES]
+    named = [path for path in pictures if path.suffix.lower() in IMAGE_SUFFIXES]
+    read = [path for path in named if path.exists()]
+    if len(read) < len(named):
+        dead = next(path for path in named if not path.exists())
+        say(f"note: {len(named) - len(read):,} links in {folder} to what is not there are passed over, such as {dead}")
     if others := {path.suffix.lower() for path in pictures} - IMAGE_SUFFIXES:
         kinds = ", ".join(sorted(others))
-        say(f"note: {len(pictures) - len(read):,} pictures in {folder} are passed over: {kinds} files are not read")
+        say(f"note: {len(pictures) - len(named):,} pictures in {folder} are passed over: {kinds} files are not read")
     return read
 
 
@@ -149,7 +153,7 @@ def _read_class_folders(folder: Path, names: Sequence[str] | None) -> SourceSet:
 
 def _scan(folder: Path) -> dict[str, list[Source]]:
     """Class name -> its images, without labels yet; folders without images are no classes."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = names_of_class_folders(folder)
     found = {}
     with progress_bar("scan", len(names), "folder", disable=len(names) < BARS_FROM) as progress:
         for name in names:
