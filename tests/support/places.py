@@ -81,12 +81,14 @@ def pictures_below(place: Path) -> dict[str, bytes | None] | None:
 
 def in_folder(place: Path, labelled: bool) -> Content | None:
     """What a folder holds; None where it is to be refused."""
-    lost = [path for path in place.iterdir() if path.name[0] != "." and not path.exists()]  # classes, perhaps
-    if (found := pictures_below(place)) is None or (labelled and {suffix_of(p.name) for p in lost} - {*READ, *OTHERS}):
+    dead = {suffix_of(path.name) for path in place.iterdir() if path.name[0] != "." and not path.exists()}
+    found = pictures_below(place)
+    if found is None or (labelled and dead - {*READ, *OTHERS}):  # a link to nothing may have been a class
         return None
     tops = defaultdict(list)
     for path, data in found.items():
-        tops[path.partition("/")[0] if "/" in path and labelled else None].append(KNOWN.get(data, data and BROKEN))
+        number = None if data is None else KNOWN.get(data, BROKEN)
+        tops[path.partition("/")[0] if "/" in path and labelled else None].append(number)
     loose = tops.pop(None, []) if labelled else []
     read = {top: [number for number in numbers if number is not None] for top, numbers in sorted(tops.items())}
     if not any(read.values()) or (labelled and not all(read.values())):
@@ -284,7 +286,7 @@ class Tree(Draw):
         self.file(self.place / "empty" / self.rng.choice(["", "deeper"]), "notes.txt", b"")
 
     def broken(self) -> None:
-        self.file(self.somewhere(), "broken.png", b"no picture")
+        self.file(self.somewhere(), "broken.png", self.rng.choice([b"no picture", b""]))
 
     def name_of_bytes(self) -> None:
         self.file(self.somewhere(), os.fsdecode(b"\xff\xfe.png"))
@@ -470,7 +472,7 @@ class Shards(Draw):
             self.add(name, data)
 
     def broken(self) -> None:
-        self.add("broken.png", b"no picture")
+        self.add("broken.png", self.rng.choice([b"no picture", b""]))
         self.add("broken.cls", self.label())
 
     def expected(self, labelled: bool, *, lists: bool = True) -> Content | None:
