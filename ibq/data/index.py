@@ -320,7 +320,7 @@ class _Walk:
             return None
         cut = offset + 512 > self.size
         problem = f"the shard is {'cut off' if cut else 'damaged'} at byte {min(offset, self.size):,}"
-        last = self.members[-1] if self.members else None
+        last = next((member for member in reversed(self.members) if member.is_image or member.is_label), None)
         if last is not None and last.problem:
             return None
         fields = [member for member in self.members if last is not None and member.key == last.key]

@@ -198,6 +198,14 @@ def test_every_picture_of_no_use_is_counted(tmp_path):
     assert problems[3] == "" and all(problem.startswith(CUT) for problem in (problems[2], *problems[4:]))
 
 
+def test_a_cut_in_a_further_picture_of_a_sample_is_told(tmp_path):
+    path = shard(tmp_path / "s.tar", ("a.png", b"p"), ("a.cls", b"1"), ("a.tif", b"x" * 2000))
+    with open(path, "r+b") as file:
+        file.truncate(5 * 512 + 1000)
+    first, last = found(path)
+    assert first == ("a", b"p", 1, "") and last[0] == "(end)" and "cut off" in last[3]
+
+
 def test_names_in_capitals(tmp_path):
     path = shard(tmp_path / "s.tar", ("0.PNG", b"p"), ("0.CLS", b"1"), ("1.JFIF", b"j"), ("1.cls", b"2"))
     assert found(path) == [("0", b"p", 1, ""), ("1", b"j", 2, "")]
