@@ -213,6 +213,7 @@ class Tree(Draw):
         super().__init__(seed, root)
         self.place, self.elsewhere = root / "set", root / "else where"
         self.place.mkdir(parents=True)
+        self.file_names: list[str] = []
         self.classes = self.rng.sample(NAMES, self.rng.randint(1, 4))
         for name in self.classes if self.chance(0.95) else ():
             for _ in range(self.rng.randint(1, 3)):
@@ -229,6 +230,7 @@ class Tree(Draw):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.path.lexists(path):
             path.write_bytes(self.new() if data is None else data)
+            self.file_names.append(path.name)
         return path
 
     def somewhere(self) -> Path:
@@ -247,7 +249,8 @@ class Tree(Draw):
         self.file(self.somewhere() / "deep" / self.rng.choice(NAMES))
 
     def loose(self) -> None:
-        self.file(self.place)
+        """Perhaps with a name that is there in a class, too."""
+        self.file(self.place, self.rng.choice([None, *self.file_names[:3]]))
 
     def loose_other(self) -> None:
         self.file(self.place, f"{self.stem()}.{self.suffix(OTHERS)}")
