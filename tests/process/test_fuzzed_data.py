@@ -347,8 +347,20 @@ def check_whole(seed: int, root: Path) -> None:
         assert not labels or index.classes == expected.classes
 
 
-@blocks(WHOLE)
-def test_whole_scripts(seeds, tmp_path, monkeypatch):
+@pytest.fixture
+def reader(monkeypatch):
     for module in (encode_shards, reconstruction):
         monkeypatch.setattr(module, "load_tokenizer", lambda *words, **settings: Reader())
+
+
+@blocks(WHOLE)
+def test_whole_scripts(seeds, tmp_path, reader):
     for_each(seeds, tmp_path, check_whole)
+
+
+def test_there_are_no_figures_of_no_image(tmp_path, reader):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of its images can be used"):
+        evaluated(str(tmp_path / "set"), tmp_path / "figures.npz")
+    assert not (tmp_path / "figures.json").exists()

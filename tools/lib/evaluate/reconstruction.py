@@ -61,6 +61,10 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
     perceptual = perceptual_of(arguments, device, tokenizer.config.resolution)
     inception = inception_of(arguments, device)
     report, originals = reconstruct(tokenizer, perceptual, inception, arguments, device)
+    if not report.metrics["images"]:
+        raise UserError(
+            f"{arguments.images}: none of its images can be used, as the notes say; mend them, or give others"
+        )
     if inception is not None and report.metrics["images"] < 2:
         raise UserError(f"{arguments.images}: rFID needs at least 2 images; add some, or use --inception none")
     if dist.is_main():
