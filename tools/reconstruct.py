@@ -21,8 +21,8 @@ from torch import Tensor
 from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.counts import PictureCount, reason_of
-from ibq.data.index import IMAGE_SUFFIXES, not_read
-from ibq.data.shards import pictures_below
+from ibq.data.index import IMAGE_SUFFIXES
+from ibq.data.shards import pictures_below, problem_of_file
 from ibq.data.transforms import decode_rgb, to_uint8, to_unit_range
 from ibq.evaluation.reconstruction import SSIM_WINDOW, psnr, ssim
 from ibq.files import whole_file
@@ -97,7 +97,7 @@ def list_files(places: Sequence[Path]) -> tuple[list[Path], PictureCount]:
     files, left_out = [], Counter()
     for place in places:
         inside = pictures_below(place) if place.is_dir() else []
-        problems = [not_read(path.suffix.lower()) for path in inside]
+        problems = [problem_of_file(path) for path in inside]
         left_out.update(reason_of(problem) for problem in problems if problem)
         chosen = [path for path, problem in zip(inside, problems, strict=True) if not problem]
         if not chosen and not place.is_file():

@@ -18,7 +18,7 @@ REASONS = (
     (r"no picture", "label without a picture"),
     (r"several members of one key", "several pictures of one key"),
     (r"a sparse file", "sparse in the shard"),
-    (r".* is a link to ", "link to what is not there"),
+    (r"(.* is )?a link to ", "link to what is not there"),
     (r"the shard is|what is no tar member|cannot read shard", "shard damaged"),
 )
 

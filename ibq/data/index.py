@@ -193,7 +193,7 @@ def index_shard(path: Path, *, checksums: bool) -> ShardIndex:
 
     Pictures and labels (`KEY.cls`, a whole number) belong together by the member's name up to the first dot of its last
     part, as in webdataset. A key that comes again later in the shard is another sample. Links are followed within the
-    shard. Other members are passed over, unread.
+    shard, to the nearest member of that name before them, or else behind. Other members are passed over, unread.
     """
     try:
         walk = _Walk(path, checksums)
@@ -203,7 +203,7 @@ def index_shard(path: Path, *, checksums: bool) -> ShardIndex:
     return walk.result()
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, eq=False)
 class _Member:
     """A picture or label in a tar file, or what looks like one."""
 
@@ -214,7 +214,9 @@ class _Member:
     size: int = 0
     crc32: int = NO_CHECKSUM
     text: str = ""  # of a label
-    link: str | None = None  # the member that it stands for
+    run: int = 0  # members of one key side by side have the same
+    link: str | None = None  # the name of the member that it stands for
+    target: "_Member | None" = None  # that member, once it is found
     problem: str | None = None
 
     @property
@@ -233,7 +235,9 @@ class _Walk:
         self.path, self.checksums = path, checksums
         self.size = path.stat().st_size
         self.members: list[_Member] = []  # pictures and labels, in order
-        self.places: dict[str, _Member] = {}  # everything that a link may name
+        self.places: dict[str, _Member] = {}  # everything that a link may name, the latest of each name
+        self.waiting: dict[str, list[_Member]] = {}  # links to what has not come yet
+        self.key, self.run_number = None, 0  # of the last member
         self.end: str | None = None  # what is wrong at the end
 
     def run(self) -> None:
@@ -270,7 +274,7 @@ class _Walk:
         member = _Member(key=key, field=suffix.lower(), name=name, offset=info.offset_data, size=info.size)
         if info.islnk() or info.issym():
             target = info.linkname if info.islnk() else posixpath.join(folder, info.linkname)
-            member.link = posixpath.normpath(target)
+            self._link(member, posixpath.normpath(target))
         elif not info.isfile():
             return
         elif info.issparse():
@@ -279,16 +283,27 @@ class _Walk:
             member.problem = f"the shard is cut off at byte {self.size:,}"
         elif self.checksums and member.is_image:
             member.crc32 = zlib.crc32(tar.extractfile(info).read())
+        for link in self.waiting.pop(name, ()):
+            link.target = member
         self.places[name] = member
-        if member.is_image or member.is_label or _looks_like_picture(member):
+        if suffix:
+            self.run_number += key != self.key
+            self.key, member.run = key, self.run_number
+        if member.is_label or f".{member.field.rpartition('.')[2]}" in IMAGE_SUFFIXES | OTHER_PICTURES:
             self.members.append(member)
+
+    def _link(self, member: _Member, name: str) -> None:
+        """Tie a link to the nearest member of a name: a name may come again, above all where archives follow."""
+        member.link, member.target = name, self.places.get(name)
+        if member.target is None:
+            self.waiting.setdefault(name, []).append(member)
 
     def _follow(self, file: BinaryIO, member: _Member) -> None:
         """Take a link's place from what it names."""
         target, seen = member, set()
         while target is not None and target.link is not None:
-            seen.add(target.name)
-            target = self.places.get(target.link) if target.link not in seen else None
+            seen.add(target)
+            target = target.target if target.target not in seen else None
         if target is None:
             member.problem = f"{member.name} is a link to {member.link}, which the shard does not hold"
         elif target is not member:
@@ -307,7 +322,7 @@ class _Walk:
             return None
         cut = offset + 512 > self.size
         problem = f"the shard is {'cut off' if cut else 'damaged'} at byte {min(offset, self.size):,}"
-        last = self.members[-1] if self.members else None
+        last = next((member for member in reversed(self.members) if member.is_image or member.is_label), None)
         if last is not None and last.problem:
             return None
         fields = [member for member in self.members if last is not None and member.key == last.key]
@@ -352,24 +367,22 @@ class _Walk:
 
     def _samples(self) -> Iterator[tuple[int, str, _Member | None, _Member | None, str | None]]:
         """(place in the order, key, picture, label, problem) of each sample."""
-        by_key: dict[str, list[tuple[int, int, _Member]]] = {}
-        run = 0
+        by_key: dict[str, list[tuple[int, _Member]]] = {}
         for place, member in enumerate(self.members):
-            run += place > 0 and self.members[place - 1].key != member.key
-            by_key.setdefault(member.key, []).append((run, place, member))
+            by_key.setdefault(member.key, []).append((place, member))
         for key, found in by_key.items():
-            runs = [found] if _is_one(found) else [[*group] for _, group in groupby(found, key=lambda each: each[0])]
+            runs = [found] if _is_one(found) else [[*run] for _, run in groupby(found, key=lambda each: each[1].run)]
             for group in runs:
                 yield from self._of_run(key, group)
         if self.end:
             yield len(self.members), "(end)", None, None, self.end
 
-    def _of_run(self, key: str, group: list[tuple[int, int, _Member]]) -> Iterator[tuple]:
+    def _of_run(self, key: str, group: list[tuple[int, _Member]]) -> Iterator[tuple]:
         """The samples of members of one key that stand together."""
-        images = [(place, member) for _, place, member in group if member.is_image]
-        labels = [member for _, _, member in group if member.is_label]
-        others = [(place, member) for _, place, member in group if not member.is_image and not member.is_label]
-        first = group[0][1]
+        images = [(place, member) for place, member in group if member.is_image]
+        labels = [member for _, member in group if member.is_label]
+        others = [(place, member) for place, member in group if not member.is_image and not member.is_label]
+        first = group[0][0]
         if _is_one(group) and (images or labels) and not (others and not images):
             image = images[0][1] if images else None
             label = labels[0] if labels else None
@@ -378,33 +391,24 @@ class _Walk:
                 problem = f"{LABEL_PROBLEM}: {label.problem}"
             yield first, key, image, label, problem
         elif images or labels:
-            names = ", ".join(member.name for _, _, member in group if member.is_image or member.is_label)
+            names = ", ".join(member.name for _, member in group if member.is_image or member.is_label)
             several = f"several members of one key stand together ({names}): rename them"
-            for place, member in images or [(first, None)]:
-                problem = several if not _is_one(group) else _no_picture(others[0][1])
-                yield place, key, member, None, problem
+            for place, member in images or others or [(first, None)]:
+                problem = several if not _is_one(group) else _no_picture(member)
+                yield place, key, member if images else None, None, problem
         else:
             for place, member in others:
                 yield place, key, None, None, _no_picture(member)
 
 
-def _is_one(group: Sequence[tuple[int, int, _Member]]) -> bool:
+def _is_one(group: Sequence[tuple[int, _Member]]) -> bool:
     """Whether there is at most one picture and one label."""
-    members = [member for _, _, member in group]
+    members = [member for _, member in group]
     return sum(member.is_image for member in members) <= 1 and sum(member.is_label for member in members) <= 1
 
 
-def not_read(suffix: str) -> str | None:
-    """Why a picture with such a suffix can't be used; None if it can."""
-    return None if suffix in IMAGE_SUFFIXES else f"{suffix} files are not read, only JPEG, PNG and WebP"
-
-
-def _looks_like_picture(member: _Member) -> bool:
-    return f".{member.field}" in OTHER_PICTURES or posixpath.splitext(member.field)[1] in IMAGE_SUFFIXES
-
-
 def _no_picture(member: _Member) -> str:
-    if f".{member.field}" in OTHER_PICTURES:
+    if "." not in member.field:
         return not_read(f".{member.field}")
     return (
         f"no picture: a key ends at the first dot, so {member.name} is field {member.field!r} of "
@@ -422,6 +426,11 @@ def _label(member: _Member | None) -> tuple[int, str | None]:
     if not 0 <= label < 2**31 - 1:
         return NO_LABEL, f"{LABEL_PROBLEM} {label} ({member.key}.cls) is out of range"
     return label, None
+
+
+def not_read(suffix: str) -> str:
+    """What is said of a picture of another kind."""
+    return f"{suffix} files are not read, only JPEG, PNG and WebP"
 
 
 def check_not_compressed(path: Path, start: bytes) -> None:
@@ -479,7 +488,7 @@ class ImageIndex:
         index.shard = np.arange(count, dtype=np.int32)
         index.place = np.zeros(count, np.int32)
         index.offset = np.zeros(count, np.int64)
-        index.size = np.fromiter((path.stat().st_size for path, _ in files), np.int64, count)
+        index.size = np.fromiter((_size_of(path) for path, _ in files), np.int64, count)
         index.label = np.fromiter((label for _, label in files), np.int32, count)
         index.crc32 = np.full(count, NO_CHECKSUM, np.int64)
         index._keys = [str(path.relative_to(folder)) for path, _ in files]
@@ -543,13 +552,12 @@ class ImageIndex:
         """Whether that is what the set calls its image of this number."""
         return 0 <= number < len(self) and self.shards[self.shard[number]] == shard and self.key(number) == key
 
-    def subset(self, numbers: Sequence[int], rest: str = "") -> "ImageIndex":
+    def subset(self, numbers: Sequence[int], rest: str = "not chosen") -> "ImageIndex":
         """The same set with only some of its images; `rest` says where the others are, for counts."""
         part = object.__new__(ImageIndex)
         part.__dict__.update(self.__dict__)
         chosen = np.asarray(numbers, dtype=np.int64)
         if len(chosen) < len(self):
-            assert rest
             part.elsewhere = {**self.elsewhere, rest: self.elsewhere.get(rest, 0) + len(self) - len(chosen)}
         for name in ("shard", "place", "offset", "size", "label", "crc32"):
             setattr(part, name, getattr(self, name)[chosen])
@@ -572,10 +580,18 @@ class ImageIndex:
         """A hash of what the set holds: it stays when the files move elsewhere."""
         digest = hashlib.sha256()
         for shard in np.unique(self.shard).tolist():
-            digest.update(f"{Path(self.shards[shard]).name}\0{self._keys[shard]}\0".encode())
+            digest.update(f"{Path(self.shards[shard]).name}\0{self._keys[shard]}\0".encode("utf-8", "surrogateescape"))
         for column in (self.shard, self.place, self.size, self.label):
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()[:16]
+
+
+def _size_of(path: Path) -> int:
+    """Of a file; of a link to nothing its own."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return path.lstat().st_size
 
 
 def _id(shard, place):

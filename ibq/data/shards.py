@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -152,19 +152,38 @@ def _checked(index: ImageIndex, config: ImageDataConfig) -> ImageIndex:
     return index
 
 
-def _by_name(shards: Sequence[tuple[str, ShardIndex]]) -> tuple[list[tuple[str, ShardIndex]], list[str]]:
-    """The shards and the names of their classes; where their folders name others, one list of all, with labels to it.
+@dataclass(frozen=True)
+class ClassLists:
+    """What the labels of a place's shards mean."""
+
+    names: list[str] | None  # by label; None: no folder names its classes
+    folders: Mapping[str, list[str]] = field(default_factory=dict)  # where they differ: the names by a folder's labels
+
+    def renumbered(self, shard: str, index: ShardIndex) -> ShardIndex:
+        """A shard's samples with labels to `names`."""
+        if not self.folders:
+            return index
+        names, places = self.folders[_folder_of(shard)], {name: place for place, name in enumerate(self.names)}
+        beyond = len(places)  # no class, as it is none of its own list
+        labels = [
+            label if label == NO_LABEL else places[names[label]] if label < len(names) else beyond + label
+            for label in index.labels
+        ]
+        return ShardIndex(**{**vars(index), "labels": labels})
+
+
+def class_lists(shards: Sequence[str]) -> ClassLists:
+    """The names of the shards' classes; where their folders name others, one list of all, to be matched by name.
 
     UserError where only some of the folders name their classes: numbers of the others may mean anything.
     """
     folders: dict[str, list[str] | None] = {}
-    for shard, _ in shards:
+    for shard in shards:
         if (folder := _folder_of(shard)) not in folders:
             folders[folder] = named_classes(shard)
     lists = [names for names in folders.values() if names is not None]
     if not lists:
-        top = max((max(index.labels, default=NO_LABEL) for _, index in shards), default=NO_LABEL)
-        return [*shards], [str(i) for i in range(top + 1)]
+        return ClassLists(None)
     if len(lists) < len(folders):
         named, unnamed = (next(f for f, names in folders.items() if (names is None) == none) for none in (False, True))
         raise UserError(
@@ -172,7 +191,7 @@ def _by_name(shards: Sequence[tuple[str, ShardIndex]]) -> tuple[list[tuple[str, 
             f"unknown; put the {CLASSES_FILE} of its own classes there, or set data.labels=false to do without"
         )
     if all(names == lists[0] for names in lists):
-        return [*shards], lists[0]
+        return ClassLists(lists[0])
     for folder, names in folders.items():
         if len({*names}) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -180,19 +199,16 @@ def _by_name(shards: Sequence[tuple[str, ShardIndex]]) -> tuple[list[tuple[str, 
                 f"{folder}/{CLASSES_FILE} has the name {twice!r} twice, so its classes can't be matched by name with "
                 "those of the other folders; give every class a name of its own"
             )
-    merged = {name: None for names in lists for name in names}
-    places = {name: place for place, name in enumerate(merged)}
+    return ClassLists([*dict.fromkeys(name for names in lists for name in names)], folders)
 
-    def renamed(shard: str, index: ShardIndex) -> ShardIndex:
-        names = folders[_folder_of(shard)]
-        beyond = len(merged)  # no class, as it is none of its own list
-        labels = [
-            label if label == NO_LABEL else places[names[label]] if label < len(names) else beyond + label
-            for label in index.labels
-        ]
-        return ShardIndex(**{**vars(index), "labels": labels})
 
-    return [(shard, renamed(shard, index)) for shard, index in shards], [*merged]
+def _by_name(shards: Sequence[tuple[str, ShardIndex]]) -> tuple[list[tuple[str, ShardIndex]], list[str]]:
+    """The shards, with labels to one list of classes, and that list."""
+    lists = class_lists([shard for shard, _ in shards])
+    if lists.names is None:
+        top = max((max(index.labels, default=NO_LABEL) for _, index in shards), default=NO_LABEL)
+        return [*shards], [str(i) for i in range(top + 1)]
+    return [(shard, lists.renumbered(shard, index)) for shard, index in shards], lists.names
 
 
 def _folder_of(shard: str) -> str:
@@ -262,12 +278,13 @@ def _cached(stamp: str, config: ImageDataConfig, make: Callable[[], ShardIndex])
 def _index_folder(folder: Path, config: ImageDataConfig) -> ImageIndex:
     """The images below a folder. Without labels these are all; with labels, those in no class folder are unusable."""
     classes, images = class_folders(folder) if config.labels else _without_labels(folder)
-    rows = [(path, label, _not_read(path)) for path, label in images]
+    rows = [(path, label, problem_of_file(path)) for path, label in images]
     if config.labels:
-        loose = [path for path in pictures_below(folder, deep=False) if not _not_read(path)]
-        rows += [(path, NO_LABEL, f"{LABEL_PROBLEM} is missing: it lies beside the class folders") for path in loose]
+        loose = pictures_below(folder, deep=False)
+        beside = f"{LABEL_PROBLEM} is missing: it lies beside the class folders"
+        rows += [(path, NO_LABEL, problem_of_file(path) or beside) for path in loose]
         if not classes:
-            hint = "; for a set without labels set data.labels=false" if loose else ""
+            hint = "" if all(map(problem_of_file, loose)) else "; for a set without labels set data.labels=false"
             raise UserError(
                 f"no images in {str(folder)!r}: expected one sub-folder a class with JPEG, PNG or WebP files{hint}"
             )
@@ -292,7 +309,7 @@ def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     A sub-folder without pictures is no class. UserError for one whose pictures are all of kinds that are not read: it
     would be none, and all later labels others.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = names_of_class_folders(folder)
     for name in names:  # one that can't be read would be no class either
         try:
             os.scandir(folder / name).close()
@@ -305,12 +322,24 @@ def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     return classes, [(path, label) for label, name in enumerate(classes) for path in images[name]]
 
 
+def names_of_class_folders(folder: Path) -> list[str]:
+    """The visible sub-folders in sorted order; UserError for a link to nothing, which may have been another one."""
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    for path in entries:
+        if path.is_symlink() and not path.exists() and path.suffix.lower() not in IMAGE_SUFFIXES | OTHER_PICTURES:
+            raise UserError(
+                f"'{path}' is a link to '{os.readlink(path)}', which is not there: if it was a class, all later labels "
+                "would be others; bring that back, or remove the link"
+            )
+    return sorted(path.name for path in entries if path.is_dir())
+
+
 def check_is_class(folder: Path, pictures: Sequence[Path]) -> None:
     """UserError for a class folder with pictures of which none is read."""
-    if pictures and all(map(_not_read, pictures)):
+    if pictures and all(map(problem_of_file, pictures)):
         raise UserError(
-            f"the class folder '{folder}' has {len(pictures):,} pictures, but {_not_read(pictures[0])}; convert them, "
-            "or move the folder away"
+            f"the class folder '{folder}' has {len(pictures):,} pictures, but {problem_of_file(pictures[0])}; mend or "
+            "convert them, or move the folder away"
         )
 
 
@@ -318,6 +347,7 @@ def pictures_below(folder: Path, *, deep: bool = True) -> list[Path]:
     """The pictures of any kind of a folder and, if `deep`, its sub-folders, in sorted order.
 
     Hidden files and folders are left out: a Mac's `._1.jpg` is no picture. Links are followed; UserError for a loop.
+    A link to nothing is there if it is called a picture.
     """
     kinds = IMAGE_SUFFIXES | OTHER_PICTURES
     return [path for path in _files_below(folder, (), deep) if path.suffix.lower() in kinds]
@@ -334,13 +364,15 @@ def _files_below(folder: Path, above: tuple[Path, ...], deep: bool) -> Iterator[
         if path.is_dir():
             if deep:
                 yield from _files_below(path, (*above, real), deep)
-        elif path.is_file():
+        elif path.is_file() or path.is_symlink():
             yield path
 
 
-def _not_read(path: Path) -> str | None:
-    """Why a picture can't be used, by its name; None if it can."""
-    return not_read(path.suffix.lower())
+def problem_of_file(path: Path) -> str | None:
+    """Why a picture can't be used, as far as its name and place tell; None if it can."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return not_read(path.suffix.lower())
+    return None if path.exists() else f"a link to '{os.readlink(path)}', which is not there"
 
 
 def class_names(shard: str, count: int) -> list[str]:
@@ -399,6 +431,9 @@ def split_sources(
     if config.validation is not None:
         return train, [_open_named("validation", config.validation, config, report)]
     parts = [hold_out(index, config.validation_every) for index in train]
+    for name, place, index in zip(names, config.places, train, strict=True):
+        if len(index) == 1:
+            raise UserError(f"data.{name}: {place!r} has 1 image, and none is left to train on; set data.validation")
     return [kept for kept, _ in parts], [held for _, held in parts]
 
 

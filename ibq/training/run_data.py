@@ -22,7 +22,7 @@ from ibq.data.images import (
 from ibq.data.index import ImageIndex
 from ibq.data.loader import Report, training_batches, validation_batches
 from ibq.data.order import Batching, MixedOrder, Order, StreamOrder
-from ibq.data.shards import ImageDataConfig, class_names, expand_place, is_unindexed, read_index, split_sources
+from ibq.data.shards import ImageDataConfig, class_lists, expand_place, is_unindexed, read_index, split_sources
 from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import TrainingState
 
@@ -245,10 +245,15 @@ def _images_in_order(config: ImageDataConfig, size: int, seed: int) -> RunData:
         lambda: split_sources(ImageDataConfig(**{**vars(config), "train": config.validation}), _report)
     )
     shards, store = expand_place(config.train), config.store()
-    classes = class_names(shards[0], 0) or validation[0].classes
+    try:  # without labels it does not matter whether the folders' classes can be matched
+        lists = class_lists(shards if config.labels else shards[:1])
+    except UserError as error:
+        raise UserError(f"data.train: {error}") from error
+    classes = lists.names or validation[0].classes
 
     def build(shard: str) -> ImageDataset:
-        part = ImageIndex([(shard, read_index(shard, config, store))], classes, labelled=config.labels)
+        index = read_index(shard, config, store)
+        part = ImageIndex([(shard, lists.renumbered(shard, index))], classes, labelled=config.labels)
         return ImageDataset(part, size, augment=config.augment, seed=seed, in_memory=config.in_memory, store=store)
 
     sets = ShardSequence(shards, build)

@@ -693,6 +693,13 @@ def test_one_failure_ends_all_processes(tmp_path):
     assert not late.exists() and not multiprocessing.active_children()
 
 
+def test_label_lines_tell_names_apart_by_capitals_alone(tmp_path):
+    write_files(tmp_path / "in", {"1.png": png(picture(1)), "1.PNG": png(picture(2))})
+    (tmp_path / "labels").write_text("1.png ant\n1.PNG bee\n")
+    found = shard_labels.read_sources(tmp_path / "in", labels=tmp_path / "labels", classes=None, labelled=True)
+    assert [(image.path, found.classes[image.label]) for image in found.images] == [("1.PNG", "bee"), ("1.png", "ant")]
+
+
 # --- Shards of others ---
 
 

@@ -1,6 +1,7 @@
 """Classes of shards in several folders: matched by name, or refused; never by number alone."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -8,6 +9,7 @@ from support.training import CLASSES, png, write_shard
 
 from ibq.config import UserError
 from ibq.data.shards import ImageDataConfig, open_images, open_split, split_sources
+from ibq.training.run_data import image_data
 
 CONFIG = ImageDataConfig(train="x")
 
@@ -75,6 +77,32 @@ def test_what_cannot_be_matched_is_refused(first, second, words, tmp_path):
     assert words in str(caught.value) and "classes.json" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(open_images(str(tmp_path / "*" / "s.tar"), ImageDataConfig(train="x", labels=False))) == 4
+
+
+def in_order(tmp_path, **settings):
+    """The data of a run that reads the shards of both folders as URLs, one after the other."""
+    place = f"file://{tmp_path}/{{a,b}}/s.tar"
+    settings |= {"validation": folder(tmp_path / "v", ["cat"], [0]), "cache_folder": str(tmp_path / "cache")}
+    return image_data(ImageDataConfig(train=place, unindexed="in_order", streams=1, retries=0, **settings), 4, 0)
+
+
+def test_shards_that_are_read_in_order_are_matched_by_name(tmp_path):
+    folder(tmp_path / "a", ["cat", "dog"], [0, 1, 1])
+    folder(tmp_path / "b", ["car", "cat"], [0, 1, 2])
+    data = in_order(tmp_path)
+    assert data.order.size is None and data.classes == ["cat", "dog", "car"]
+    _, labels, bad = data.stream.batch(range(6))
+    assert labels[:5].tolist() == [0, 1, 1, 2, 0] and [sample.key for sample in bad] == ["b2"]
+
+
+@pytest.mark.parametrize(("second", "words"), [(None, "b has no such file"), (["car", "car"], "'car' twice")])
+def test_shards_that_are_read_in_order_are_refused_too(second, words, tmp_path):
+    folder(tmp_path / "a", ["cat", "dog"], [0, 1])
+    folder(tmp_path / "b", second, [0, 1])
+    with pytest.raises(UserError, match=rf"^data\.train: .*{words}"):
+        in_order(tmp_path)
+    shutil.rmtree(tmp_path / "v")
+    assert in_order(tmp_path, labels=False).stream.batch(range(4))[1].tolist() == [0, 1, 0, 1]
 
 
 def test_numbers_are_names_where_no_folder_has_others(tmp_path):

@@ -186,7 +186,7 @@ def test_what_is_no_class_and_no_image_in_a_folder(tmp_path):
         path.write_bytes(png(picture(1)))
     (place / "dogs").symlink_to(elsewhere)
     (place / "cats" / "4.png").symlink_to(elsewhere / "1.png")
-    (place / "cats" / "5.png").symlink_to(elsewhere / "absent.png")
+    (place / "cats" / "notes").symlink_to(elsewhere / "absent")
     index = open_images(str(place))
     assert index.classes == ["cats", "dogs"]
     names = ["cats/1.png", "cats/4.png", "cats/more/2.png", "dogs/1.png"]

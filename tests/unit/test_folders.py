@@ -1,5 +1,6 @@
 """Folders of pictures: none is lost or renumbered without a word, whoever reads them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 from support.training import png
 
 from ibq.config import UserError
-from ibq.data.shards import ImageDataConfig, open_images
+from ibq.data.shards import ImageDataConfig, open_images, split_sources
 from ibq.evaluation.image_sets import open_set
 from tools.lib.shards.labels import read_sources
 
@@ -78,7 +79,7 @@ def test_a_class_of_pictures_that_are_not_read_is_refused(suffix, tmp_path, caps
         f"{suffix.lower()} files are not read, only JPEG, PNG and WebP",
     )
     assert len(read_sources(tmp_path, labels=None, classes=None, labelled=False).images) == 2
-    assert f"2 pictures in {tmp_path} are passed over: {suffix.lower()} files are not read" in capsys.readouterr().err
+    assert f"{tmp_path}/b/1{suffix}: {suffix.lower()} files are not read" in capsys.readouterr().err
 
 
 def test_some_pictures_of_a_class_that_are_not_read(tmp_path):
@@ -90,6 +91,48 @@ def test_some_pictures_of_a_class_that_are_not_read(tmp_path):
     ]
     with pytest.raises(UserError, match="1 of 3 samples can't be used"):
         open_images(place)
+
+
+def test_loose_pictures_of_other_kinds_are_counted(tmp_path):
+    place = tree(tmp_path, "a/1.png", "1.bmp", "2.png")
+    assert rows(open_images(place, LABELLED))[1:] == [
+        ("1.bmp", ".bmp files are not read, only JPEG, PNG and WebP"),
+        ("2.png", "the label is missing: it lies beside the class folders"),
+    ]
+
+
+def test_links_to_nothing(tmp_path, capsys):
+    """A picture is missed, a class would shift all labels, and what was neither does not matter."""
+    place = tree(tmp_path / "set", "a/1.png", "c/1.png")
+    for name in ("a/2.png", "a/notes.txt"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "gone")
+    problem = f"a link to '{tmp_path}/gone', which is not there"
+    assert rows(open_images(place, LABELLED)) == [("a/1.png", "a"), ("a/2.png", problem), ("c/1.png", "c")]
+    sources = read_sources(tmp_path / "set", labels=None, classes=None, labelled=True)
+    assert [image.path for image in sources.images] == ["a/1.png", "c/1.png"]
+    assert sources.passed_over == {"link to what is not there": 1}
+    assert f"1 pictures in {place}/a are passed over, such as {place}/a/2.png: {problem}" in capsys.readouterr().err
+    for number, (link, words) in enumerate({"b": "if it was a class", "b/1.png": "has 1 pictures, but a link"}.items()):
+        tree(tmp_path / f"{number}", "a/1.png", "c/1.png")
+        (tmp_path / f"{number}" / link).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{number}" / link).symlink_to("gone")
+        for read in (
+            lambda folder: open_images(str(folder), LABELLED),
+            lambda folder: read_sources(folder, labels=None, classes=None, labelled=True),
+        ):
+            with pytest.raises(UserError, match=words):
+                read(tmp_path / f"{number}")
+
+
+def test_names_that_are_no_text(tmp_path):
+    place = tree(tmp_path, os.fsdecode(b"a/\xff.png"), "b/1.png")
+    index = open_images(place)
+    assert index.classes == ["a", "b"] and index.fingerprint() != index.subset([1]).fingerprint()
+
+
+def test_a_single_picture_can_t_be_split(tmp_path):
+    with pytest.raises(UserError, match=r"data\.train: .* has 1 image, and none is left .* data\.validation"):
+        split_sources(ImageDataConfig(train=tree(tmp_path, "a/1.png")))
 
 
 def test_figures_are_of_all_pictures(tmp_path):

@@ -66,6 +66,17 @@ def test_a_key_that_comes_again_is_another_sample(tmp_path):
     assert [key for key, *_ in wanted] == ["a", "x", "a", "y", "a"]
 
 
+def test_other_files_stand_between_keys_too(tmp_path):
+    """As in webdataset, for which a file of any kind is of a sample."""
+    pair = ("a.png", b"p"), ("a.cls", b"1")
+    path = shard(tmp_path / "s.tar", *pair, ("x.txt", b""), *pair)
+    theirs = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    assert [sample["__key__"] for sample in theirs if "png" in sample] == ["a", "a"]
+    assert found(path) == [("a", b"p", 1, "")] * 2
+    assert len(found(shard(tmp_path / "t.tar", *pair, ("a.txt", b""), ("._x.txt", b""), *pair))) == 2
+    assert all(row[3].startswith("several members") for row in found(tmp_path / "t.tar"))
+
+
 def test_labels_far_from_their_pictures(tmp_path):
     """Where a key names one picture and one label, they belong together wherever they are."""
     path = shard(tmp_path / "s.tar", ("a.png", b"A"), ("b.png", b"B"), ("b.cls", b"4"), ("a.cls", b"3"))
@@ -107,6 +118,20 @@ def test_links_are_followed_within_the_shard(tmp_path):
     assert (
         len({index.crc32[number] for number, key in enumerate(index.keys) if key in ("a", "deep/b", "pool/one")}) == 1
     )
+
+
+def test_a_link_names_the_nearest_member_before_it(tmp_path):
+    """Archives that follow each other may use the same names; GNU tar links a file given twice to itself."""
+    for n in "12":
+        members = [("pool", n.encode()), (f"a{n}.png", "pool", tarfile.LNKTYPE), (f"b{n}.png", "pool", tarfile.SYMTYPE)]
+        shard(tmp_path / f"{n}.tar", *members)
+    both = tmp_path / "both.tar"
+    both.write_bytes(b"".join((tmp_path / f"{n}.tar").read_bytes() for n in "12"))
+    assert [row[:2] for row in found(both)] == [("a1", b"1"), ("b1", b"1"), ("a2", b"2"), ("b2", b"2")]
+    again = shard(tmp_path / "again.tar", ("a.png", b"A"), ("b.png", b"B"), ("a.png", "a.png", tarfile.LNKTYPE))
+    assert [row[:2] for row in found(again)] == [("a", b"A"), ("b", b"B"), ("a", b"A")]
+    ahead = shard(tmp_path / "ahead.tar", ("a.png", "x", tarfile.SYMTYPE), ("x", b"1"), ("x", b"2"))
+    assert found(ahead) == [("a", b"1", NO_LABEL, "")]
 
 
 def test_gnu_tar_links_files_that_are_linked(tmp_path):
@@ -164,6 +189,31 @@ def test_names_with_dots_are_told(tmp_path):
     assert all(problem.startswith(CUT) and "rename it" in problem for *_, problem in samples[:3])
     assert "img_22.05.png is field '05.png' of 'img_22'" in samples[0][3]
     assert samples[3] == ("whole", b"4", 6, "")
+
+
+def test_every_picture_of_no_use_is_counted(tmp_path):
+    members = [
+        ("a.bmp", b"1"),
+        ("b.TIF", b"2"),
+        ("b.cls", b"0"),
+        ("c..png", b"3"),
+        ("whole.png", b"4"),
+        ("whole.gif", b"5"),
+    ]
+    members += [("d.05.png", b"6"), ("d.06.png", b"7"), ("d.cls", b"0")]
+    samples = found(shard(tmp_path / "s.tar", *members))
+    assert [key for key, *_ in samples] == ["a", "b", "c", "whole", "d", "d"]
+    problems = [problem for *_, problem in samples]
+    assert problems[:2] == [f"{kind} files are not read, only JPEG, PNG and WebP" for kind in (".bmp", ".tif")]
+    assert problems[3] == "" and all(problem.startswith(CUT) for problem in (problems[2], *problems[4:]))
+
+
+def test_a_cut_in_a_further_picture_of_a_sample_is_told(tmp_path):
+    path = shard(tmp_path / "s.tar", ("a.png", b"p"), ("a.cls", b"1"), ("a.tif", b"x" * 2000))
+    with open(path, "r+b") as file:
+        file.truncate(5 * 512 + 1000)
+    first, last = found(path)
+    assert first == ("a", b"p", 1, "") and last[0] == "(end)" and "cut off" in last[3]
 
 
 def test_names_in_capitals(tmp_path):

@@ -64,6 +64,10 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
     inception = inception_of(arguments, device)
     images = dist.main_first(lambda: open_images_of(arguments, ImageDataConfig(train=arguments.images, labels=False)))
     report, originals = reconstruct(tokenizer, perceptual, inception, images, arguments, device)
+    if not report.metrics["images"]:
+        raise UserError(
+            f"{arguments.images}: none of its images can be used, as the notes say; mend them, or give others"
+        )
     if inception is not None and report.metrics["images"] < 2:
         raise UserError(f"{arguments.images}: rFID needs at least 2 images; add some, or use --inception none")
     pictures = count(images, used=int(report.metrics["images"]))

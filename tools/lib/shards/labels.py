@@ -17,9 +17,16 @@ from typing import NamedTuple
 
 from ibq.config import UserError
 from ibq.data.counts import BESIDE, reason_of
-from ibq.data.index import IMAGE_SUFFIXES, WEBDATASET_OWN, not_read
+from ibq.data.index import IMAGE_SUFFIXES, WEBDATASET_OWN
 from ibq.data.order import shuffled
-from ibq.data.shards import CLASSES_FILE, check_is_class, parse_classes, pictures_below
+from ibq.data.shards import (
+    CLASSES_FILE,
+    check_is_class,
+    names_of_class_folders,
+    parse_classes,
+    pictures_below,
+    problem_of_file,
+)
 from ibq.files import lock
 from ibq.progress import progress_bar, say
 
@@ -110,12 +117,14 @@ def _images(folder: Path) -> tuple[list[Path], Counter]:
 
 def _read(folder: Path, pictures: Sequence[Path]) -> tuple[list[Path], Counter]:
     """(those pictures that are read, reason -> number of the others), which is said."""
-    read = [path for path in pictures if path.suffix.lower() in IMAGE_SUFFIXES]
-    others = [path.suffix.lower() for path in pictures if path.suffix.lower() not in IMAGE_SUFFIXES]
-    if others:
-        kinds = ", ".join(sorted(set(others)))
-        say(f"note: {len(others):,} pictures in {folder} are passed over: {kinds} files are not read")
-    return read, Counter(reason_of(not_read(suffix)) for suffix in others)
+    problems = {path: problem for path in pictures if (problem := problem_of_file(path))}
+    by_reason: dict[str, list[Path]] = defaultdict(list)
+    for path, problem in problems.items():
+        by_reason[reason_of(problem)].append(path)
+    for paths in by_reason.values():
+        say(f"note: {len(paths):,} pictures in {folder} are passed over, such as {paths[0]}: {problems[paths[0]]}")
+    read = [path for path in pictures if path not in problems]
+    return read, Counter({reason: len(paths) for reason, paths in by_reason.items()})
 
 
 def _sources(folder: Path, files: Iterable[tuple[Path, int | None]]) -> list[Source]:
@@ -154,7 +163,7 @@ def _read_class_folders(folder: Path, names: Sequence[str] | None) -> SourceSet:
 
 def _scan(folder: Path) -> tuple[dict[str, list[Source]], Counter]:
     """(class name -> its images, without labels yet, what is not read); folders without images are no classes."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = names_of_class_folders(folder)
     found, passed_over = {}, Counter()
     with progress_bar("scan", len(names), "folder", disable=len(names) < BARS_FROM) as progress:
         for name in names:
@@ -260,13 +269,13 @@ def _match(paths: Sequence[str], lines: Sequence[LabelLine], folder: Path, file:
     return [chosen[number] for number in range(len(paths))]
 
 
-def _fit(path: PurePosixPath, wanted: PurePosixPath) -> tuple[int, bool, bool] | None:
+def _fit(path: PurePosixPath, wanted: PurePosixPath) -> tuple[int, bool, bool, bool] | None:
     """How well a name in a label file fits an image of the same stem: more is better, None is not at all."""
     have, want = path.parent.parts, wanted.parent.parts
     shared = min(len(have), len(want))
     if have[len(have) - shared :] != want[len(want) - shared :]:
         return None
-    return shared, have == want, path.suffix.lower() == wanted.suffix.lower()
+    return shared, have == want, path.suffix.lower() == wanted.suffix.lower(), path.suffix == wanted.suffix
 
 
 def _numbers(lines: Sequence[LabelLine], names: Sequence[str] | None, file: Path) -> tuple[list[int], list[str]]:
