@@ -65,10 +65,12 @@ class Job:
         where = f"{nodes} of {len(allocation.nodes)} nodes ({', '.join(allocation.nodes)})"
         each = f"{allocation.ranks_per_node} ranks each, start {allocation.restart + 1}"
         say(f"{self.script} on {where}, {each}; logs: {logs}/rank-*.log")
-        before = last_checkpoint(folder)
+        before, started = last_checkpoint(folder), time.time()
         code = self._preflight(allocation, nodes, folder or Path.cwd(), run) if self.preflight else 0
         if not code:
             code = _wait(allocation.start(self._step(allocation, nodes, arguments, logs)))
+            if code and self.launcher != "srun":  # whose own code says little
+                code = stopped_by(folder, started) or code
         row = {"start": allocation.restart, "nodes": allocation.nodes[:nodes], "code": code}
         append_line(_made(logs) / ATTEMPTS_FILE, row | {"before": before, "after": last_checkpoint(folder)})
         return self._conclude(allocation, logs, code, folder)
@@ -134,6 +136,16 @@ class SubmittedJob:
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
+
+
+def stopped_by(folder: Path | None, since: float) -> int:
+    """128 + the signal that has ended the run in a folder since then, as its ranks say; 0 if none has."""
+    from ibq.training.stopping import read_status  # reads PyTorch
+
+    said = read_status(folder) if folder else {}
+    if said.get("state") != "stopped" or time.mktime(time.strptime(said["time"][:19], "%Y-%m-%dT%H:%M:%S")) < since - 1:
+        return 0
+    return 128 + signal.Signals[said["reason"]]
 
 
 def usable_nodes(run: Any, nodes: int, ranks_per_node: int) -> int:

@@ -1,5 +1,6 @@
 """Where a job's ranks run: the nodes of a Slurm allocation, or this machine."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from typing import Protocol
 
 from ibq.config import UserError
 
+SAVE_S = 600  # that ranks have to save after a signal, under launchers that can be told so
 ENDED_AT_ONCE_S = 60.0  # that Slurm has to end a job after it has been requeued
 
 
@@ -154,7 +156,20 @@ def torchrun_command(allocation: Allocation, nodes: int, command: Sequence[str])
     port = _slurm_port() + 1 if "SLURM_JOB_ID" in os.environ else 29_500
     options = ["--nnodes", str(nodes), "--nproc-per-node", str(allocation.ranks_per_node), "--rdzv-backend", "c10d"]
     options += ["--rdzv-endpoint", f"{allocation.nodes[0]}:{port}", "--rdzv-id", allocation.name]
+    # It passes on what it is told to, and kills ranks that still save after a while: both where this version knows how.
+    own = {"--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", "--shutdown-timeout": f"{SAVE_S}"}
+    known = torchrun_source()
+    options += [word for option, value in own.items() if f'"{option}"' in known for word in (option, value)]
     return (python, "-m", "torch.distributed.run", *options, *rest)
+
+
+def torchrun_source() -> str:
+    """The text of torchrun, to see which options it has: to import PyTorch would take seconds."""
+    package = importlib.util.find_spec("torch")
+    try:
+        return (Path(package.origin).parent / "distributed/run.py").read_text()
+    except (OSError, AttributeError, TypeError):
+        return ""
 
 
 def deepspeed_command(allocation: Allocation, nodes: int, command: Sequence[str], hostfile: Path) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The headline command is stopped in every usual way: one checkpoint, a true status, and no process is left."""
+"""Commands with a launcher are stopped in every usual way: one checkpoint, a true status, and no process is left."""
 
 import contextlib
 import fcntl
@@ -107,11 +107,14 @@ def test_ctrl_c(place, tmp_path):
     command.check("SIGINT")
 
 
-def test_a_job_waits_for_its_ranks(place, tmp_path):
-    """launchers/job.py ends when they have."""
-    job = [sys.executable, "launchers/job.py", "--launcher", "deepspeed", "--ranks", "2", "--no-preflight", "--"]
+@pytest.mark.parametrize(
+    ("launcher", "number"), [("deepspeed", "SIGTERM"), ("torchrun", "SIGTERM"), ("torchrun", "SIGUSR2")]
+)
+def test_a_job_waits_for_its_ranks(place, tmp_path, launcher, number):
+    """launchers/job.py ends when they have, with the code of the signal, whatever its launcher says."""
+    job = [sys.executable, "launchers/job.py", "--launcher", launcher, "--ranks", "2", "--no-preflight", "--"]
     command = Command(place, tmp_path / "run", *job)
-    command.process.terminate()
-    assert command.process.wait(HANG_S) == 128 + signal.SIGTERM
+    command.process.send_signal(signal.Signals[number])
+    assert command.process.wait(HANG_S) == 128 + signal.Signals[number]
     assert not command.processes()
-    command.check("SIGTERM")
+    command.check(number)
