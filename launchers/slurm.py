@@ -150,6 +150,7 @@ def check(job: Job, resources: Resources, executor: str = "slurm") -> None:
         run = load_run(job.script, job.arguments)
         ranks_per_node = job.ranks or max(resources.gpus_per_node, 1)
         usable_nodes(run, resources.largest if executor == "slurm" else 1, ranks_per_node)
+        warn_by(run.checkpoint.signal)
     site = ROOT / "slurm" / "site.env"
     done = subprocess.run(
         ["bash", "-c", "source slurm/setup.sh"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -161,14 +162,30 @@ def check(job: Job, resources: Resources, executor: str = "slurm") -> None:
         check_partition(resources.partition)
 
 
-def check_partition(name: str) -> None:
-    """UserError unless Slurm has such a partition."""
+def warn_by(name: str) -> None:
+    """Have submitit ask for the signal at which the ranks save; UserError where the user's variable says another."""
+    given = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", name)
+    if name == "none":
+        raise UserError("checkpoint.signal: none leaves Slurm's warning before the time limit unheard; set USR2")
+    if given != name:
+        raise UserError(
+            f"SUBMITIT_PREEMPT_SIGNAL: {given} would end the ranks, which save at {name}; unset it, or set "
+            f"checkpoint.signal={given}"
+        )
+    from submitit.core.job_environment import JobEnvironment
+
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = JobEnvironment.USR_SIG = name  # here, and for submitit in the job
+
+
+def check_partition(names: str) -> None:
+    """UserError unless Slurm has such a partition, hidden or not, or all of several with commas between them."""
     if shutil.which("sinfo") is None:
         raise UserError("sinfo: there is no Slurm here; use --executor local, or see the script by --dry-run")
-    done = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["sinfo", "--all", "--noheader", "--format=%R"], capture_output=True, text=True, check=False)
     known = sorted(set(done.stdout.split()))
-    if name not in known:
-        raise UserError(f"--partition: Slurm has no partition {name!r}; choose one of {', '.join(known) or 'none'}")
+    for name in names.split(","):
+        if name not in known:
+            raise UserError(f"--partition: Slurm has no partition {name!r}; choose of {', '.join(known) or 'none'}")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,16 @@ def check_batch(run: Any, script: str) -> None:
         usable_nodes(run, int(most), max(int(gpus), 1))
 
 
+def check_signal(run: Any, script: str) -> None:
+    """UserError where the script asks Slurm for a warning by another signal than that at which the ranks save."""
+    asked = re.search(r"^#SBATCH --signal=(?:[BR]+:)?(?:SIG)?(\w+)", Path(script).read_text(), flags=re.M)
+    if asked and asked[1] != run.checkpoint.signal:
+        raise UserError(
+            f"{script}: --signal={asked[1]} would end the ranks, which save at {run.checkpoint.signal}; change that "
+            f"line, or set checkpoint.signal={asked[1]}"
+        )
+
+
 def submit(script: str, arguments: Sequence[str], options: Sequence[str] = ()) -> str:
     """Submit a script with a copy of the code; the job's number."""
     code = take_snapshot()
@@ -63,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = len(argv) - 1 - argv[::-1].index("--")
     (script, *arguments), (program, *options) = argv[:split], argv[split + 1 :]
     if is_training_script(program):
-        check_batch(load_run(program, options), script)
+        run = load_run(program, options)
+        check_batch(run, script)
+        check_signal(run, script)
     check_sbatch(script, arguments)
     print(f"submitted as job {submit(script, arguments)}; its log: slurm/logs/")
 

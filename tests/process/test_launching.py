@@ -21,7 +21,7 @@ from ibq import meeting
 from ibq.config import ConfigError, UserError, exit_on_user_error
 from ibq.training import provenance
 from launchers import job, slurm
-from launchers.lib import allocation, executor, run_config, snapshot
+from launchers.lib import allocation, executor, run_config, snapshot, submit
 
 PARTS = ("ibq", "launchers", "tools", "yaml", "slurm", "setup.cfg", "pyproject.toml")
 LAUNCHERS_OWN = re.compile(r"(SLURM|IBQ|SBATCH|SUBMITIT)_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
@@ -411,6 +411,22 @@ def test_a_dry_run_shows_the_script(no_slurm, monkeypatch, capsys):
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
+def test_the_signal_is_that_of_the_run(no_slurm, monkeypatch, capsys):
+    """From the config alone: a variable that says another would end the ranks without a checkpoint."""
+    monkeypatch.delenv("SUBMITIT_PREEMPT_SIGNAL", raising=False)
+    for name in ("USR1", "USR2"):
+        monkeypatch.setenv("PATH", no_slurm)
+        assert slurm.main(["--dry-run", *RUN, f"checkpoint.signal={name}"]) == 0
+        assert f"#SBATCH --signal={name}@300" in capsys.readouterr().out
+        monkeypatch.delenv("SUBMITIT_PREEMPT_SIGNAL")
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    with pytest.raises(UserError, match="SUBMITIT_PREEMPT_SIGNAL: USR1 would end the ranks, which save at USR2"):
+        slurm.main(["--dry-run", *RUN])
+    run = run_config.load_run("ibq/train_ar.py", [*RUN[2:], "checkpoint.signal=USR1"])
+    with pytest.raises(UserError, match=r"ar_2b.sh: --signal=USR2 would end the ranks, which save at USR1"):
+        submit.check_signal(run, f"{ROOT}/slurm/ar_2b.sh")
+
+
 def test_a_dry_run_without_gpus(no_slurm, monkeypatch, capsys):
     text = text_of(no_slurm, monkeypatch, capsys, "--nodes", "2", "--gpus-per-node", "0", "--cpus-per-gpu", "6")
     assert "gpu" not in "".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
@@ -441,6 +457,7 @@ RUN = ["--", "ibq/train_ar.py", "--config", f"{ROOT}/yaml/xxl.yaml"]
         ([*RUN[:-1], "yaml/none.yaml"], "none.yaml: file not found"),
         ([*RUN, "model.dept=3"], "model.dept: unknown key"),
         ([*RUN, "training.batch_size=7"], "training.batch_size"),
+        ([*RUN, "checkpoint.signal=none"], "checkpoint.signal: none leaves Slurm's warning"),
         (RUN, "sbatch: there is no Slurm on this machine; use --executor local"),
         (["--partition", "gpu", *RUN], "sbatch: there is no Slurm on this machine; use --executor local"),
     ],
