@@ -133,6 +133,8 @@ class MetricLogger:
             # What an interrupted run logged after its last checkpoint is about to be logged again.
             keep_lines(self.path, lambda row: row["step"] <= start_step)
             with self._tolerant():
+                for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
+                    cut_events(path, start_step)
                 self._events = EventFile(folder / "tensorboard", start_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -213,6 +215,28 @@ class EventFile:
         for summary in summaries:
             self._write(self._event(step=step, summary=summary))
         self._writer.flush()
+
+
+def cut_events(path: Path, last_step: int) -> None:
+    """Cut from an event file what follows a step, and a record that a kill has left half-written.
+
+    TensorBoard's data server takes no notice of where a run went on (`SessionLog.START`), and would show both.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    end, size = 0, path.stat().st_size
+    with open(path, "rb") as file:
+        # A record: its length in 8 bytes, a checksum in 4, the event, another checksum in 4. Steps never go back.
+        while len(head := file.read(12)) == 12:
+            length = int.from_bytes(head[:8], "little")
+            if (after := end + len(head) + length + 4) > size:
+                break
+            event = Event.FromString(file.read(length))
+            if event.step > last_step and not event.HasField("session_log"):
+                break
+            end = file.seek(after)
+    if end < size:
+        os.truncate(path, end)
 
 
 class RunningMeans:

@@ -206,10 +206,20 @@ def assert_identical(actual: dict[str, torch.Tensor], expected: dict[str, torch.
 
 
 def tensorboard_steps(folder: Path) -> dict[str, list[int]]:
+    """Of every tag; all that the files say, as TensorBoard's data server shows them, and its Python loader does."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
+    found: dict[str, list[int]] = {}
+    for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_ctime_ns):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(event.step)
+    assert all(steps == sorted(set(steps)) for steps in found.values()), "a step is there twice"
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    for name in events.Tags()["scalars"]:
+        assert found[name] == [event.step for event in events.Scalars(name)]
+    return found
 
 
 def test_a_difference_is_noticed(place, tmp_path):
