@@ -441,6 +441,7 @@ def test_traffic_per_engine():
     assert sent(kind="zero", stage=1).data == ring(8) * (2 * 4 + 2) * count
     assert sent(kind="zero", stage=2).data == ring(8) * (passes * 4 + 2) * count
     assert sent(kind="zero", stage=3).data == ring(8) * passes * (2 + 2 + 4) * count
+    assert sent(kind="zero", stage=3, reduce_dtype="bf16").data == ring(8) * passes * (2 + 2 + 2) * count
     full, hybrid = sent(kind="fsdp"), sent(kind="fsdp", shard_ranks=4)
     root = transformer_network(config, Layout(kind="fsdp", gpus=8), training).root
     assert full.data == ring(8) * (passes * (4 * (count - root) + 4 * root) + 4 * count)
