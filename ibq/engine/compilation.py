@@ -5,6 +5,7 @@ is done, and units that are alike are compiled once.
 """
 
 import contextlib
+import warnings
 from contextlib import AbstractContextManager
 
 import torch
@@ -36,6 +37,8 @@ def compile_units(
     units = units_of(module) if setting else []
     if units:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        # A rotary table is complex; all that is compiled of it is to read it as pairs of real numbers.
+        warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
     for unit in units:
         if without_hooks:
             unit.forward = torch.compile(unit.forward, dynamic=False)
