@@ -66,6 +66,8 @@ def list_jobs() -> dict[str, dict]:
         jobs[f"adamw: {kind}, compiled"] = {"engine": COMPILED, "model": model}
     compiled = STAGES | {"stage 3, both cpu": WEIGHTS_ON_CPU["both cpu"]}
     jobs |= {f"adamw: compiled, {name}": {"engine": e | {"compile": True}} for name, e in compiled.items()}
+    for name in ("stage 3", "compiled, stage 3"):
+        jobs[f"adamw: {name}, holds"] = jobs[f"adamw: {name}"] | {"holds": True, "model": {"depth": 6}}
     jobs["adamw: compiled twice"] = jobs["adamw: compiled, stage 3"] | {"settings": TWO}
     for name in ("stage 1", "stage 2", "stage 2, cpu", "stage 3", "stage 3, cpu"):
         jobs[f"adamw: discards, {name}"] = jobs[f"adamw: {name}"] | {"discards": True, "settings": TWO}
@@ -344,6 +346,12 @@ def test_blocks_are_gathered_as_a_whole(runs):
     """But for weights on NVMe, each of which takes a buffer of its own."""
     assert outcome(runs, "adamw: stage 3")["hooked"] == outcome(runs, "adamw: compiled, stage 3")["hooked"] == 0
     assert outcome(runs, "adamw nvme: nvme, weights nvme")["hooked"] > 0
+
+
+def test_compiled_blocks_give_their_weights_back(runs):
+    """Without compilation autograd holds views of them until the backward pass."""
+    assert outcome(runs, "adamw: compiled, stage 3, holds")["held"] == 0
+    assert outcome(runs, "adamw: stage 3, holds")["held"] > 0
 
 
 # --- Without a launcher ---

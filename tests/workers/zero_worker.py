@@ -59,6 +59,7 @@ class Job:
     load: str | None = None  # go on from the state that this job left
     parts: tuple = PARTS  # what is loaded of it
     discards: bool = False  # a micro-batch before every step, which is then discarded
+    holds: bool = False  # look at what a forward pass holds, at the end
 
 
 class Poison(torch.autograd.Function):
@@ -192,6 +193,22 @@ def hooked_layers(module: nn.Module) -> int:
     return sum(bool(part._forward_pre_hooks) for part in inner)
 
 
+def held_weights(engine: ZeroEngine) -> int:
+    """Gathered weights of the first unit that are in memory when a forward pass is over."""
+    first, gathered = units_of(engine.module)[0], []
+
+    def note(*_) -> None:
+        gathered.extend(parameter.untyped_storage()._weak_ref() for parameter in first.parameters())
+
+    hook = first.register_forward_pre_hook(note)
+    loss = engine(*next(micro_batches(600, engine.settings.accumulation))).mean()
+    hook.remove()
+    held = sum(not torch.UntypedStorage._expired(storage) for storage in gathered)
+    engine.backward(loss)
+    engine.discard()
+    return held
+
+
 def run(job: Job, folder: Path) -> None:
     settings = EngineSettings(
         optimizer=OptimizerConfig(**job.optimizer), device=torch.device("cpu"), **EMA | job.settings
@@ -210,6 +227,7 @@ def run(job: Job, folder: Path) -> None:
         averaged = validation_loss(engine)
     result = {"rows": rows, "steps": engine.steps, "averaged": averaged, "raw": validation_loss(engine)}
     result |= {"graphs": graphs, "hooked": hooked_layers(engine.module)}
+    result["held"] = held_weights(engine) if job.holds else None
     torch.save(result | {"state": saved_state(engine)}, folder / f"{job.name}.{dist.rank()}.pt")
     engine.close()
     dist.barrier()
