@@ -288,6 +288,10 @@ def test_quiet(runs):
 
 @pytest.mark.parametrize("name", [n for n in JOBS if n.startswith("bf16: ")])
 def test_bf16_trains(runs, name):
+    check_bf16(runs, name)
+
+
+def check_bf16(runs: Path, name: str) -> None:
     found = outcome(runs, name)["rows"]
     expected = reference(name)["rows"]
     for (loss, norm, skipped), (reference_loss, reference_norm) in zip(found, expected, strict=True):
@@ -359,12 +363,13 @@ def test_compiled_blocks_give_their_weights_back(runs):
 
 @pytest.mark.needs(*needs.NVME)
 def test_one_process_without_a_launcher(tmp_path):
-    names = ["adamw: stage 1", "adamw nvme: nvme"]
-    result = launch(tmp_path, names)
+    names = ["adamw: stage 1", "adamw: stage 3", "adamw: compiled, stage 3", "adamw: weights cpu", "adamw nvme: nvme"]
+    result = launch(tmp_path, [*names, "bf16: stage 3"])
     assert result.returncode == 0, result.stderr[-3000:]
     for name in names:
         deviation = deviations(tmp_path, name, world=1)
         assert equal(deviation), deviation
+    check_bf16(tmp_path, "bf16: stage 3")
 
 
 @pytest.mark.needs(*needs.NVME)
