@@ -279,7 +279,9 @@ def test_files_on_nvme_are_gone(runs):
 
 def test_quiet(runs):
     """Neither process says anything about what is as it should be."""
-    lines = [line for line in (runs / "stderr").read_text().splitlines() if "OMP_NUM_THREADS" not in line]
+    # PyTorch warns once of selective recomputation within what it compiles, over several lines.
+    known = ("OMP_NUM_THREADS", "torch/_logging/_internal.py")
+    lines = [line for line in (runs / "stderr").read_text().splitlines() if not any(text in line for text in known)]
     assert not [line for line in lines if line.strip(" *")], lines[:20]
 
 
