@@ -29,7 +29,7 @@ from ibq.models.transformer import TransformerConfig
 from ibq.scaling.hardware import GIB, GPUS, Gpu
 from ibq.scaling.layouts import Layout, Training
 from ibq.scaling.networks import TokenizerLosses
-from ibq.scaling.plan import Machine, Stage, TokenizerStage, TransformerStage, layouts, plan
+from ibq.scaling.plan import Machine, Stage, TokenizerStage, TransformerStage, layouts, plan, zero_layout
 from ibq.training.ar_config import ARRunConfig
 from ibq.training.tokenizer_config import TokenizerRunConfig
 from tools.lib.scaling.plan_table import Answer, as_json, as_text
@@ -95,24 +95,14 @@ def stage_of(config: TransformerPlan | TokenizerPlan) -> Stage:
     return TokenizerStage(config.model, losses)
 
 
-def layout_of(engine: EngineConfig, machine: Machine) -> Layout:
-    """The layout of a config's engine on these GPUs; UserError where the numbers do not divide."""
+def layout_of(engine: EngineConfig, stage: Stage, machine: Machine) -> Layout:
+    """The layout of a config's engine on these GPUs; UserError where it cannot be used or the numbers do not divide."""
     common = {"gpus": machine.gpus, "gpus_per_node": machine.gpus_per_node}
     match engine:
         case LocalEngineConfig():
             return Layout(kind="local", **common)
         case ZeroEngineConfig():
-            return Layout(
-                kind="zero",
-                stage=engine.stage,
-                offload_optimizer=engine.offload_optimizer,
-                offload_parameters=engine.offload_parameters,
-                bucket=engine.reduce_bucket_size,
-                gather=engine.prefetch_bucket_size if engine.stage == 3 else engine.allgather_bucket_size,
-                live=engine.max_live_parameters,
-                sub_group=engine.sub_group_size,
-                **common,
-            )
+            return zero_layout(engine, stage, machine)
         case FsdpEngineConfig():
             ranks = None
             if engine.shard == "hybrid":
@@ -142,8 +132,6 @@ def check(config: TransformerPlan | TokenizerPlan, stage: Stage, own: Layout, ma
             f"--gpus {machine.gpus}: the batch of {training.batch_size} images does not divide into micro-batches of "
             f"{training.micro_batch} on {own.data} ranks; change --gpus, training.batch_size or training.micro_batch"
         )
-    if own.kind == "zero" and isinstance(stage, TokenizerStage):
-        raise UserError("engine.kind: zero is for transformers; use local or fsdp for a tokenizer")
     if own.tensor == 1:
         return
     sizes = stage.tensor_sizes()
@@ -205,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = machine_of(arguments)
     config = read_config(arguments.config, arguments.overrides)
     stage, run = stage_of(config), config.training
-    own = layout_of(config.engine, machine)
+    own = layout_of(config.engine, stage, machine)
     check(config, stage, own, machine)
     training = Training(
         precision=config.precision,

@@ -5,6 +5,7 @@ is done, and units that are alike are compiled once.
 """
 
 import contextlib
+import warnings
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,11 +22,13 @@ def units_of(module: nn.Module) -> list[nn.Module]:
     return module.units() if hasattr(module, "units") else []
 
 
-def compile_units(module: nn.Module, setting: bool | None, device: torch.device) -> bool:
+def compile_units(
+    module: nn.Module, setting: bool | None, device: torch.device, *, without_hooks: bool = False
+) -> bool:
     """Compile the module's units at their first use, for the shapes that they meet; whether that will be.
 
     `setting` None: on a GPU where it can, if all units are alike, so that it takes seconds and not minutes. UserError
-    where there is no compiler.
+    where there is no compiler. `without_hooks`: of the units' own hooks nothing is compiled, and they run around it.
     """
     if setting is None:
         setting = device.type == "cuda" and not missing_for_compile("cuda") and _alike(units_of(module))
@@ -34,8 +37,13 @@ def compile_units(module: nn.Module, setting: bool | None, device: torch.device)
     units = units_of(module) if setting else []
     if units:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        # A rotary table is complex; all that is compiled of it is to read it as pairs of real numbers.
+        warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
     for unit in units:
-        unit.compile(dynamic=False)
+        if without_hooks:
+            unit.forward = torch.compile(unit.forward, dynamic=False)
+        else:
+            unit.compile(dynamic=False)
     return bool(units)
 
 

@@ -8,6 +8,7 @@ from ibq.config import UserError, require_least
 from ibq.meeting import number
 
 Target = Literal["none", "cpu", "nvme"]
+PERSISTENT = 100_000  # parameters of at most so many elements stay gathered in stage 3 (DeepSpeed's default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,33 @@ class FsdpEngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """What of a module decides how much of it ZeRO gathers and reduces at a time; elements."""
+
+    total: int
+    unit: int  # the largest of its `units()`, or its largest parameter where it has none
+    largest: int  # its largest parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSizes:
+    """The sizes of `ZeroEngineConfig` for one model, and what stage 3 keeps; elements."""
+
+    reduce_bucket_size: int
+    allgather_bucket_size: int
+    prefetch_bucket_size: int
+    max_live_parameters: int
+    sub_group_size: int
+    reuse_distance: int  # weights stay gathered if they are used again after so many others
+    persistent: int  # parameters of at most so many elements stay gathered
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZeroEngineConfig:
-    """Sharded training by DeepSpeed; sizes count elements, not bytes.
+    """Sharded training by DeepSpeed; sizes count elements, not bytes, and follow from the model where not given.
+
+    In stage 3 a unit of the model (a transformer's block) is gathered as a whole, one ahead of the other, and compiled
+    as in the other engines; weights on NVMe are gathered layer by layer, and not compiled.
 
     With the optimizer on NVMe, its state and the average are files in a folder of this process under `nvme_path`, 16
     bytes per element of its partition; a step reads and writes them once. Weights on NVMe are read for every use.
@@ -82,11 +108,17 @@ class ZeroEngineConfig:
     offload_optimizer: Target = "none"
     offload_parameters: Target = "none"
     nvme_path: str | None = None
-    sub_group_size: int = 50_000_000  # stage 3: what is updated (and in memory) at a time, and the largest parameter
-    reduce_bucket_size: int = 50_000_000  # gradients reduced at a time
-    allgather_bucket_size: int = 50_000_000  # stages 1, 2: weights gathered at a time
-    prefetch_bucket_size: int = 50_000_000  # stage 3: weights gathered ahead of their use
-    max_live_parameters: int = 200_000_000  # stage 3: weights gathered at a time
+    compile: bool | None = None  # as in `LocalEngineConfig`
+    # In which precision gradients are averaged over the ranks; micro-batches are summed up in float32 either way.
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    # Stage 3: what is updated (and in memory) at a time; by default an eighth of a rank's elements, but at least a
+    # unit, and on NVMe a unit or the largest parameter.
+    sub_group_size: int | None = None
+    reduce_bucket_size: int | None = None  # gradients reduced at a time; by default those of a unit
+    allgather_bucket_size: int | None = None  # stages 1, 2: weights gathered at a time; by default a unit
+    prefetch_bucket_size: int | None = None  # stage 3: weights gathered ahead of their use; by default 1.5 units
+    # Stage 3: weights gathered at a time; by default 3 units and the largest parameter.
+    max_live_parameters: int | None = None
     parameter_buffers: int = 8  # weights from NVMe that are in memory at a time, each as large as the largest
     deepspeed: dict[str, Any] = field(default_factory=dict)  # raw DeepSpeed keys, laid over what is built from these
 
@@ -104,16 +136,59 @@ class ZeroEngineConfig:
             raise ValueError("offload_optimizer: stage 0 has nothing to offload; set stage to 1, 2 or 3, or use none")
         if self.uses_nvme and not self.nvme_path:
             raise ValueError("nvme_path: missing; name a folder on the NVMe disk, or offload to cpu")
+        if self.reduce_dtype not in ("fp32", "bf16"):
+            raise ValueError(f"reduce_dtype: {self.reduce_dtype!r} is not possible; choose fp32 or bf16")
+        if self.compile and self.offload_parameters == "nvme":
+            raise ValueError("compile: not with offload_parameters: nvme; leave it out, or keep the weights on cpu")
         for name in ("sub_group_size", "reduce_bucket_size", "allgather_bucket_size", "parameter_buffers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is not positive; leave it out for the default")
-        if self.allgather_bucket_size % 2:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: {value} is not positive; leave it out for the default")
+        if self.allgather_bucket_size is not None and self.allgather_bucket_size % 2:
             raise ValueError(f"allgather_bucket_size: DeepSpeed wants an even number, not {self.allgather_bucket_size}")
 
     @property
     def uses_nvme(self) -> bool:
         """Whether anything is kept on NVMe."""
         return "nvme" in (self.offload_optimizer, self.offload_parameters)
+
+    @property
+    def whole_units(self) -> bool:
+        """Whether stage 3 gathers whole units; what comes from NVMe occupies a buffer for as long as it is gathered."""
+        return self.stage == 3 and self.offload_parameters != "nvme"
+
+    def keeps_weights(self, ranks: int) -> bool:
+        """Whether weights stay gathered: one rank copies nothing for it, but DeepSpeed would wait at each gathering."""
+        return self.stage == 3 and ranks == 1 and self.offload_parameters == "none"
+
+    def sizes(self, model: ModelSize, ranks: int) -> ZeroSizes:
+        """The sizes for a model on so many ranks: those given, and for the rest what serves its units."""
+        unit, even = model.unit, model.unit + model.unit % 2  # DeepSpeed wants even buckets
+        on_nvme = self.offload_optimizer == "nvme"
+        derived = {
+            "reduce_bucket_size": even,
+            "allgather_bucket_size": even,
+            "prefetch_bucket_size": -(-3 * unit // 2),
+            "max_live_parameters": 3 * unit + model.largest,
+            "sub_group_size": max(unit, model.largest if on_nvme else model.total // ranks // 8),
+        }
+        given = {name: value for name in derived if (value := getattr(self, name)) is not None}
+        # A unit is gathered with its small parameters, and apart from units there are few: each one that stays gathered
+        # is gathered by a collective of its own after every step, which the device is waited for.
+        persistent = 0 if self.whole_units else PERSISTENT
+        if self.keeps_weights(ranks):
+            persistent = model.total
+        return ZeroSizes(**derived | given, reuse_distance=unit, persistent=persistent)
+
+    def gradients_in(self, precision: str, accumulation: int, ranks: int) -> tuple[str, str]:
+        """(the precision in which gradients are averaged, that in which a rank keeps its part until the update).
+
+        In stage 3 one rank has nothing to average, and of one micro-batch there is nothing to sum up: then they stay
+        as they come from the backward pass.
+        """
+        bf16 = precision == "bf16" and self.stage == 3
+        averaged = "bf16" if bf16 and ranks == 1 else self.reduce_dtype
+        alone = bf16 and averaged == "bf16" and accumulation == 1 and self.offload_optimizer == "none"
+        return averaged, "bf16" if alone else "fp32"
 
 
 EngineConfig = LocalEngineConfig | FsdpEngineConfig | ZeroEngineConfig

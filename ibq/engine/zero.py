@@ -2,10 +2,11 @@
 
 Stage 1 shards the optimizer's state over the ranks, stage 2 also the gradients, stage 3 also the weights. In bf16 the
 module's weights are bfloat16 beside float32 masters (stage 0: float32 weights under autocast, as in the local engine);
-gradients are reduced and accumulated in float32.
+gradients are averaged over the ranks in float32 or bfloat16 and summed up over micro-batches in float32.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ibq import dist
 from ibq.config import UserError
 from ibq.engine.base import EngineSettings, GroupHyper, ParameterState, Reader, StepResult
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.compilation import compile_units, uncompiled, units_of
 from ibq.engine.configs import ZeroEngineConfig
 from ibq.engine.pieces import Piece
 from ibq.engine.zero_setup import (
@@ -31,6 +33,7 @@ from ibq.engine.zero_setup import (
     freed_at_once,
     load_deepspeed,
     materialize,
+    model_size,
     partition_numel,
     silence,
 )
@@ -44,7 +47,7 @@ class ZeroEngine:
         self.config, self.settings = config, settings
         self.steps = 0
         initial = InitialWeights(blueprint)
-        check_nvme(config, settings, partition_numel(initial.shapes))
+        check_nvme(config, settings, partition_numel(math.prod(shape) for shape in initial.shapes.values()))
         deepspeed = load_deepspeed(settings.device)
         build_operators(config, settings.optimizer)
         self._folder = NvmeFolder(config.nvme_path) if config.uses_nvme else None
@@ -66,12 +69,11 @@ class ZeroEngine:
             self._averages = Averages(self._partitions.groups, self._folder and self._folder.path)
         self._has_moments = False
         self._micro_batches = 0
-        self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=settings.device)
 
     def _start(self, deepspeed: Any, initial: InitialWeights) -> Any:
         config, settings = self.config, self.settings
-        largest = max(partition_numel({name: shape}) for name, shape in initial.shapes.items())
-        raw = deepspeed_settings(config, settings, largest, self._folder and self._folder.path)
+        raw = deepspeed_settings(config, settings, model_size(initial.module), self._folder and self._folder.path)
+        self._compiled = self._prepare_units(deepspeed, initial.module)
         dtype = torch.bfloat16 if settings.precision == "bf16" and config.stage > 0 else torch.float32
         convert = None
         if config.stage == 3:
@@ -82,6 +84,21 @@ class ZeroEngine:
         with silence():
             engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=raw, dist_init_required=False)
         return engine
+
+    def _prepare_units(self, deepspeed: Any, module: nn.Module) -> bool:
+        """Let stage 3 gather each unit as a whole, and compile units; whether they are compiled.
+
+        DeepSpeed then has its hooks on a unit alone and none on what is in it, and they stay around what is compiled:
+        by the time that its parameters are looked at they are gathered.
+        """
+        config = self.config
+        if config.stage < 3:
+            return compile_units(module, config.compile, self.settings.device)
+        if not config.whole_units:
+            return False
+        for unit in units_of(module):
+            deepspeed.utils.set_z3_leaf_module(unit, True)
+        return compile_units(module, config.compile, self.settings.device, without_hooks=True)
 
     @torch.no_grad()
     def _exact_masters(self, initial: InitialWeights) -> None:
@@ -118,30 +135,34 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
-        self._loss_is_bad |= ~torch.isfinite(loss.detach())
         self._micro_batches += 1
         self._engine.set_gradient_accumulation_boundary(self._micro_batches == self.settings.accumulation)
-        self._engine.backward(loss)
+        # A loss that is not finite makes every gradient so: their norm, which DeepSpeed waits for in any case, then
+        # says to all ranks that the step is to be skipped.
+        self._engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
+        if self._micro_batches == 1:
+            self._partitions.begin()
 
     def step(self, hyper: dict[str, GroupHyper]) -> StepResult:
         """Clip, update and average; a step with a non-finite loss or gradient is skipped by all ranks alike."""
         assert self._micro_batches == self.settings.accumulation
-        norm, done = torch.tensor(float("nan")), False
-        if not dist.any_rank(self._loss_is_bad):
-            for group in self._engine.basic_optimizer.param_groups:
-                group["lr"] = hyper[group["name"]].learning_rate
-                group["weight_decay"] = hyper[group["name"]].weight_decay
-            apply = self._step_whole if self.config.stage == 0 else self._step_sharded
-            done = self._partitions.step(apply, self._update_average if self._averages is not None else None)
-            norm = torch.as_tensor(self._norm, dtype=torch.float32)
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = hyper[group["name"]].learning_rate
+            group["weight_decay"] = hyper[group["name"]].weight_decay
+        apply = self._step_whole if self.config.stage == 0 else self._step_sharded
+        done = self._partitions.step(apply, self._update_average if self._averages is not None else None)
         if done:
             self.steps += 1
             self._has_moments = self.settings.optimizer.kind != "sgd"
         self.discard()
-        return StepResult(gradient_norm=norm, skipped=not done)
+        return StepResult(gradient_norm=torch.as_tensor(self._norm, dtype=torch.float32), skipped=not done)
 
     def _update_average(self, number: int, masters: Tensor) -> None:
         self._averages.update(number, masters, self.settings.decay(self.steps + 1))
+
+    # In stage 3 the host waits for the device where DeepSpeed 0.19.8 does: after each backward pass for reductions
+    # (stage3.py:1414), in the step for the norm (utils.py:233), and after it if parameters stay gathered
+    # (partition_parameters.py:2128, of one rank :114).
 
     def _step_sharded(self) -> bool:
         self._engine.step()
@@ -165,7 +186,6 @@ class ZeroEngine:
         """Forget the accumulated gradients."""
         self._partitions.forget()
         self._micro_batches = 0
-        self._loss_is_bad.zero_()
 
     def overwrite(self, name: str, value: Tensor) -> None:
         """Not for sharded weights: only tokenizers set weights otherwise than by training."""
@@ -177,14 +197,15 @@ class ZeroEngine:
 
         Masters on NVMe are read once on the way out.
         """
-        if self._averages is None:
-            yield
-            return
-        self._show_all(self._averages.read)
-        try:
-            yield
-        finally:
-            self._show_all(lambda number: self._partitions.groups[number].read("weight"))
+        with uncompiled(self._compiled):
+            if self._averages is None:
+                yield
+                return
+            self._show_all(self._averages.read)
+            try:
+                yield
+            finally:
+                self._show_all(lambda number: self._partitions.groups[number].read("weight"))
 
     @torch.no_grad()
     def _show_all(self, source) -> None:

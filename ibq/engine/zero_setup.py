@@ -7,13 +7,12 @@ import ctypes
 import importlib
 import io
 import logging
-import math
 import os
 import shutil
 import socket
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from ibq import dist
 from ibq.config import UserError
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint, in_pieces
-from ibq.engine.configs import ZeroEngineConfig
+from ibq.engine.compilation import units_of
+from ibq.engine.configs import ModelSize, ZeroEngineConfig
 from ibq.engine.pieces import Piece, take, whole
 from ibq.files import lock
 from ibq.ops.backend import cxx_is_installed
 
 PREFIX = "ibq-zero-"
-PERSISTENT = 100_000  # parameters of at most so many elements stay gathered in stage 3 (DeepSpeed's default)
 SWAP_BUFFERS = 4  # of a sub-group on NVMe: master, gradient and two moments
 
 
@@ -112,9 +111,16 @@ def build_operators(config: ZeroEngineConfig, optimizer: OptimizerConfig) -> Non
 # --- Memory and space ---
 
 
-def partition_numel(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Elements of this rank's partitions, padding included."""
-    return sum(-(-math.prod(shape) // dist.world_size()) for shape in shapes.values())
+def model_size(module: nn.Module) -> ModelSize:
+    """The size of a module whose parameters are whole."""
+    numbers = [parameter.numel() for parameter in module.parameters()]
+    units = [sum(parameter.numel() for parameter in unit.parameters()) for unit in units_of(module)]
+    return ModelSize(total=sum(numbers), unit=max(units or numbers), largest=max(numbers))
+
+
+def partition_numel(numbers: Iterable[int]) -> int:
+    """Elements of this rank's partitions of parameters with so many elements, padding included."""
+    return sum(-(-number // dist.world_size()) for number in numbers)
 
 
 def nvme_bytes(config: ZeroEngineConfig, settings: EngineSettings, numel: int) -> int:
@@ -230,10 +236,11 @@ def freed_at_once() -> Iterator[None]:
 
 
 def deepspeed_settings(
-    config: ZeroEngineConfig, settings: EngineSettings, largest: int, folder: Path | None
+    config: ZeroEngineConfig, settings: EngineSettings, model: ModelSize, folder: Path | None
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; `largest`: elements of the largest parameter's partition on this rank."""
+    """DeepSpeed's configuration for a model."""
     bf16 = settings.precision == "bf16" and config.stage > 0  # stage 0 keeps float32 weights under autocast
+    averaged, kept = config.gradients_in(settings.precision, settings.accumulation, dist.world_size())
     result = {
         "train_micro_batch_size_per_gpu": 1,  # only products of it are used
         "gradient_accumulation_steps": settings.accumulation,
@@ -241,10 +248,11 @@ def deepspeed_settings(
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,  # plain SGD
         "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},  # waits for the device twice a step
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": _zero_settings(config, settings.device, largest, folder),
+        "data_types": {"grad_accum_dtype": kept},
+        "communication_data_type": averaged,
+        "zero_optimization": _zero_settings(config, settings.device, model, folder),
     }
     result = merge(result, config.deepspeed)
     offload = result["zero_optimization"].get("offload_optimizer", {})
@@ -257,14 +265,17 @@ def deepspeed_settings(
     return result
 
 
-def _zero_settings(config: ZeroEngineConfig, device: torch.device, largest: int, folder: Path | None) -> dict[str, Any]:
-    cuda = device.type == "cuda"
+def _zero_settings(
+    config: ZeroEngineConfig, device: torch.device, model: ModelSize, folder: Path | None
+) -> dict[str, Any]:
+    cuda, sizes = device.type == "cuda", config.sizes(model, dist.world_size())
     zero = {
         "stage": config.stage,
-        "contiguous_gradients": True,
+        # Stage 3 with reduce-scatters lays each bucket out anew: a buffer before that would be one more copy.
+        "contiguous_gradients": config.stage < 3,
         "overlap_comm": cuda,
-        "reduce_bucket_size": config.reduce_bucket_size,
-        "allgather_bucket_size": config.allgather_bucket_size,
+        "reduce_bucket_size": sizes.reduce_bucket_size,
+        "allgather_bucket_size": sizes.allgather_bucket_size,
         "memory_efficient_linear": False,  # would replace torch.nn.functional.linear in the whole process
         "override_module_apply": False,
     }
@@ -275,16 +286,19 @@ def _zero_settings(config: ZeroEngineConfig, device: torch.device, largest: int,
         return zero
     on_nvme = config.offload_parameters == "nvme"
     zero |= {
-        "sub_group_size": config.sub_group_size,
+        "sub_group_size": sizes.sub_group_size,
         # A parameter from NVMe occupies a buffer for as long as it is gathered: as few at a time as possible.
-        "stage3_prefetch_bucket_size": 0 if on_nvme else config.prefetch_bucket_size,
-        "stage3_max_live_parameters": 0 if on_nvme else config.max_live_parameters,
-        "stage3_max_reuse_distance": 0 if on_nvme else config.max_live_parameters,
-        "stage3_param_persistence_threshold": PERSISTENT,
+        "stage3_prefetch_bucket_size": 0 if on_nvme else sizes.prefetch_bucket_size,
+        "stage3_max_live_parameters": 0 if on_nvme else sizes.max_live_parameters,
+        "stage3_max_reuse_distance": 0 if on_nvme else sizes.reuse_distance,
+        "stage3_param_persistence_threshold": sizes.persistent,
     }
     if config.offload_parameters != "none":
-        sizes = {"buffer_size": largest, "buffer_count": config.parameter_buffers, "max_in_cpu": 0} if on_nvme else {}
-        zero["offload_param"] = {"device": config.offload_parameters, **offload, **sizes}
+        buffers = {}
+        if on_nvme:
+            part = partition_numel([model.largest])
+            buffers = {"buffer_size": part, "buffer_count": config.parameter_buffers, "max_in_cpu": 0}
+        zero["offload_param"] = {"device": config.offload_parameters, **offload, **buffers}
     return zero
 
 

@@ -116,6 +116,9 @@ class Partitions:
     def refresh(self) -> None:
         """Make every rank's module see what `show` has changed on any rank."""
 
+    def begin(self) -> None:
+        """After the first backward pass of a step: leave no gradient of an earlier one."""
+
     def forget(self) -> None:
         """Drop all gradients."""
         for parameter in self.engine.module.parameters():
@@ -180,9 +183,11 @@ class FlatPartitions(Partitions):
     def forget(self) -> None:
         """Drop all gradients, also those that were accumulated in part."""
         optimizer = self.engine.optimizer
-        optimizer.zero_grad(set_to_none=True)
-        if not hasattr(optimizer, "averaged_gradients"):  # BF16_Optimizer: zero_grad clears its buffers
+        if not hasattr(optimizer, "averaged_gradients"):  # BF16_Optimizer, whose own step leaves its buffers empty
+            if any(map(any, optimizer.fp32_groups_has_gradients)):
+                optimizer.zero_grad()
             return
+        optimizer.zero_grad(set_to_none=True)
         optimizer.micro_step_id = -1  # the next backward pass overwrites instead of adding
         for number in list(optimizer.averaged_gradients):
             optimizer.averaged_gradients[number] = None
@@ -217,6 +222,10 @@ class ParameterPartitions(Partitions):
         if optimizer.offload_optimizer:
             self._share_gradients()
         names = {p.ds_id: name for name, p in module.named_parameters()}
+        self._parts: dict[int, Tensor] = {}  # of the gradients, by parameter
+        for parameters, gradients in zip(optimizer.fp16_groups, self._gradients, strict=True):
+            parts = gradients.split([parameter.partition_numel() for parameter in parameters])
+            self._parts |= {parameter.ds_id: part for parameter, part in zip(parameters, parts, strict=True)}
         return [self._group(number, names) for number in range(len(optimizer.fp16_groups))]
 
     def _group(self, number: int, names: dict[int, str]) -> Group:
@@ -262,11 +271,22 @@ class ParameterPartitions(Partitions):
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
+    def begin(self) -> None:
+        """As in `Partitions`: a parameter without a gradient counts as one with a gradient of zero.
+
+        The first gradients of a step replace the last step's. So only those parameters are to be cleared that have none
+        in the first micro-batch, and not the whole buffer.
+        """
+        written = self.engine.optimizer._offload_boundary_param_ids
+        for key, gradient in self._parts.items():
+            if key not in written:
+                gradient.zero_()
+
     def forget(self) -> None:
-        """Drop all gradients; a parameter that then gets none counts as one with a gradient of zero."""
+        """Drop all gradients: the next ones replace them."""
         optimizer = self.engine.optimizer
         optimizer.zero_grad(set_to_none=True)
-        optimizer.grad_partitions_flat_buffer.zero_()
+        optimizer._offload_boundary_param_ids.clear()
         if optimizer.offload_optimizer:
             optimizer.reset_cpu_buffers()
             self._offer_gradients()

@@ -20,12 +20,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ibq.engine.configs import ZeroEngineConfig
 from ibq.scaling.memory import Rules
 from ibq.scaling.transformer import Device, Numerics
 
 ALLREDUCE = 500_000_000  # elements that DeepSpeed reduces at a time in stage 1 with bf16
 Target = Literal["none", "cpu", "nvme"]
 Precision = Literal["fp32", "bf16"]
+BYTES = {"fp32": 4.0, "bf16": 2.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +45,11 @@ class Layout:
     sequence: bool = False
     reduces_each: bool = False  # FSDP's gradients, in every micro-batch instead of once a step
     reshards: bool = True  # FSDP's blocks are gathered for each of their passes
-    bucket: int = 50_000_000  # elements of ZeRO's buckets
-    gather: int = 50_000_000  # elements gathered at a time, or ahead of their use
-    live: int = 200_000_000  # elements that ZeRO-3 keeps gathered
-    sub_group: int = 50_000_000  # elements that ZeRO-3 updates at a time
+    reduce_dtype: Precision = "fp32"  # in which ZeRO averages gradients
+    bucket: int = 0  # elements of ZeRO's buckets of gradients
+    gather: int = 0  # elements that ZeRO gathers at a time, or ahead of their use
+    live: int = 0  # elements that ZeRO-3 keeps gathered
+    sub_group: int = 0  # elements that ZeRO-3 updates at a time
 
     @property
     def shard(self) -> int:
@@ -134,7 +137,7 @@ def rules(layout: Layout, training: Training) -> Rules:
             whole = training.accumulation(layout) > 1 and not layout.reduces_each
             return _fsdp(layout, moments, ema, 2.0 if bf16 else 4.0, whole=whole)
         case "zero":
-            return _zero(layout, moments, ema, 2.0 if bf16 else 4.0)
+            return _zero(layout, training, moments, ema)
 
 
 def _fsdp(layout: Layout, moments: float, ema: float, compute: float, *, whole: bool) -> Rules:
@@ -159,19 +162,22 @@ def _fsdp(layout: Layout, moments: float, ema: float, compute: float, *, whole: 
     )
 
 
-def _zero(layout: Layout, moments: float, ema: float, compute: float) -> Rules:
+def _zero(layout: Layout, training: Training, moments: float, ema: float) -> Rules:
     """Weights in the computation's dtype beside sharded float32 masters (also where they are float32 themselves).
 
     Stage 1 keeps all gradients until the update, in bf16 also float32 sums of them, which it copies to be reduced; from
-    stage 2 on a rank keeps its part of them, and whole ones only until a bucket is full. Gradients are reduced in
-    float32, which takes a second bucket. Stage 3 frees a gathered weight after its layer, but autograd saves the weight
-    of a matrix product as a view of the same memory, which so stays until the backward pass: only recomputed blocks
-    give theirs up.
+    stage 2 on a rank keeps its part of them, and whole ones only until a bucket is full. A bucket is laid out for the
+    reduction, and before that copied if gradients are reduced in another dtype. Stage 3 frees a gathered weight after
+    its unit, but without compilation autograd saves the weight of a matrix product as a view of the same memory, which
+    so stays until the backward pass: only recomputed blocks give theirs up. One rank has its weights at all times.
     """
-    n, stage, bucket = layout.shard, layout.stage, layout.bucket
+    n, stage, elements = layout.shard, layout.stage, {"bucket_elements": float(layout.bucket)}
+    compute = BYTES[training.precision]
     if stage == 0:
         cast = 2.0 if compute == 2 else 0.0
-        return Rules(weights=4, optimizer=moments, ema=ema, gradient=4, cast=cast, bucket=4.0 * bucket)
+        return Rules(weights=4, optimizer=moments, ema=ema, gradient=4, cast=cast, bucket=4.0, **elements)
+    engine = _engine(layout)
+    averaged, kept = (BYTES[name] for name in engine.gradients_in(training.precision, training.accumulation(layout), n))
     state = 0.0 if layout.offload_optimizer != "none" else 1.0
     part = state * 4 / n  # of masters, and of anything else in float32
     common = {"optimizer": state * moments / n, "ema": state * ema / n}
@@ -179,20 +185,30 @@ def _zero(layout: Layout, moments: float, ema: float, compute: float) -> Rules:
         gradients = {"gradient": 4 + compute, "gradients_stay": True, "at_end": 4, "at_end_bytes": 4.0 * ALLREDUCE}
         return Rules(weights=compute + part, **gradients, **common)
     if stage == 1:
-        return Rules(weights=compute + part, gradient=4, update=part, bucket=4.0 * bucket, **common)
+        return Rules(weights=compute + part, gradient=4, update=part, bucket=4.0, **elements, **common)
     if stage == 2:
-        gradients = {"gradient": part, "bucket": (4.0 + compute) * bucket}
+        gradients = {"gradient": part, "bucket": averaged + compute, **elements}
         return Rules(weights=compute + part, update=part, **gradients, **common)
     own = 0.0 if layout.offload_parameters != "none" else compute / n
+    gathered = {"held": compute, "live": compute, "live_elements": layout.live + layout.gather}
     return Rules(
         weights=own + part,
-        gradient=part,
+        gradient=state * kept / n,
         gradients_stay=True,
-        held=compute,
-        live=compute,
-        live_elements=layout.live + layout.gather,
-        bucket=compute * bucket,
-        fixed=4.0 * bucket,
-        update_bytes=4.0 * state * layout.sub_group,
+        bucket=compute + averaged + (averaged if averaged != compute else 0.0),
+        update_bytes=state * layout.sub_group * (4.0 if kept == 4 else 4.0 + kept),
+        **({} if engine.keeps_weights(n) else gathered),
+        **elements,
         **common,
+    )
+
+
+def _engine(layout: Layout) -> ZeroEngineConfig:
+    """The settings of a layout of ZeRO that say how it works."""
+    return ZeroEngineConfig(
+        stage=layout.stage,
+        offload_optimizer=layout.offload_optimizer,
+        offload_parameters=layout.offload_parameters,
+        nvme_path="any",
+        reduce_dtype=layout.reduce_dtype,
     )

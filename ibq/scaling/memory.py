@@ -34,8 +34,8 @@ class Rules:
     at_end_bytes: float = 0.0  # at most so many
     update: float = 0.0  # during the update
     update_bytes: float = 0.0  # at most so many
-    fixed: float = 0.0  # bytes at all times, whatever the size of the model
-    bucket: float = 0.0  # bytes of gradients on their way, at most
+    bucket: float = 0.0  # of gradients on their way, at most so many:
+    bucket_elements: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def _static(network: Network, rules: Rules) -> dict[str, float]:
     kinds["weights"] = rules.weights * network.elements
     kinds["optimizer"] = rules.optimizer * network.elements
     kinds["ema"] = rules.ema * network.elements
-    kinds["buffers"] = rules.buckets * network.elements + rules.fixed + network.extra
+    kinds["buffers"] = rules.buckets * network.elements + network.extra
     return kinds
 
 
@@ -133,7 +133,11 @@ def _gathered(network: Network, rules: Rules, waiting: float) -> float:
 
 def _passing(network: Network, rules: Rules) -> float:
     """Bytes of gradients before they are reduced."""
-    return min(rules.bucket, 8 * network.elements) + rules.root_passing * (network.root - network.root_late)
+    return _bucket(network, rules) + rules.root_passing * (network.root - network.root_late)
+
+
+def _bucket(network: Network, rules: Rules) -> float:
+    return rules.bucket * min(rules.bucket_elements, network.elements)
 
 
 def _forward(network: Network, rules: Rules) -> dict[str, float]:
@@ -181,6 +185,5 @@ def _block(network: Network, rules: Rules, number: int) -> dict[str, float]:
 
 def _end(network: Network, rules: Rules) -> dict[str, float]:
     """The last gradients, of what is outside the blocks, are reduced."""
-    bucket = min(rules.bucket, 8 * network.elements)
     reduced = 2 * rules.root_passing * network.root + min(rules.at_end * network.elements, rules.at_end_bytes)
-    return {"weights": _gathered(network, rules, 0.0), "buffers": bucket + reduced}
+    return {"weights": _gathered(network, rules, 0.0), "buffers": _bucket(network, rules) + reduced}

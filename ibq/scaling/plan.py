@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from ibq.config import UserError
+from ibq.engine.configs import ModelSize, ZeroEngineConfig
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.scaling.hardware import GIB, Gpu
@@ -20,7 +22,14 @@ from ibq.scaling.tokenizer import (
     tokenizer_parts,
 )
 from ibq.scaling.traffic import Traffic, exposed_seconds, parameter_traffic, tensor_traffic
-from ibq.scaling.transformer import EXACT, Flops, transformer_flops, transformer_weights, unsplit_flops
+from ibq.scaling.transformer import (
+    EXACT,
+    Flops,
+    model_size,
+    transformer_flops,
+    transformer_weights,
+    unsplit_flops,
+)
 
 LARGEST = 2**16  # micro-batch that is looked at
 
@@ -53,6 +62,10 @@ class Stage(ABC):
     def tensor_sizes(self) -> dict[str, int]:
         """What tensor parallelism must divide; empty where it cannot be used."""
         return {}
+
+    def size(self) -> ModelSize:
+        """What ZeRO's sizes follow from; UserError where it cannot be used."""
+        raise UserError("engine.kind: zero is for transformers; use local or fsdp for a tokenizer")
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,10 @@ class TransformerStage(Stage):
     def tensor_sizes(self) -> dict[str, int]:
         """See `Stage`."""
         return {"heads": self.config.num_heads, "key and value heads": self.config.num_kv_heads}
+
+    def size(self) -> ModelSize:
+        """See `Stage`."""
+        return model_size(self.config)
 
 
 @dataclass(frozen=True)
@@ -174,10 +191,10 @@ def layouts(stage: Stage, machine: Machine) -> Iterator[Layout]:
     yield Layout(kind="local", **common)
     if stage.tensor_sizes():  # DeepSpeed is for transformers
         if several:
-            yield from (Layout(kind="zero", stage=number, **common) for number in (1, 2, 3))
+            yield from (zero_layout(ZeroEngineConfig(stage=number), stage, machine) for number in (1, 2, 3))
         for optimizer, parameters in (("cpu", "none"), ("cpu", "cpu"), ("nvme", "none"), ("nvme", "nvme")):
             moved = {"offload_optimizer": optimizer, "offload_parameters": parameters}
-            yield Layout(kind="zero", stage=3, **moved, **common)
+            yield zero_layout(ZeroEngineConfig(nvme_path="any", **moved), stage, machine)
     if several:
         yield Layout(kind="fsdp", **common)
     if machine.gpus > machine.gpus_per_node and machine.gpus % machine.gpus_per_node == 0:
@@ -187,6 +204,24 @@ def layouts(stage: Stage, machine: Machine) -> Iterator[Layout]:
         yield Layout(kind="fsdp", tensor=tensor, **common)
         if stage.num_tokens % tensor == 0:
             yield Layout(kind="fsdp", tensor=tensor, sequence=True, **common)
+
+
+def zero_layout(engine: ZeroEngineConfig, stage: Stage, machine: Machine) -> Layout:
+    """The layout of DeepSpeed's ZeRO with its sizes for what is trained; UserError for a tokenizer."""
+    sizes = engine.sizes(stage.size(), machine.gpus)
+    return Layout(
+        kind="zero",
+        gpus=machine.gpus,
+        gpus_per_node=machine.gpus_per_node,
+        stage=engine.stage,
+        offload_optimizer=engine.offload_optimizer,
+        offload_parameters=engine.offload_parameters,
+        reduce_dtype=engine.reduce_dtype,
+        bucket=sizes.reduce_bucket_size,
+        gather=sizes.prefetch_bucket_size if engine.stage == 3 else sizes.allgather_bucket_size,
+        live=sizes.max_live_parameters,
+        sub_group=sizes.sub_group_size,
+    )
 
 
 def tensor_divisors(stage: Stage, machine: Machine) -> list[int]:

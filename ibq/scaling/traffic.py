@@ -48,8 +48,10 @@ def parameter_traffic(network: Network, layout: Layout, training: Training) -> T
         host = moved / n if layout.offload_optimizer != "none" else 0.0
         updated = elements / n if host else 0.0
         return Traffic(data=data, data_ranks=n, copies=copies, host=host, cpu_elements=updated)
-    once = 4 if size == 4 else 8  # DeepSpeed's stage 1 with bf16 reduces by an all-reduce
-    data = ring(n) * elements * {1: once + size, 2: 4 * passes + size, 3: passes * (4 + 2 * size)}[layout.stage]
+    gradient = 2 if layout.reduce_dtype == "bf16" else 4
+    once = gradient if size == 4 else 2 * gradient  # DeepSpeed's stage 1 with bf16 reduces by an all-reduce
+    sent = {1: once + size, 2: gradient * passes + size, 3: passes * (gradient + 2 * size)}[layout.stage]
+    data = ring(n) * elements * sent
     host = disk = updated = 0.0
     if layout.offload_optimizer != "none":
         host, updated = (4 * passes + size) * elements / n, elements / n

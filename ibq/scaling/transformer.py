@@ -8,6 +8,7 @@ dropout count none, as in torch.utils.flop_counter.
 from dataclasses import dataclass
 from typing import Literal
 
+from ibq.engine.configs import ModelSize
 from ibq.models.transformer import TransformerConfig
 
 Device = Literal["cpu", "cuda"]
@@ -118,6 +119,19 @@ def transformer_parameters(config: TransformerConfig) -> int:
     return sum(
         part.count * (config.depth if name == "block" else 1) for name, part in transformer_weights(config).items()
     )
+
+
+def model_size(config: TransformerConfig) -> ModelSize:
+    """The sizes that ZeRO goes by; a unit is a block."""
+    width = config.model_width
+    matrices = (
+        max(config.vocab_size, config.num_classes + 1) * width,
+        6 * width * width,  # of the adaptive norms
+        (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * width,
+        width * config.ffn_width,
+    )
+    unit = transformer_weights(config)["block"].count
+    return ModelSize(total=transformer_parameters(config), unit=unit, largest=max(matrices))
 
 
 def checkpointing(config: TransformerConfig) -> Checkpointing:

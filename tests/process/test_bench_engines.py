@@ -12,7 +12,7 @@ from support import needs
 from support.processes import run_script
 
 from ibq.config import UserError
-from ibq.scaling.transformer import transformer_flops, transformer_parameters
+from ibq.scaling.transformer import transformer_flops
 from tools.lib.bench import engines as bench_engines
 from tools.lib.bench import growth as bench_growth
 from tools.lib.bench.engines_trace import common, communication, covered
@@ -149,25 +149,6 @@ def test_a_trace_without_communication(tmp_path):
 def test_spans():
     assert covered([(0, 2), (1, 3), (5, 6)]) == 4 and covered([]) == 0
     assert common([(0, 4), (10, 12)], [(2, 11)]) == 3
-
-
-def test_buckets_shrink_with_the_model():
-    model = bench_engines.model_of("yaml/b.yaml", bench_engines.MODEL)
-    engine = bench_engines.engine_of("zero-3", model)
-    share = transformer_parameters(model) / bench_engines.MODEL_B
-    assert engine["reduce_bucket_size"] == pytest.approx(50_000_000 * share, rel=1e-3) and 0 < share < 0.5
-    assert engine["reduce_bucket_size"] % 2 == 0  # else DeepSpeed does not start
-    largest = max(parameter.numel() for parameter in meta(model).parameters())
-    assert engine["sub_group_size"] >= largest
-    whole = bench_engines.engine_of("zero-3", bench_engines.model_of("yaml/xxl.yaml", []))
-    assert whole["max_live_parameters"] == pytest.approx(200_000_000, rel=1e-3)
-
-
-def meta(config):
-    from ibq.models.transformer import Transformer
-
-    with torch.device("meta"):
-        return Transformer(config)
 
 
 def test_ratios_need_ddp():

@@ -29,6 +29,7 @@ ENGINES = {
     "ZeRO-1": (2, ("engine.kind=zero", "engine.stage=1")),
     "ZeRO-2": (2, ("engine.kind=zero", "engine.stage=2")),
     "ZeRO-3": (2, ("engine.kind=zero", "engine.stage=3")),
+    "ZeRO-3, compiled": (2, ("engine.kind=zero", "engine.stage=3", "engine.compile=true")),
     "ZeRO-3 with offload": (
         2,
         ("engine.kind=zero", "engine.stage=3", "engine.offload_optimizer=cpu", "engine.offload_parameters=cpu"),

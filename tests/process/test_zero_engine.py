@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from support.training import largest_difference, make_workplace, scalars, train_
 
 from ibq.config import ConfigError, UserError
 from ibq.engine.base import EngineSettings, OptimizerConfig
-from ibq.engine.configs import ZeroEngineConfig
+from ibq.engine.configs import ModelSize, ZeroEngineConfig
 from ibq.engine.zero import ZeroEngine
+from ibq.engine.zero_setup import model_size
+from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.scaling.transformer import model_size as planned_size
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 from workers import zero_worker as worker
@@ -34,6 +38,7 @@ WEIGHTS_ON_CPU = {
     "weights cpu": {"offload_parameters": "cpu"},
     "both cpu": {"offload_optimizer": "cpu", "offload_parameters": "cpu"},
 }
+COMPILED = {"stage": 3, "compile": True}
 NVME = {
     "nvme": {"offload_optimizer": "nvme"},
     "nvme, weights cpu": {"offload_optimizer": "nvme", "offload_parameters": "cpu"},
@@ -58,6 +63,12 @@ def list_jobs() -> dict[str, dict]:
         model = {"gradient_checkpointing": True, kind: True}
         for stage in (2, 3):
             jobs[f"adamw: {kind}, stage {stage}"] = {"engine": {"stage": stage}, "model": model}
+        jobs[f"adamw: {kind}, compiled"] = {"engine": COMPILED, "model": model}
+    compiled = STAGES | {"stage 3, both cpu": WEIGHTS_ON_CPU["both cpu"]}
+    jobs |= {f"adamw: compiled, {name}": {"engine": e | {"compile": True}} for name, e in compiled.items()}
+    for name in ("stage 3", "compiled, stage 3"):
+        jobs[f"adamw: {name}, holds"] = jobs[f"adamw: {name}"] | {"holds": True, "model": {"depth": 6}}
+    jobs["adamw: compiled twice"] = jobs["adamw: compiled, stage 3"] | {"settings": TWO}
     for name in ("stage 1", "stage 2", "stage 2, cpu", "stage 3", "stage 3, cpu"):
         jobs[f"adamw: discards, {name}"] = jobs[f"adamw: {name}"] | {"discards": True, "settings": TWO}
     jobs["adamw nvme: discards"] = jobs["adamw nvme: nvme"] | {"discards": True, "settings": TWO}
@@ -108,6 +119,16 @@ def bf16_jobs() -> dict[str, dict]:
         jobs[f"bf16 start: {name}"] = jobs[f"bf16: {name}"] | {"steps": 0}
     sums = {"settings": BF16 | TWO, "steps": 2, "odd": 1}
     jobs |= {f"bf16 sums: {name}": {"engine": e, **sums} for name, e in (STAGES | CPU).items() if name != "stage 0"}
+    jobs["bf16: compiled, stage 3"] = jobs["bf16: stage 3"] | {"engine": COMPILED}
+    for stage in (1, 2, 3):
+        engine = {"stage": stage, "reduce_dtype": "bf16"}
+        jobs[f"bf16: reduced in it, stage {stage}"] = {"engine": engine, "settings": BF16}
+        jobs[f"bf16: discards, stage {stage}"] = jobs[f"bf16: stage {stage}"] | {
+            "discards": True,
+            "settings": BF16 | TWO,
+        }
+        jobs[f"bf16 reduced: stage {stage}"] = {"engine": engine, **sums}
+        jobs[f"bf16 skip: stage {stage}"] = {"engine": engine, "settings": BF16, "fault": "nan"}
     return jobs
 
 
@@ -258,7 +279,9 @@ def test_files_on_nvme_are_gone(runs):
 
 def test_quiet(runs):
     """Neither process says anything about what is as it should be."""
-    lines = [line for line in (runs / "stderr").read_text().splitlines() if "OMP_NUM_THREADS" not in line]
+    # PyTorch warns once of selective recomputation within what it compiles, over several lines.
+    known = ("OMP_NUM_THREADS", "torch/_logging/_internal.py")
+    lines = [line for line in (runs / "stderr").read_text().splitlines() if not any(text in line for text in known)]
     assert not [line for line in lines if line.strip(" *")], lines[:20]
 
 
@@ -267,6 +290,10 @@ def test_quiet(runs):
 
 @pytest.mark.parametrize("name", [n for n in JOBS if n.startswith("bf16: ")])
 def test_bf16_trains(runs, name):
+    check_bf16(runs, name)
+
+
+def check_bf16(runs: Path, name: str) -> None:
     found = outcome(runs, name)["rows"]
     expected = reference(name)["rows"]
     for (loss, norm, skipped), (reference_loss, reference_norm) in zip(found, expected, strict=True):
@@ -301,17 +328,50 @@ def test_gradients_in_bf16_are_summed_in_float32(runs, name):
     assert largest_difference(rounded, expected) > 1e-4
 
 
+@pytest.mark.parametrize("name", [n for n in JOBS if n.startswith("bf16 reduced")])
+def test_gradients_can_be_reduced_in_bf16(runs, name):
+    found, expected = (worker.assemble(runs, n, 2)["moment1"] for n in (name, "bf16 sums: stage 2"))
+    assert 1e-4 < largest_difference(found, expected) < 2e-2
+
+
+@pytest.mark.parametrize("name", [n for n in JOBS if n.startswith("bf16 skip")])
+def test_bf16_skips_a_loss_that_is_not_a_number(runs, name):
+    assert [row[2] for row in outcome(runs, name)["rows"]] == [step == 2 for step in range(5)]
+
+
+# --- Units: gathered as a whole, and compiled once ---
+
+
+@pytest.mark.parametrize("name", [n for n in JOBS if "compiled" in n])
+def test_nothing_is_compiled_after_the_first_step(runs, name):
+    graphs = outcome(runs, name)["graphs"]
+    assert graphs[0] > 0 and graphs == [graphs[0]] * len(graphs)
+
+
+def test_blocks_are_gathered_as_a_whole(runs):
+    """But for weights on NVMe, each of which takes a buffer of its own."""
+    assert outcome(runs, "adamw: stage 3")["hooked"] == outcome(runs, "adamw: compiled, stage 3")["hooked"] == 0
+    assert outcome(runs, "adamw nvme: nvme, weights nvme")["hooked"] > 0
+
+
+def test_compiled_blocks_give_their_weights_back(runs):
+    """Without compilation autograd holds views of them until the backward pass."""
+    assert outcome(runs, "adamw: compiled, stage 3, holds")["held"] == 0
+    assert outcome(runs, "adamw: stage 3, holds")["held"] > 0
+
+
 # --- Without a launcher ---
 
 
 @pytest.mark.needs(*needs.NVME)
 def test_one_process_without_a_launcher(tmp_path):
-    names = ["adamw: stage 1", "adamw nvme: nvme"]
-    result = launch(tmp_path, names)
+    names = ["adamw: stage 1", "adamw: stage 3", "adamw: compiled, stage 3", "adamw: weights cpu", "adamw nvme: nvme"]
+    result = launch(tmp_path, [*names, "bf16: stage 3"])
     assert result.returncode == 0, result.stderr[-3000:]
     for name in names:
         deviation = deviations(tmp_path, name, world=1)
         assert equal(deviation), deviation
+    check_bf16(tmp_path, "bf16: stage 3")
 
 
 @pytest.mark.needs(*needs.NVME)
@@ -368,11 +428,45 @@ def test_importing_the_engines_does_not_need_deepspeed():
         ({"offload_optimizer": "disk"}, "offload_optimizer: disk"),
         ({"offload_optimizer": "nvme"}, "nvme_path: missing"),
         ({"sub_group_size": 0}, "sub_group_size: 0"),
+        ({"reduce_dtype": "fp16"}, "reduce_dtype: 'fp16' is not possible"),
+        ({"compile": True, "offload_parameters": "nvme", "nvme_path": "x"}, "compile: not with offload_parameters"),
     ],
 )
 def test_impossible_settings(settings, words):
     with pytest.raises(ValueError, match=words):
         ZeroEngineConfig(**settings)
+
+
+def test_sizes_follow_from_the_model():
+    """Those given count; a block fits into every bucket; and one rank keeps its weights, unless they are offloaded."""
+    model = ModelSize(total=1000, unit=101, largest=150)
+    sizes = ZeroEngineConfig().sizes(model, 4)
+    assert (sizes.reduce_bucket_size, sizes.allgather_bucket_size) == (102, 102)
+    assert (sizes.prefetch_bucket_size, sizes.max_live_parameters, sizes.sub_group_size) == (152, 453, 101)
+    assert (sizes.persistent, ZeroEngineConfig(offload_optimizer="cpu").sizes(model, 1).persistent) == (0, 1000)
+    assert ZeroEngineConfig(offload_parameters="cpu").sizes(model, 1).persistent == 0
+    assert ZeroEngineConfig(offload_optimizer="nvme", nvme_path="x").sizes(model, 4).sub_group_size == 150
+    assert ZeroEngineConfig(sub_group_size=7, max_live_parameters=0).sizes(model, 4) == replace(
+        sizes, sub_group_size=7, max_live_parameters=0
+    )
+
+
+def test_sizes_of_a_module():
+    with torch.device("meta"):
+        module = Transformer(TransformerConfig(depth=3, width=96, heads=3, num_classes=7))
+    assert model_size(module) == planned_size(module.config)
+    with torch.device("meta"):
+        assert model_size(torch.nn.Linear(3, 5)) == ModelSize(total=20, unit=15, largest=15)
+
+
+def test_precision_of_gradients():
+    """What need not be summed up stays as it comes."""
+    plain, narrow = ZeroEngineConfig(), ZeroEngineConfig(reduce_dtype="bf16")
+    assert plain.gradients_in("bf16", 1, 2) == plain.gradients_in("fp32", 1, 1) == ("fp32", "fp32")
+    assert plain.gradients_in("bf16", 1, 1) == narrow.gradients_in("bf16", 1, 2) == ("bf16", "bf16")
+    assert plain.gradients_in("bf16", 2, 1) == narrow.gradients_in("bf16", 2, 2) == ("bf16", "fp32")
+    assert ZeroEngineConfig(offload_optimizer="cpu").gradients_in("bf16", 1, 1) == ("bf16", "fp32")
+    assert ZeroEngineConfig(stage=2, reduce_dtype="bf16").gradients_in("bf16", 1, 2) == ("bf16", "fp32")
 
 
 def build(config: ZeroEngineConfig, **optimizer) -> ZeroEngine:

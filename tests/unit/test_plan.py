@@ -441,6 +441,7 @@ def test_traffic_per_engine():
     assert sent(kind="zero", stage=1).data == ring(8) * (2 * 4 + 2) * count
     assert sent(kind="zero", stage=2).data == ring(8) * (passes * 4 + 2) * count
     assert sent(kind="zero", stage=3).data == ring(8) * passes * (2 + 2 + 4) * count
+    assert sent(kind="zero", stage=3, reduce_dtype="bf16").data == ring(8) * passes * (2 + 2 + 2) * count
     full, hybrid = sent(kind="fsdp"), sent(kind="fsdp", shard_ranks=4)
     root = transformer_network(config, Layout(kind="fsdp", gpus=8), training).root
     assert full.data == ring(8) * (passes * (4 * (count - root) + 4 * root) + 4 * count)
@@ -539,6 +540,19 @@ def test_days_follow_from_flops(tmp_path):
     assert local["seconds_per_step"] == pytest.approx(seconds)
     assert local["days"] == pytest.approx(20 * seconds / 86400)
     assert local["tokens_per_second"] == pytest.approx(768 * 256 / seconds)
+
+
+def test_zero_goes_by_the_blocks(capsys, tmp_path):
+    """Sizes that are not given follow from a block, and one rank of stage 3 gathers nothing."""
+    path, block = tmp_path / "plan.json", 66_370_560
+    for given, settings in ((block, ()), (1_000_000, ("engine.reduce_bucket_size=1000000",))):
+        assert run_plan("--config", YAML / "xxl.yaml", "--gpus", 8, "--json", path, *settings) == 0
+        assert f"ZeRO-3 reduces gradients of {given:,} elements at a time in fp32" in capsys.readouterr().out
+        own = next(layout["layout"] for layout in json.loads(path.read_text())["layouts"] if layout["own"])
+        assert (own["bucket"], own["gather"]) == (given, 1.5 * block)
+    alone = Layout(kind="zero", stage=3, gpus=1, bucket=block, gather=block, live=block)
+    costs = rules(alone, Training(precision="bf16", micro_batch=8, batch_size=8))
+    assert (costs.held, costs.live, costs.gradient) == (0, 0, 2)
 
 
 def test_largest_micro_batch_is_the_largest(tmp_path):

@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/workers/zero_worker.py jobs.pt
 
-jobs.pt: a list of dicts, see `Job`. Rank r leaves NAME.r.pt: losses (mean over ranks) and norms, validation losses, and
-its part of the final state.
+jobs.pt: a list of dicts, see `Job`. Rank r leaves NAME.r.pt: losses (mean over ranks) and norms, validation losses, its
+part of the final state, and how many graphs were compiled so far after each step.
 """
 
 import gc
@@ -17,6 +17,7 @@ from torch import nn
 from ibq import dist
 from ibq.engine.base import PARTS, EngineSettings, GroupHyper, OptimizerConfig, ParameterState
 from ibq.engine.blueprint import Blueprint
+from ibq.engine.compilation import units_of
 from ibq.engine.configs import ZeroEngineConfig
 from ibq.engine.pieces import place, take
 from ibq.engine.zero import ZeroEngine
@@ -58,6 +59,7 @@ class Job:
     load: str | None = None  # go on from the state that this job left
     parts: tuple = PARTS  # what is loaded of it
     discards: bool = False  # a micro-batch before every step, which is then discarded
+    holds: bool = False  # look at what a forward pass holds, at the end
 
 
 class Poison(torch.autograd.Function):
@@ -185,6 +187,28 @@ def validation_loss(engine: ZeroEngine) -> float:
     return float(loss)
 
 
+def hooked_layers(module: nn.Module) -> int:
+    """Modules that DeepSpeed gathers by themselves, within what the engine gathers as a whole."""
+    inner = [part for unit in units_of(module) for part in unit.modules() if part is not unit]
+    return sum(bool(part._forward_pre_hooks) for part in inner)
+
+
+def held_weights(engine: ZeroEngine) -> int:
+    """Gathered weights of the first unit that are in memory when a forward pass is over."""
+    first, gathered = units_of(engine.module)[0], []
+
+    def note(*_) -> None:
+        gathered.extend(parameter.untyped_storage()._weak_ref() for parameter in first.parameters())
+
+    hook = first.register_forward_pre_hook(note)
+    loss = engine(*next(micro_batches(600, engine.settings.accumulation))).mean()
+    hook.remove()
+    held = sum(not torch.UntypedStorage._expired(storage) for storage in gathered)
+    engine.backward(loss)
+    engine.discard()
+    return held
+
+
 def run(job: Job, folder: Path) -> None:
     settings = EngineSettings(
         optimizer=OptimizerConfig(**job.optimizer), device=torch.device("cpu"), **EMA | job.settings
@@ -192,15 +216,18 @@ def run(job: Job, folder: Path) -> None:
     engine = ZeroEngine(ZeroEngineConfig(**job.engine), blueprint(job), settings)
     if job.load is not None:
         load(engine, folder, job)
-    first, rows = engine.steps, []
+    first, rows, graphs = engine.steps, [], []
     for step in range(first, first + job.steps):
         if job.discards:
             engine.backward(engine(*next(micro_batches(500, 2))).mean())
             engine.discard()
         rows.append(train_step(engine, job, step))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     with engine.averaged():
         averaged = validation_loss(engine)
     result = {"rows": rows, "steps": engine.steps, "averaged": averaged, "raw": validation_loss(engine)}
+    result |= {"graphs": graphs, "hooked": hooked_layers(engine.module)}
+    result["held"] = held_weights(engine) if job.holds else None
     torch.save(result | {"state": saved_state(engine)}, folder / f"{job.name}.{dist.rank()}.pt")
     engine.close()
     dist.barrier()

@@ -2,11 +2,10 @@
 
 Every engine trains the same weights on the same data in processes of its own that torchrun starts: on the CPU (gloo,
 one thread a process), or on GPUs where there are as many. The default model is a small one of the published family
-(width = 64 x depth), with a codebook small enough that blocks are most of it, as in the large ones; ZeRO's buckets are
-as large a part of it as the defaults are of the model B. `peak_gib` is what the fuller rank holds at most in its third
-step beyond what it held before the engine was built: on the CPU resident memory, so with pages that the allocator keeps
-and the collectives' buffers. `expected` is what the plan says of it for tensors alone, and of weights, gradients and
-moments alone. `seconds` is the best timed step, after three that are not.
+(width = 64 x depth), with a codebook small enough that blocks are most of it, as in the large ones. `peak_gib` is what
+the fuller rank holds at most in its third step beyond what it held before the engine was built: on the CPU resident
+memory, so with pages that the allocator keeps and the collectives' buffers. `expected` is what the plan says of it for
+tensors alone, and of weights, gradients and moments alone. `seconds` is the best timed step, after three that are not.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ibq.config import UserError, config_to_dict, load_section, parse_config
-from ibq.engine.configs import EngineConfig, ZeroEngineConfig
+from ibq.engine.configs import EngineConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.progress import progress_bar
 from ibq.scaling.hardware import GPUS
@@ -36,8 +35,6 @@ RANKS = 2
 MODEL = ("model.depth=8", "model.vocab_size=4096")
 STAGES = {"zero-1": 1, "zero-2": 2, "zero-3": 3}
 TITLES = {"ddp": "DDP", "fsdp2": "FSDP2"} | {name: f"ZeRO-{stage}" for name, stage in STAGES.items()}
-EVEN = 1024  # DeepSpeed wants buckets to be multiples of a small number
-MODEL_B = 342_994_944  # parameters of the model for which the defaults of ZeRO's buckets are
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -82,21 +79,14 @@ def model_of(config: str, overrides: Sequence[str]) -> TransformerConfig:
     return load_section(TransformerConfig, config, "model", [text.removeprefix("model.") for text in overrides])
 
 
-def engine_of(name: str, model: TransformerConfig) -> dict:
-    """The section `engine` of a run's config; buckets shrink with the model as far as they may."""
+def engine_of(name: str) -> dict:
+    """The section `engine` of a run's config."""
     match name:
         case "ddp":
             return {"kind": "local"}
         case "fsdp2":
             return {"kind": "fsdp"}
-    full, share = ZeroEngineConfig(), min(1.0, transformer_parameters(model) / MODEL_B)
-    largest = max(model.vocab_size * model.model_width, 6 * model.model_width**2, model.model_width * model.ffn_width)
-    sizes = {
-        key: EVEN * max(1, int(share * getattr(full, key)) // EVEN)
-        for key in ("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "max_live_parameters")
-    }
-    sizes["sub_group_size"] = max(largest, int(share * full.sub_group_size))  # must hold the largest parameter
-    return {"kind": "zero", "stage": STAGES[name], **sizes}
+    return {"kind": "zero", "stage": STAGES[name]}
 
 
 def expected(name: str, model: TransformerConfig, arguments: argparse.Namespace) -> dict[str, float]:
@@ -104,7 +94,8 @@ def expected(name: str, model: TransformerConfig, arguments: argparse.Namespace)
     machine = Machine(
         gpu=GPUS["h100"], gpus=arguments.ranks, gpus_per_node=arguments.ranks
     )  # of which only the number counts here
-    layout = layout_of(parse_config(EngineConfig, engine_of(name, model)), machine)
+    stage = TransformerStage(model)
+    layout = layout_of(parse_config(EngineConfig, engine_of(name)), stage, machine)
     training = Training(
         precision="bf16",
         micro_batch=arguments.batch // arguments.ranks,
@@ -114,7 +105,7 @@ def expected(name: str, model: TransformerConfig, arguments: argparse.Namespace)
     )
     costs = rules(layout, training)
     state = (costs.weights + costs.gradient + costs.optimizer) * transformer_parameters(model)
-    peak = memory(TransformerStage(model), layout, training).total
+    peak = memory(stage, layout, training).total
     return {"state_gib": state / GIB, "peak_gib": peak / GIB}
 
 
@@ -125,7 +116,7 @@ def run_ranks(name: str, model: TransformerConfig, arguments: argparse.Namespace
         arguments.trace.mkdir(parents=True, exist_ok=True)
         trace = str(arguments.trace.resolve() / name)
     settings = {
-        "engine": engine_of(name, model),
+        "engine": engine_of(name),
         "model": config_to_dict(model),
         "images": arguments.batch // arguments.ranks,
         "steps": arguments.steps,

@@ -49,7 +49,7 @@ def as_text(answer: Answer) -> str:
         f"{training.precision}, batch {training.batch_size}, {answer.steps:,} steps"
     )
     tables = [_memory_table(answer), _speed_table(answer)]
-    return "\n\n".join([head, _sizes(answer.stage), *tables, _notes(answer.stage, machine), recommendation(answer)])
+    return "\n\n".join([head, _sizes(answer.stage), *tables, _notes(answer), recommendation(answer)])
 
 
 def _sizes(stage: Stage) -> str:
@@ -113,7 +113,8 @@ def _table(title: str, names: Sequence[str], least: int, answer: Answer, cells: 
     return "\n".join(lines)
 
 
-def _notes(stage: Stage, machine: Machine) -> str:
+def _notes(answer: Answer) -> str:
+    stage, machine = answer.stage, answer.machine
     gpu = machine.gpu
     paragraphs = [
         f"Assumed: {machine.mfu:.0%} of the GPU's rate for all FLOPs (--mfu); {machine.reserve / GIB:g} GiB left free "
@@ -124,9 +125,20 @@ def _notes(stage: Stage, machine: Machine) -> str:
         "CUDA keeps dropout masks as bytes; the CPU keeps them in the dtype of what they mask. CUDA's autocast computes"
         " the tokenizer's norms in float32, the CPU's in bf16. Attention and the head save the same on both.",
     ]
+    shown = [answer.own, *(row.layout for row in answer.rows)]
+    if zero := next((layout for layout in shown if layout.kind == "zero" and layout.stage == 3), None):
+        paragraphs.append(_zero_note(zero))
     if sizes := stage.tensor_sizes():
         paragraphs.append(_tensor_note(sizes, tensor_divisors(stage, machine)))
     return "\n".join(textwrap.fill(paragraph, WIDTH) for paragraph in paragraphs)
+
+
+def _zero_note(layout: Layout) -> str:
+    return (
+        f"{layout.name} reduces gradients of {layout.bucket:,} elements at a time in {layout.reduce_dtype}, gathers "
+        f"weights of {layout.gather:,} ahead of their use and holds {layout.live:,} at most, and updates "
+        f"{layout.sub_group:,} of a rank's elements at a time."
+    )
 
 
 def _tensor_note(sizes: dict[str, int], shown: Sequence[int]) -> str:
