@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.models import TOKENIZER, TRANSFORMER
 from support.processes import run_ranks, run_script
 from support.training import CLASSES, CODES, write_best, write_images
@@ -214,6 +215,27 @@ def test_classes_that_the_classifier_does_not_know(place, tmp_path):
         evaluate.main(
             generation(place, "--samples", str(tmp_path / "x.npz"), "--classifier", f"{place}/train-*.tar")[1:]
         )
+
+
+def test_classes_of_a_validation_folder_are_matched_by_name(tmp_path):
+    """One that lacks the first class would be numbered otherwise by itself."""
+    colours = {"apple": (250, 20, 20), "berry": (20, 20, 250), "cress": (20, 250, 20)}
+    for split, names in {"train": [*colours], "val": ["berry", "cress"], "other": ["berry", "plum"]}.items():
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(12):
+                image = Image.new("RGB", (16, 16), tuple(v + number for v in colours.get(name, (9, 9, 9))))
+                image.save(tmp_path / split / name / f"{number}.png")
+    labels = np.arange(12) % 3
+    images = np.stack([np.full((16, 16, 3), [*colours.values()][label], np.uint8) for label in labels])
+    np.savez(tmp_path / "s.npz", images, labels)
+    argv = ["generation", "--samples", str(tmp_path / "s.npz"), "--classifier", str(tmp_path / "train")]
+    argv += ["--classifier-size", "16", "--classifier-steps", "40", "--device", "cpu", "--classifier-validation"]
+    evaluate.main([*argv, str(tmp_path / "val"), "--json", str(tmp_path / "g.json")])
+    found = json.loads((tmp_path / "g.json").read_text())["metrics"]["classifier"]
+    assert found["validation_accuracy"] == found["generated_accuracy"] == 1.0
+    with pytest.raises(UserError, match=r"--classifier-validation: classes are matched by name with .* 'plum'"):
+        evaluate.main([*argv, str(tmp_path / "other")])
 
 
 def test_a_mistake_in_earnest(place):
