@@ -61,9 +61,14 @@ class Tokenizer(nn.Module):
         """The weights that are not to be sharded: losses ask for their gradients."""
         return [self.last_layer]
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        """Reconstruct images [B, 3, H, W]."""
-        out = self.quantizer(self.encode_latents(images))
+    def forward(self, images: Tensor, losses: bool = True) -> TokenizerOutput:
+        """Reconstruct images [B, 3, H, W]; without `losses` the quantizer's are not computed, nor its metrics."""
+        latents = self.encode_latents(images)
+        if not losses and not self.quantizer.passthrough:
+            codes = self.quantizer.encode(latents)
+            reconstruction = self.decode_latents(self.quantizer.lookup(codes))
+            return TokenizerOutput(reconstruction=reconstruction, codes=codes, losses={}, metrics={})
+        out = self.quantizer(latents)
         return TokenizerOutput(
             reconstruction=self.decode_latents(out.latents), codes=out.codes, losses=out.losses, metrics=out.metrics
         )

@@ -81,7 +81,7 @@ class TokenizerTask:
         skipped, codes = False, []
         if gan and not shared:
             with torch.no_grad(), stopwatch.part("forward"):
-                fakes = [self.generator(x).reconstruction for x in images]
+                fakes = [self.generator(x, False).reconstruction for x in images]
             with stopwatch.part("discriminator"):
                 skipped |= self._discriminator_step(images, fakes, hyper, metrics)
         for x in images:

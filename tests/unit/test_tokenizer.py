@@ -127,6 +127,20 @@ def test_round_trip(size: tuple[int, ...]):
     assert out.losses.keys() == quantized.losses.keys() and out.metrics.keys() == quantized.metrics.keys()
 
 
+@pytest.mark.parametrize("passthrough", [False, True])
+def test_without_losses_it_is_the_same_reconstruction(passthrough: bool, monkeypatch):
+    """What a discriminator's step is shown of several micro-batches; during the codebook's warm-up, too."""
+    tokenizer, images = build(), draw_images()
+    tokenizer.quantizer.passthrough = passthrough
+    with torch.no_grad():
+        whole = tokenizer(images)
+        if not passthrough:
+            monkeypatch.setattr(type(tokenizer.quantizer), "forward", lambda *_: pytest.fail("losses are computed"))
+        alone = tokenizer(images, False)
+    assert torch.equal(alone.codes, whole.codes) and (passthrough or not alone.losses)
+    assert_same(alone.reconstruction, whole.reconstruction, 1e-5)
+
+
 def test_codes_and_images_of_encode_and_decode_carry_no_graph():
     tokenizer = build()
     codes = tokenizer.encode(draw_images())
