@@ -1,0 +1,71 @@
+"""How a training of the quickstart keeps to its time: its steps are timed as they come, and their number corrected."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+MEASURE_S = 4.0  # seconds of steps that say how many will fit
+SETTLED_S = 15.0  # as many for every later correction: by then the number is about right
+WINDOW_S = 40.0  # only the last so many seconds count: other programs come and go
+BESIDES = 1.05  # validations and checkpoints
+TOLERANCE = 0.08  # of the time left; or twice what a correction costs, if that is more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """The work of a training in units of its first steps; the last ones may cost more."""
+
+    late: float = 1.0  # the share of the steps after which each costs more
+    extra: float = 0.0  # how much more, in units
+
+    def left(self, done: int, total: int) -> float:
+        """Units that are left to do."""
+        return total - done + self.extra * (total - max(done, int(self.late * total)))
+
+    def fitting(self, done: int, units: float) -> int:
+        """The number of steps in all with which so many units are left."""
+        total = int((units + done) / (1 + self.extra * (1 - self.late)))
+        return total if done <= self.late * total else done + int(units / (1 + self.extra))
+
+
+@dataclass(kw_only=True)
+class Pace:
+    """The pace of one stage; times are those of any one clock, in seconds."""
+
+    end: float  # when the stage should be over
+    load: Load
+    low: int  # steps that the stage has at least
+    high: int  # and at most
+    measured: bool = False  # whether the number of steps follows from a measurement
+    restart_s: float = 5.0  # what a correction costs: the training saves, ends and starts again
+    seconds: float | None = None  # a unit's, as last measured
+    _seen: deque = field(default_factory=deque)  # (time, step)
+
+    def begin(self) -> None:
+        """The training starts, once more perhaps."""
+        self._seen.clear()
+
+    def see(self, now: float, step: int) -> None:
+        """The training has told that it has done so many steps."""
+        if not self._seen or step > self._seen[-1][1]:
+            self._seen.append((now, step))
+        while len(self._seen) > 2 and now - self._seen[1][0] > WINDOW_S:
+            self._seen.popleft()
+
+    def wanted(self, now: float, total: int) -> int | None:
+        """The number of steps to go on with instead of `total`, where that is worth a restart."""
+        if len(self._seen) < 2:
+            return None
+        (first, start), (last, step) = self._seen[0], self._seen[-1]
+        if last - first < (SETTLED_S if self.measured else MEASURE_S):
+            return None
+        self.seconds = (last - first) / (self.load.left(start, total) - self.load.left(step, total))
+        over = last + self.seconds * self.load.left(step, total) * BESIDES
+        spare = max(TOLERANCE * (self.end - now), 2 * self.restart_s)
+        number = self.fitting(now + self.restart_s, step)
+        # What is fitted anew has to be other than now by more than the measurement's noise.
+        return number if abs(over - self.end) > spare and abs(number - total) > 0.03 * total else None
+
+    def fitting(self, now: float, done: int) -> int:
+        """The number of steps that ends in time, from `done` on."""
+        units = max(self.end - now, 0.0) / (self.seconds * BESIDES)
+        return max(min(self.load.fitting(done, units), self.high), self.low, done + 1)
