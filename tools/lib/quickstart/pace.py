@@ -1,7 +1,19 @@
 """How a training of the quickstart keeps to its time: its steps are timed as they come, and their number corrected."""
 
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from ibq.config import UserError
+from tools.lib import ROOT
 
 MEASURE_S = 4.0  # seconds of steps that say how many will fit
 SETTLED_S = 15.0  # as many for every later correction: by then the number is about right
@@ -39,13 +51,17 @@ class Pace:
     restart_s: float = 5.0  # what a correction costs: the training saves, ends and starts again
     seconds: float | None = None  # a unit's, as last measured
     _seen: deque = field(default_factory=deque)  # (time, step)
+    _began: float = 0.0
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
         """The training starts, once more perhaps."""
         self._seen.clear()
+        self._began = now
 
     def see(self, now: float, step: int) -> None:
         """The training has told that it has done so many steps."""
+        if not self._seen:
+            self.restart_s = now - self._began
         if not self._seen or step > self._seen[-1][1]:
             self._seen.append((now, step))
         while len(self._seen) > 2 and now - self._seen[1][0] > WINDOW_S:
@@ -53,7 +69,7 @@ class Pace:
 
     def wanted(self, now: float, total: int) -> int | None:
         """The number of steps to go on with instead of `total`, where that is worth a restart."""
-        if len(self._seen) < 2:
+        if len(self._seen) < 2 or self._seen[-1][1] >= total:
             return None
         (first, start), (last, step) = self._seen[0], self._seen[-1]
         if last - first < (SETTLED_S if self.measured else MEASURE_S):
@@ -69,3 +85,62 @@ class Pace:
         """The number of steps that ends in time, from `done` on."""
         units = max(self.end - now, 0.0) / (self.seconds * BESIDES)
         return max(min(self.load.fitting(done, units), self.high), self.low, done + 1)
+
+
+# --- The training itself ---
+
+LOOK_S, SAVE_S = 0.25, 10.0  # between two looks at a training, and two notes of the time
+STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes
+
+
+def watch(
+    command: Sequence[str],
+    folder: Path,
+    pace: Pace,
+    total: int,
+    clock: Callable[[], float],
+    save: Callable[[], None],
+) -> int | None:
+    """Run a training command of `total` steps in its folder; the number of steps to go on with, if it was stopped.
+
+    `save` is called now and then.
+    """
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    stopped, before, saved = False, last_step(folder), clock()
+    pace.begin(clock())
+    try:
+        while process.poll() is None:
+            time.sleep(LOOK_S)
+            step, now = last_step(folder), clock()
+            before = min(before, step)  # an interrupted run's last lines are taken back
+            if step > before:
+                pace.see(now, step)
+            if not stopped and pace.wanted(now, total) is not None:
+                stopped = True
+                process.terminate()  # it saves, and goes on from there when started again
+            if now - saved > SAVE_S:
+                saved = now
+                save()
+    except BaseException:
+        process.kill()
+        raise
+    if stopped and process.returncode in STOPPED:
+        pace.measured, done = True, saved_step(folder)
+        return pace.fitting(clock() + pace.restart_s, done) if done < total else total
+    if process.returncode:
+        raise UserError(f"{command[0]}: the command above ended with exit code {process.returncode}")
+    return None
+
+
+def last_step(folder: Path) -> int:
+    """The last step that a training has told of; 0 where there is none."""
+    path = folder / "metrics.jsonl"
+    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+        with contextlib.suppress(ValueError):  # half a line
+            return json.loads(line)["step"]
+    return 0
+
+
+def saved_step(folder: Path) -> int:
+    """The step of the last checkpoint; 0 where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")), default=0)
