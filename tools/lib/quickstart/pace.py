@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +95,7 @@ STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes
 
 def watch(
     command: Sequence[str],
+    environment: Mapping[str, str],
     folder: Path,
     pace: Pace,
     total: int,
@@ -105,7 +106,7 @@ def watch(
 
     `save` is called now and then.
     """
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, **environment})
     stopped, before, saved = False, last_step(folder), clock()
     pace.begin(clock())
     try:

@@ -32,6 +32,7 @@ from ibq.training.provenance import origin
 from tools.lib import ROOT
 from tools.lib.quickstart.pace import Load, Pace, saved_step, watch
 from tools.lib.quickstart.pictures import prepare
+from tools.lib.quickstart.speed import best_threads, bf16_speedup
 
 # PyTorch is imported where it is needed: --help should not wait for it.
 
@@ -42,7 +43,7 @@ OWN_FILES = ("tokenizer", "transformer", "codes", "samples", "pictures", "calibr
 PICTURES_SHARE, TOKENIZER_END, ENCODE_SHARE = 0.12, 0.53, 0.06
 PICTURES_A_MINUTE, MOST_PICTURES, SAMPLES_A_MINUTE = 2_000, 20_000, 32
 GAN_START = 0.75  # of the tokenizer's steps
-STEPS = (60, 4_000)  # of a stage, at least and at most
+STEPS = (10, 4_000)  # of a stage, at least and at most
 FEW = 250  # steps that are called few
 # What follows the transformer (samples, classifier, report) takes so many seconds and tokenizer steps.
 TAIL_S, TAIL_STEPS = 6, 100
@@ -144,34 +145,26 @@ class Quickstart:
     def run(self, what: str, script: str, *arguments: str) -> None:
         """Run one of the project's commands, in this process: to start another takes seconds."""
         self.say(what, script, *arguments)
+        self.threads()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             code = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(arguments)
         if code:
             raise UserError(f"{what}: the command above ended with exit code {code}")
 
+    def threads(self) -> int:
+        """Use as many threads as are fastest now."""
+        import torch
+
+        self.choices["threads"] = best_threads()
+        torch.set_num_threads(self.choices["threads"])
+        return self.choices["threads"]
+
     def precision(self) -> str:
         """bf16 where this machine multiplies matrices much faster in it, else fp32."""
         if "precision" not in self.choices:
             self.choices["precision"] = "bf16" if bf16_speedup() > 1.5 else "fp32"
         return self.choices["precision"]
-
-
-def bf16_speedup() -> float:
-    """How many times faster than fp32 a bf16 matrix product is here."""
-    import torch
-
-    if torch.cuda.is_available():
-        return float("inf")
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(1024, 1024).to(dtype)
-        a @ a
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        seconds[dtype] = time.perf_counter() - start
-    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 # --- Pictures ---
@@ -239,7 +232,8 @@ def train(quickstart: Quickstart, stage: str, guess: int, seconds: float, settin
         command = [script, "--config", config, *settings(wanted, saved_step(folder))]
         quickstart.save_choices()  # at once: a run that is killed in the middle must go on with the same steps
         quickstart.say(f"train the {stage}: {wanted:,} steps", *command)
-        wanted = watch(command, folder, pace, wanted, quickstart.clock, quickstart.save_choices)
+        environment = {"OMP_NUM_THREADS": str(quickstart.threads()), "PYTHONWARNINGS": "ignore"}
+        wanted = watch(command, environment, folder, pace, wanted, quickstart.clock, quickstart.save_choices)
         if pace.seconds is not None:
             choices.setdefault("ms_per_step", {})[stage] = 1000 * pace.seconds
         if wanted is not None:
@@ -405,6 +399,7 @@ def report(quickstart: Quickstart) -> None:
     choices = quickstart.choices
     metrics["steps"] = {stage: choices[stage] for stage in STAGES}
     metrics["machine"] = machine() | {
+        "threads": choices["threads"],
         "precision": quickstart.precision(),
         "ms_per_step": {stage: round(ms) for stage, ms in choices.get("ms_per_step", {}).items()},
     }
@@ -428,7 +423,6 @@ def machine() -> dict[str, str]:
     return {
         "processor": found["gpu"] or found["cpu"],
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
     }
 
 
