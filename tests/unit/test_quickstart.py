@@ -139,6 +139,7 @@ def test_pictures_become_small_shards(folder, tmp_path):
     assert (len(train), len(validation)) == (counts["training"], counts["validation"])
     assert train.classes == validation.classes == ["a", "b", "c"]
     assert np.bincount(train.label).min() >= 25
+    assert len(train.unit_sizes()) == 10 and set(train.label[train.shard < 2]) == {0, 1, 2}
     entry = train[0]
     with open(entry.shard, "rb") as file:
         file.seek(entry.offset)
@@ -208,9 +209,21 @@ def test_what_is_left_out_is_said_and_written(tmp_path, capsys):
     assert "pictures: " not in capsys.readouterr().out.replace("unreadable pictures", "").replace("8,403 pictures", "")
 
 
-@pytest.mark.parametrize(("ms", "images", "views"), [(170, 3_438, 4), (400, 3_438, 2), (170, 40_000, 1), (10, 40, 4)])
-def test_views_are_as_many_as_the_time_allows(tmp_path, ms, images, views):
-    assert recipe.views_in_time(run_of(tmp_path, minutes=8.5, ms_per_step={"tokenizer": ms}), images) == views
+@pytest.mark.parametrize(
+    ("ms", "sizes", "encoded"),
+    [
+        (170, [900, 900, 900, 738], (4, None)),
+        (400, [900, 900, 900, 738], (2, None)),
+        (10, [4] * 10, (4, None)),
+        (400, [2_000] * 10, (1, 4)),
+        (4_000, [2_000] * 10, (1, 1)),
+    ],
+)
+def test_no_more_is_encoded_than_there_is_time_for(tmp_path, ms, sizes, encoded):
+    quickstart = run_of(tmp_path, minutes=8.5, ms_per_step={"tokenizer": ms})
+    assert recipe.encoded_in_time(quickstart, sizes) == encoded
+    assert ("views" in quickstart.left_out) == (encoded[0] < 4)
+    assert ("images of the transformer" in quickstart.left_out) == (encoded[1] is not None)
 
 
 def test_samples_are_bounded():
@@ -219,6 +232,12 @@ def test_samples_are_bounded():
     classes, count = recipe.sampled(1_000, 128)
     assert count == 1 and len(classes) == len(set(classes)) == 128 and min(classes) >= 0 and max(classes) < 1_000
     assert recipe.sampled(9, 3) == ([0, 1, 2, 3, 4, 5, 6, 7], 1)
+
+
+@pytest.mark.parametrize(("elapsed", "ms", "steps"), [(200, 170, 250), (210, 1_000, 160), (230, 2_000, 50)])
+def test_the_classifier_is_bounded(tmp_path, elapsed, ms, steps):
+    quickstart = run_of(tmp_path, seconds={"encode": elapsed}, ms_per_step={"tokenizer": ms})
+    assert recipe.classifier_steps(quickstart) == steps
 
 
 def test_the_codebook_starts_once(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from tools.make_shards import add_member
 PIXELS = 64  # of the shorter side: twice what the tokenizer sees
 MOST_VALIDATION = 400
 HELD_OUT = 10  # every so many-th is for validation, until those are enough
+SHARDS = 10  # of training pictures: the first of them hold about equally many of every class, too
 LEAST = 100  # pictures that are taken whatever the time
 AT_ONCE = 32  # that are decoded between two looks at the clock
 
@@ -56,7 +57,7 @@ def splits(labels: np.ndarray, turns: np.ndarray, most_training: int) -> Iterato
 
 
 def prepare(index: ImageIndex, folder: Path, *, most: int, in_time: Callable[[], bool]) -> dict[str, int]:
-    """Write train-00000.tar and val-00000.tar with at most so many training pictures; how many there are of what.
+    """Write shards train-0000?.tar and val-00000.tar, of at most `most` training pictures; how many there are of what.
 
     It opens no more when `in_time()` says no. UserError where too few can be read.
     """
@@ -125,13 +126,19 @@ def _write(folder: Path, classes: Sequence[str], found: dict[str, list]) -> None
     if not found["val"] and len(found["train"]) > 1:
         found["val"].append(found["train"].pop())  # classes of one picture each
     for split, rows in found.items():
-        rows[:] = [row for row in rows if row[1] in numbers]
+        rows = [(key, numbers[label], data) for key, label, data in rows if label in numbers]
         if not rows:
             raise UserError("too few pictures can be read; give at least 50")
-        shard = folder / f"{split}-00000.tar"
-        with whole_file(shard) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for key, label, data in rows:
-                add_member(tar, f"{key}.png", data)
-                add_member(tar, f"{key}.cls", str(numbers[label]).encode())
-        write_shard_index(shard)
+        shards = min(SHARDS, len(rows)) if split == "train" else 1
+        for shard, part in enumerate(np.array_split(np.arange(len(rows)), shards)):
+            _write_shard(folder / f"{split}-{shard:05d}.tar", rows[part[0] : part[-1] + 1])
     write_text(folder / CLASSES_FILE, json.dumps([classes[label] for label in present], indent=1) + "\n")
+
+
+def _write_shard(shard: Path, rows: Sequence[tuple[str, int, bytes]]) -> None:
+    """A tar file of (key, label, PNG), and its index."""
+    with whole_file(shard) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for key, label, data in rows:
+            add_member(tar, f"{key}.png", data)
+            add_member(tar, f"{key}.cls", str(label).encode())
+    write_shard_index(shard)

@@ -8,6 +8,7 @@ first was interrupted.
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import shlex
@@ -48,6 +49,7 @@ FEW = 250  # steps that are called few
 # What follows the transformer (samples, classifier, report) takes so many seconds and tokenizer steps.
 TAIL_S, TAIL_STEPS = 6, 100
 ENCODED_A_STEP = 120  # images that are encoded in the time of a tokenizer step
+CLASSIFIER_STEP, CLASSIFIER_STEPS = 0.15, 250  # in time, of a tokenizer's; how many it makes by itself
 SMOKE_STEPS, SMOKE_PICTURES = 12, 200
 SAMPLES_PER_CLASS, GUIDANCE, TOP_P = 8, 2.5, 0.9
 VIEWS = 4
@@ -333,23 +335,34 @@ def evaluate_tokenizer(quickstart: Quickstart) -> None:
 
 
 def encode(quickstart: Quickstart) -> None:
-    """Images to codes; once begun with so many views, it goes on with them."""
-    place = quickstart.place
-    views = quickstart.choices.setdefault("views", views_in_time(quickstart, len(place.index())))
-    if views < VIEWS and not quickstart.smoke:
-        quickstart.leave_out("views", f"{views} of each training picture instead of {VIEWS}")
-    quickstart.save_choices()
-    for split, images in (("train", place.train), ("validation", place.validation)):
+    """Images to codes; once begun with so many, it goes on with them."""
+    place, choices = quickstart.place, quickstart.choices
+    if "views" not in choices:
+        sizes = place.index().unit_sizes().tolist()
+        choices["views"], choices["shards"] = encoded_in_time(quickstart, sizes)
+        quickstart.save_choices()
+    views, shards = choices["views"], choices.get("shards")
+    train = place.train if shards is None else place.train.replace("*", f"0000[0-{shards - 1}]")
+    for split, images in (("train", train), ("validation", place.validation)):
         what = options(tokenizer=quickstart.output / "tokenizer", images=images, workers=0)
         how = options(views=views if split == "train" else 1, precision=quickstart.precision())
         output = options(output=quickstart.output / "codes" / split)
         quickstart.run(f"encode the {split} images", "tools/encode_shards.py", *what, *output, *how)
 
 
-def views_in_time(quickstart: Quickstart, images: int) -> int:
-    """Views of each training image that its share of the time allows, at least one."""
+def encoded_in_time(quickstart: Quickstart, sizes: Sequence[int]) -> tuple[int, int | None]:
+    """(views of each training image, of how many shards of such sizes; None: all) that there is time to encode."""
+    images = sum(sizes)
     rows = quickstart.budget(ENCODE_SHARE) / quickstart.step_seconds() * ENCODED_A_STEP
-    return 1 if quickstart.smoke else min(max(int(rows / images), 1), VIEWS)
+    views = 1 if quickstart.smoke else min(max(int(rows / images), 1), VIEWS)
+    if views < VIEWS and not quickstart.smoke:
+        quickstart.leave_out("views", f"the transformer sees {views} of each image instead of {VIEWS}")
+    shards = max(sum(end <= rows for end in itertools.accumulate(sizes)), 1)
+    if quickstart.smoke or shards == len(sizes):
+        return views, None
+    kept = sum(sizes[:shards])
+    quickstart.leave_out("images of the transformer", f"{images - kept:,} of {images:,} are not encoded")
+    return views, shards
 
 
 def sample(quickstart: Quickstart) -> None:
@@ -381,8 +394,17 @@ def judge(quickstart: Quickstart) -> None:
         return
     command = ["tools/evaluate.py", "generation", *options(samples=output / "samples" / "samples.npz")]
     command += options(classifier=place.train, classifier_validation=place.validation)
-    command += options(classifier_steps=10) if quickstart.smoke else []
+    steps = 10 if quickstart.smoke else classifier_steps(quickstart)
+    if steps < CLASSIFIER_STEPS and not quickstart.smoke:
+        quickstart.leave_out("classifier", f"{steps} training steps instead of {CLASSIFIER_STEPS}: it recognises less")
+    command += options(classifier_steps=steps) if steps < CLASSIFIER_STEPS else []
     quickstart.run("judge the generated images", *command, *options(json=output / "generation.json"))
+
+
+def classifier_steps(quickstart: Quickstart) -> int:
+    """Steps of the classifier that the time left allows."""
+    seconds = quickstart.budget() - quickstart.elapsed() - TAIL_S
+    return int(min(max(seconds / (CLASSIFIER_STEP * quickstart.step_seconds()), 50), CLASSIFIER_STEPS))
 
 
 def options(**values: object) -> list[str]:
