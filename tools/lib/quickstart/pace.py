@@ -90,6 +90,7 @@ class Pace:
 # --- The training itself ---
 
 LOOK_S, SAVE_S = 0.25, 10.0  # between two looks at a training, and two notes of the time
+LAST_S = 20  # for a last checkpoint
 STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes
 
 
@@ -122,7 +123,10 @@ def watch(
             if now - saved > SAVE_S:
                 saved = now
                 save()
-    except BaseException:
+    except BaseException:  # Ctrl-C, which the training has been told of, too: it saves
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_S)
         process.kill()
         raise
     if stopped and process.returncode in STOPPED:
