@@ -43,13 +43,13 @@ OWN_FILES = ("tokenizer", "transformer", "codes", "samples", "pictures", "calibr
 # Shares of the time budget, at most for the first and third.
 PICTURES_SHARE, TOKENIZER_END, ENCODE_SHARE = 0.12, 0.53, 0.06
 PICTURES_A_MINUTE, MOST_PICTURES, SAMPLES_A_MINUTE = 2_000, 20_000, 32
-GAN_START = 0.75  # of the tokenizer's steps
-STEPS = (10, 4_000)  # of a stage, at least and at most
-FEW = 250  # steps that are called few
+GAN_START = 0.85  # of the tokenizer's steps
+STEPS = (10, 8_000)  # of a stage, at least and at most
+FEW = 500  # steps that are called few
 # What follows the transformer (samples, classifier, report) takes so many seconds and tokenizer steps.
-TAIL_S, TAIL_STEPS = 6, 100
-ENCODED_A_STEP = 120  # images that are encoded in the time of a tokenizer step
-CLASSIFIER_STEP, CLASSIFIER_STEPS = 0.15, 250  # in time, of a tokenizer's; how many it makes by itself
+TAIL_S, TAIL_STEPS = 6, 150
+ENCODED_A_STEP = 70  # images that are encoded in the time of a tokenizer step
+CLASSIFIER_STEP, CLASSIFIER_STEPS = 0.25, 250  # in time, of a tokenizer's; how many it makes by itself
 SMOKE_STEPS, SMOKE_PICTURES = 12, 200
 SAMPLES_PER_CLASS, GUIDANCE, TOP_P = 8, 2.5, 0.9
 VIEWS = 4
@@ -58,8 +58,8 @@ STAGES = {  # script and config
     "transformer": ("ibq/train_ar.py", "yaml/quickstart/transformer.yaml"),
 }
 VALIDATIONS, WATCHED = 5, 128  # in a training, of so many pictures for the tokenizer
-TRANSFORMER_STEP = 1.6  # of a tokenizer's, in time: a first guess
-GUESS = 1_000  # steps, before any is timed
+TRANSFORMER_STEP = 1.8  # of a tokenizer's, in time: a first guess
+STEP_PRODUCTS = 110  # of `best_threads`, in the time of a tokenizer's step: a first guess, too
 LOADS = {"tokenizer": Load(late=GAN_START, extra=0.5), "transformer": Load()}
 CODEBOOK_START = 150  # the step at which the codebook starts from the latents, at most
 
@@ -94,6 +94,7 @@ class Quickstart:
             raise UserError(f"{output} holds a run on other data; add --fresh to start over, or --output elsewhere")
         self.seconds: dict[str, float] = self.choices.setdefault("seconds", {})
         self.left_out: dict[str, str] = self.choices.setdefault("left_out", {})
+        self.products = 1_000.0  # a second, as `threads` finds it
         self._part: tuple[str, float] | None = None  # and the time up to which it is counted
 
     def elapsed(self) -> float:
@@ -109,8 +110,9 @@ class Quickstart:
         return min(TAIL_S + TAIL_STEPS * self.step_seconds(), self.budget(0.25))
 
     def step_seconds(self) -> float:
-        """Seconds of a step of the tokenizer, as last measured; those of two cores where none was."""
-        return self.choices.get("ms_per_step", {}).get("tokenizer", 200.0) / 1000
+        """Seconds of a step of the tokenizer, as last measured, or else as guessed."""
+        guess = 1000 * STEP_PRODUCTS / self.products
+        return self.choices.get("ms_per_step", {}).get("tokenizer", guess) / 1000
 
     @contextmanager
     def part(self, name: str):
@@ -158,13 +160,14 @@ class Quickstart:
         """Use as many threads as are fastest now."""
         import torch
 
-        self.choices["threads"] = best_threads()
+        self.choices["threads"], self.products = best_threads()
         torch.set_num_threads(self.choices["threads"])
         return self.choices["threads"]
 
     def precision(self) -> str:
         """bf16 where this machine multiplies matrices much faster in it, else fp32."""
         if "precision" not in self.choices:
+            self.threads()
             self.choices["precision"] = "bf16" if bf16_speedup() > 1.5 else "fp32"
         return self.choices["precision"]
 
@@ -259,7 +262,8 @@ def train_tokenizer(quickstart: Quickstart) -> None:
         every = rhythm(choices.get("ms_per_step", {}).get("tokenizer"), steps)
         return tokenizer_settings(overrides, quickstart.output / "tokenizer", steps, choices["codebook_start"], every)
 
-    train(quickstart, "tokenizer", GUESS, quickstart.budget(TOKENIZER_END) - quickstart.elapsed(), settings)
+    seconds = quickstart.budget(TOKENIZER_END) - quickstart.elapsed()
+    train(quickstart, "tokenizer", int(seconds / quickstart.step_seconds()), seconds, settings)
 
 
 def codebook_start(steps: int) -> int:
