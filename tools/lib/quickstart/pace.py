@@ -24,19 +24,27 @@ TOLERANCE = 0.08  # of the time left; or twice what a correction costs, if that 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """The work of a training in units of its first steps; the last ones may cost more."""
+    """The work of a training in units of its first steps; of a long one, the last steps cost more."""
 
     late: float = 1.0  # the share of the steps after which each costs more
     extra: float = 0.0  # how much more, in units
+    long: int = 0  # steps from which on a training is long
+
+    def costly(self, total: int) -> int:
+        """The step from which on each costs more; `total` where none does."""
+        return int(self.late * total) if total >= self.long else total
 
     def left(self, done: int, total: int) -> float:
         """Units that are left to do."""
-        return total - done + self.extra * (total - max(done, int(self.late * total)))
+        return total - done + self.extra * (total - max(done, self.costly(total)))
 
     def fitting(self, done: int, units: float) -> int:
         """The number of steps in all with which so many units are left."""
-        total = int((units + done) / (1 + self.extra * (1 - self.late)))
-        return total if done <= self.late * total else done + int(units / (1 + self.extra))
+        low, high = done, done + int(units)
+        while low < high:  # the largest with no more units
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.left(done, middle) <= units else (low, middle - 1)
+        return low
 
 
 @dataclass(kw_only=True)

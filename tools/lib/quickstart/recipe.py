@@ -41,15 +41,16 @@ EMOJI = ("tests/data/emoji64/train-*.tar", "tests/data/emoji64/val-*.tar")
 OWN_FILES = ("tokenizer", "transformer", "codes", "samples", "pictures", "calibration", "plan.json", "metrics.json",
              "report.html", "reconstruction.json", "reconstruction.npz", "generation.json")  # fmt: skip
 # Shares of the time budget, at most for the first and third.
-PICTURES_SHARE, TOKENIZER_END, ENCODE_SHARE = 0.12, 0.53, 0.06
+PICTURES_SHARE, TOKENIZER_END, ENCODE_SHARE = 0.12, 0.55, 0.06
 PICTURES_A_MINUTE, MOST_PICTURES, SAMPLES_A_MINUTE = 2_000, 20_000, 32
-GAN_START = 0.85  # of the tokenizer's steps
+# By precision: the tokenizer's batch (small ones cost most in bf16), and a step of the transformer in steps of it.
+BATCH, TRANSFORMER_STEP = {"fp32": 4, "bf16": 8}, {"fp32": 3.0, "bf16": 2.0}
 STEPS = (10, 8_000)  # of a stage, at least and at most
 FEW = 500  # steps that are called few
 # What follows the transformer (samples, classifier, report) takes so many seconds and tokenizer steps.
 TAIL_S, TAIL_STEPS = 6, 150
-ENCODED_A_STEP = 70  # images that are encoded in the time of a tokenizer step
-CLASSIFIER_STEP, CLASSIFIER_STEPS = 0.25, 250  # in time, of a tokenizer's; how many it makes by itself
+ENCODED = 7  # images that are encoded in the time of training the tokenizer on one
+CLASSIFIER_STEP, CLASSIFIER_STEPS = 0.4, 250  # in time, of a tokenizer's; how many it makes by itself
 SMOKE_STEPS, SMOKE_PICTURES = 12, 200
 SAMPLES_PER_CLASS, GUIDANCE, TOP_P = 8, 2.5, 0.9
 VIEWS = 4
@@ -58,9 +59,9 @@ STAGES = {  # script and config
     "transformer": ("ibq/train_ar.py", "yaml/quickstart/transformer.yaml"),
 }
 VALIDATIONS, WATCHED = 5, 128  # in a training, of so many pictures for the tokenizer
-TRANSFORMER_STEP = 1.8  # of a tokenizer's, in time: a first guess
-STEP_PRODUCTS = 110  # of `best_threads`, in the time of a tokenizer's step: a first guess, too
-LOADS = {"tokenizer": Load(late=GAN_START, extra=0.5), "transformer": Load()}
+STEP_PRODUCTS = 75  # of `best_threads`, in the time of a tokenizer's step: a first guess, too
+# The discriminator comes for the end of a long training: in a short one, steps without it are better spent.
+LOADS = {"tokenizer": Load(late=0.85, extra=0.5, long=2_500), "transformer": Load()}
 CODEBOOK_START = 150  # the step at which the codebook starts from the latents, at most
 
 
@@ -253,7 +254,9 @@ def train(quickstart: Quickstart, stage: str, guess: int, seconds: float, settin
 def train_tokenizer(quickstart: Quickstart) -> None:
     """Stage 1."""
     choices = quickstart.choices
+    batch = BATCH[quickstart.precision()]
     overrides = [*quickstart.place.overrides(), f"precision={quickstart.precision()}"]
+    overrides += [f"training.batch_size={batch}", f"training.micro_batch={batch}"]
 
     def settings(steps: int, done: int) -> list[str]:
         # The step of k-means may move until it has come, and no longer.
@@ -280,7 +283,7 @@ def tokenizer_settings(
         f"output={output}",
         *step_overrides(steps, log_every),
         f"training.validation_images={WATCHED}",
-        f"loss.gan.start_step={int(steps * GAN_START)}",
+        f"loss.gan.start_step={LOADS['tokenizer'].costly(steps)}",
         f"codebook_start.warmup_steps={codebook_start(steps) if start is None else start}",
     ]
 
@@ -317,7 +320,7 @@ def train_transformer(quickstart: Quickstart) -> None:
         f"output={quickstart.output / 'transformer'}",
     ]
     seconds = quickstart.budget() - quickstart.tail() - quickstart.elapsed()
-    guess = int(seconds / (TRANSFORMER_STEP * quickstart.step_seconds()))
+    guess = int(seconds / (TRANSFORMER_STEP[quickstart.precision()] * quickstart.step_seconds()))
 
     def settings(steps: int, _done: int) -> list[str]:
         log_every = rhythm(quickstart.choices.get("ms_per_step", {}).get("transformer"), steps)
@@ -357,7 +360,8 @@ def encode(quickstart: Quickstart) -> None:
 def encoded_in_time(quickstart: Quickstart, sizes: Sequence[int]) -> tuple[int, int | None]:
     """(views of each training image, of how many shards of such sizes; None: all) that there is time to encode."""
     images = sum(sizes)
-    rows = quickstart.budget(ENCODE_SHARE) / quickstart.step_seconds() * ENCODED_A_STEP
+    a_step = ENCODED * BATCH[quickstart.precision()]
+    rows = quickstart.budget(ENCODE_SHARE) / quickstart.step_seconds() * a_step
     views = 1 if quickstart.smoke else min(max(int(rows / images), 1), VIEWS)
     if views < VIEWS and not quickstart.smoke:
         quickstart.leave_out("views", f"the transformer sees {views} of each image instead of {VIEWS}")
