@@ -16,12 +16,13 @@ def bf16_speedup() -> float:
         return float("inf")
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(1024, 1024).to(dtype)
-        a @ a
-        start = time.perf_counter()
-        for _ in range(5):
+        a = torch.randn(512, 512).to(dtype)  # small: without instructions for bf16 it takes a hundred times as long
+        times = []
+        while len(times) < 5 and sum(times) < 0.1:
+            start = time.perf_counter()
             a @ a
-        seconds[dtype] = time.perf_counter() - start
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)  # other programs only add to it
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
