@@ -110,13 +110,13 @@ def expand_place(place: str) -> list[str]:
 def open_images(
     place: str, config: ImageDataConfig | None = None, *, report: Callable[[int, int], None] = lambda done, total: None
 ) -> ImageIndex:
-    """Index a place; UserError if nothing is there. `report` is told (shards indexed, shards).
+    """Index a place; UserError if nothing is there. `report` is told (shards indexed, shards), or of class folders.
 
     In a folder, hidden files and folders (`.name`) are left out, and a sub-folder without images is no class.
     """
     config = config or ImageDataConfig(train=place)
     if not is_url(place) and Path(place).is_dir():
-        return _index_folder(Path(place), config)
+        return _index_folder(Path(place), config, report)
     shards = expand_place(place)
     if not shards:
         raise UserError(
@@ -275,9 +275,9 @@ def _cached(stamp: str, config: ImageDataConfig, make: Callable[[], ShardIndex])
     return index
 
 
-def _index_folder(folder: Path, config: ImageDataConfig) -> ImageIndex:
+def _index_folder(folder: Path, config: ImageDataConfig, report: Callable[[int, int], None]) -> ImageIndex:
     """The images below a folder. Without labels these are all; with labels, those in no class folder are unusable."""
-    classes, images = class_folders(folder) if config.labels else _without_labels(folder)
+    classes, images = class_folders(folder, report) if config.labels else _without_labels(folder)
     rows = [(path, label, problem_of_file(path)) for path, label in images]
     if config.labels:
         loose = pictures_below(folder, deep=False)
@@ -303,7 +303,9 @@ def _without_labels(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     return names or ["0"], [(path, place.get(top, 0)) for path, top in pictures]
 
 
-def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+def class_folders(
+    folder: Path, report: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[list[str], list[tuple[Path, int]]]:
     """(class names, (file, label) of every picture) of a folder of class folders; classes are in sorted order.
 
     A sub-folder without pictures is no class. UserError for one whose pictures are all of kinds that are not read: it
@@ -315,9 +317,11 @@ def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
             os.scandir(folder / name).close()
         except OSError as error:
             raise UserError(f"the class folder '{folder / name}' cannot be read ({error.strerror})") from error
-    images = {name: pictures_below(folder / name) for name in names}
-    for name in names:
+    images = {}
+    for number, name in enumerate(names):
+        images[name] = pictures_below(folder / name)
         check_is_class(folder / name, images[name])
+        report(number + 1, len(names))
     classes = [name for name in names if images[name]]
     return classes, [(path, label) for label, name in enumerate(classes) for path in images[name]]
 
@@ -357,15 +361,15 @@ def _files_below(folder: Path, above: tuple[Path, ...], deep: bool) -> Iterator[
     real = folder.resolve()
     if real in above:
         raise UserError(f"'{folder}' is a link to a folder that it lies in, which has no end; remove the link")
-    for name in sorted(entry.name for entry in os.scandir(folder)):
-        path = folder / name
-        if name.startswith("."):
-            continue
-        if path.is_dir():
+    # Entries know what they are: to ask the file system about each of a million names takes minutes.
+    with os.scandir(folder) as entries:
+        found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir():
             if deep:
-                yield from _files_below(path, (*above, real), deep)
-        elif path.is_file() or path.is_symlink():
-            yield path
+                yield from _files_below(folder / entry.name, (*above, real), deep)
+        elif entry.is_file() or entry.is_symlink():
+            yield folder / entry.name
 
 
 def problem_of_file(path: Path) -> str | None:

@@ -275,7 +275,7 @@ def _report(place: str) -> Callable[[int, int], None]:
 
     def report(done: int, total: int) -> None:
         if not bars:
-            bars.append(progress_bar(f"index {place[-40:]}", total, "shard", disable=not dist.is_main() or total < 8))
+            bars.append(progress_bar(f"index {place[-40:]}", total, "part", disable=not dist.is_main() or total < 8))
         bars[0].update(done - bars[0].n)
         if done == total:
             bars[0].close()

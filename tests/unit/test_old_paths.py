@@ -76,14 +76,18 @@ def test_a_script_that_was_typed():
     assert done.stderr == "error: tests/test_triton_compile.py: moved to tests/gpu/test_triton_compile.py\n"
 
 
-def test_a_quickstart_begun_before_goes_on_with_its_plan(tmp_path):
+def test_a_quickstart_begun_before_goes_on_with_its_plan(tmp_path, monkeypatch):
     train, validation = recipe.EMOJI
     written = {"data": {"train": train, "validation": validation, "smoke": False}}
     written |= {"seconds": {"train_tokenizer": 31.5}, "precision": "bf16", "tokenizer": 1550}
     (tmp_path / "plan.json").write_text(json.dumps(written))
     quickstart = recipe.Quickstart(tmp_path, recipe.Place(train=train, validation=validation), minutes=8.5, smoke=False)
-    assert quickstart.steps("tokenizer", lambda: pytest.fail("measured again"), until=0.5) == 1550
-    assert (quickstart.precision(), quickstart.elapsed()) == ("bf16", 31.5)
+    started = []
+    monkeypatch.setattr(recipe, "watch", lambda command, *_: started.append(command))
+    recipe.train_tokenizer(quickstart)
+    assert len(started) == 1 and {"training.max_steps=1550", "precision=bf16"} <= set(started[0])
+    assert "codebook_start.warmup_steps=150" in started[0]
+    assert quickstart.elapsed() == 31.5
 
 
 @pytest.mark.parametrize("file", ["ablations/quantizers", "scaling/sweep"])

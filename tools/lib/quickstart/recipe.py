@@ -1,19 +1,22 @@
 """From a folder of images to generated images: tokenizer, codes, transformer, samples and a report.
 
-Run by tools/quickstart.sh. Every part is one of the project's own commands, printed before it runs. The number of
-training steps is fitted to the machine's measured speed, so that the whole takes about --minutes; a second call goes
-on where the first was interrupted.
+Run by tools/quickstart.sh. Every part but the first is one of the project's own commands, printed before it runs. The
+number of training steps follows from the speed of the steps themselves, and is corrected while they run, so that the
+whole takes about --minutes; of large sets only as many images are used as that allows. A second call goes on where the
+first was interrupted.
 """
 
 import argparse
+import importlib
+import itertools
 import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +26,44 @@ if __name__ == "__main__":
 
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.index import ImageIndex
-from ibq.data.shards import open_images, open_split
+from ibq.data.shards import open_images
 from ibq.files import remove, write_text
+from ibq.progress import progress_bar
 from ibq.training.provenance import origin
 from tools.lib import ROOT
+from tools.lib.quickstart.pace import Load, Pace, saved_step, watch
+from tools.lib.quickstart.pictures import prepare
+from tools.lib.quickstart.speed import best_threads, bf16_speedup
 
 # PyTorch is imported where it is needed: --help should not wait for it.
 
 EMOJI = ("tests/data/emoji64/train-*.tar", "tests/data/emoji64/val-*.tar")
-OWN_FILES = ("tokenizer", "transformer", "codes", "samples", "calibration", "plan.json", "metrics.json", "report.html",
-             "reconstruction.json", "reconstruction.npz", "generation.json")  # fmt: skip
-# Shares of the time budget; the rest goes to starting the commands, encoding, evaluating, sampling and the report.
-TOKENIZER_SHARE, TRANSFORMER_END = 0.51, 0.93
-GAN_START = 0.75  # of the tokenizer's steps
-STEP_LIMITS = {"tokenizer": (300, 4_000), "transformer": (200, 4_000)}
-SMOKE_STEPS = {"tokenizer": 12, "transformer": 12}
+OWN_FILES = ("tokenizer", "transformer", "codes", "samples", "pictures", "calibration", "plan.json", "metrics.json",
+             "report.html", "reconstruction.json", "reconstruction.npz", "generation.json")  # fmt: skip
+PICTURES_SHARE, ENCODE_SHARE = 0.12, 0.06  # of the time, at most
+PICTURES_A_MINUTE, MOST_PICTURES, SAMPLES_A_MINUTE = 2_000, 20_000, 32
+# By precision: the tokenizer's batch (small ones cost most in bf16), the share of the time that is spent when it ends
+# (in fp32 it has the fewer steps), and the time of the transformer's steps in the tokenizer's.
+BATCH, TOKENIZER_END = {"fp32": 4, "bf16": 8}, {"fp32": 0.6, "bf16": 0.55}
+TRANSFORMER_STEP = {"fp32": 3.0, "bf16": 2.0}
+STEPS = (10, 8_000)  # of a stage, at least and at most
+FEW = 500  # steps that are called few
+# What follows the transformer (samples, classifier, report) takes so many seconds and tokenizer steps.
+TAIL_S, TAIL_STEPS = 6, 150
+ENCODED = 7  # images that are encoded in the time of training the tokenizer on one
+CLASSIFIER_STEP, CLASSIFIER_STEPS = 0.4, 250  # in time, of a tokenizer's; how many it makes by itself
+SMOKE_STEPS, SMOKE_PICTURES = 12, 200
 SAMPLES_PER_CLASS, GUIDANCE, TOP_P = 8, 2.5, 0.9
 VIEWS = 4
 STAGES = {  # script and config
     "tokenizer": ("ibq/train_tokenizer.py", "yaml/quickstart/tokenizer.yaml"),
     "transformer": ("ibq/train_ar.py", "yaml/quickstart/transformer.yaml"),
 }
+VALIDATIONS, WATCHED = 5, 128  # in a training, of so many pictures for the tokenizer
+STEP_PRODUCTS = 75  # of `best_threads`, in the time of a tokenizer's step: a first guess, too
+# The discriminator comes for the end: it costs 0.1 dB, and more samples are recognised. A very short training has none.
+LOADS = {"tokenizer": Load(late=0.85, extra=0.5, long=1_000), "transformer": Load()}
+CODEBOOK_START = 150  # the step at which the codebook starts from the latents, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,174 +77,232 @@ class Place:
         """Settings for ibq/train_tokenizer.py."""
         return [f"data.train={self.train}", f"data.validation={self.validation or 'null'}"]
 
-    def options(self, split: str) -> list[str]:
-        """Options of the tools that read images."""
-        if self.validation is not None:
-            return ["--images", self.train if split == "train" else self.validation]
-        return ["--images", self.train, "--split", split]
-
-    def index(self, split: str) -> ImageIndex:
-        """The images themselves."""
-        if self.validation is not None:
-            return open_images(self.train if split == "train" else self.validation)
-        return open_split(self.train, split, 10)
+    def index(self) -> ImageIndex:
+        """The training images themselves."""
+        return open_images(self.train)
 
 
 class Quickstart:
-    """One run in one folder: its choices, its parts and the time that each has taken."""
+    """One run in one folder: its choices, its parts and the time that each has taken by `clock`."""
 
-    def __init__(self, output: Path, place: Place, minutes: float, smoke: bool):
-        self.output, self.place, self.minutes, self.smoke = output, place, minutes, smoke
+    def __init__(
+        self, output: Path, place: Place, minutes: float, smoke: bool, clock: Callable[[], float] = time.perf_counter
+    ):
+        self.output, self.place, self.minutes, self.smoke, self.clock = output, place, minutes, smoke, clock
         self.choices_file = output / "plan.json"  # by the name that earlier runs gave it
         self.choices = json.loads(self.choices_file.read_text()) if self.choices_file.exists() else {}
         wanted = {"train": place.train, "validation": place.validation, "smoke": smoke}
         if self.choices.setdefault("data", wanted) != wanted:
             raise UserError(f"{output} holds a run on other data; add --fresh to start over, or --output elsewhere")
         self.seconds: dict[str, float] = self.choices.setdefault("seconds", {})
-        self._part_started: float | None = None
+        self.left_out: dict[str, str] = self.choices.setdefault("left_out", {})
+        self.products = 1_000.0  # a second, as `threads` finds it
+        self._part: tuple[str, float] | None = None  # and the time up to which it is counted
 
     def elapsed(self) -> float:
         """Seconds spent so far, in this call and in earlier ones."""
-        running = 0.0 if self._part_started is None else time.perf_counter() - self._part_started
-        return sum(self.seconds.values()) + running
+        return sum(self.seconds.values()) + (0.0 if self._part is None else self.clock() - self._part[1])
+
+    def budget(self, share: float = 1.0) -> float:
+        """Seconds of a share of the time."""
+        return self.minutes * 60 * share
+
+    def tail(self) -> float:
+        """Seconds for what follows the transformer, on this machine."""
+        return min(TAIL_S + TAIL_STEPS * self.step_seconds(), self.budget(0.25))
+
+    def step_seconds(self) -> float:
+        """Seconds of a step of the tokenizer, as last measured, or else as guessed."""
+        guess = 1000 * STEP_PRODUCTS / self.products
+        return self.choices.get("ms_per_step", {}).get("tokenizer", guess) / 1000
 
     @contextmanager
     def part(self, name: str):
-        """Add the time of a part to the choices, also when it fails."""
-        self._part_started = time.perf_counter()
+        """Add the time of a part to the choices, also when it fails after others."""
+        self._part = name, self.clock()
         try:
             yield
-        finally:
-            spent = time.perf_counter() - self._part_started
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
-            self._part_started = None
             self.save_choices()
+        except BaseException:
+            if self.choices_file.exists():  # else nothing has begun, and the next call may be about other data
+                self.save_choices()
+            raise
+        finally:
+            self._part = None
 
     def save_choices(self) -> None:
         """Write down what a later call has to know."""
+        if self._part is not None:
+            name, since = self._part
+            self._part = name, self.clock()
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._part[1] - since
         write_text(self.choices_file, json.dumps(self.choices, indent=1))
 
-    def run(self, what: str, *command: str) -> None:
-        """Run one of the project's commands."""
-        print(f"\n[{self.elapsed():4.0f} s] {what}\n$ {shlex.join(['python', *command])}", flush=True)
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode
+    def leave_out(self, what: str, why: str) -> None:
+        """Say what is not done for want of time, now and in the report."""
+        print(f"left out: {what}: {why}", flush=True)
+        self.left_out[what] = why
+
+    def say(self, what: str, *command: str) -> None:
+        """Say what comes."""
+        print(f"\n[{self.elapsed():4.0f} s] {what}" + (f"\n$ {shlex.join(['python', *command])}" if command else ""))
+        sys.stdout.flush()
+
+    def run(self, what: str, script: str, *arguments: str) -> None:
+        """Run one of the project's commands, in this process: to start another takes seconds."""
+        self.say(what, script, *arguments)
+        self.threads()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(arguments)
         if code:
             raise UserError(f"{what}: the command above ended with exit code {code}")
+
+    def threads(self) -> int:
+        """Use as many threads as are fastest now."""
+        import torch
+
+        self.choices["threads"], self.products = best_threads()
+        torch.set_num_threads(self.choices["threads"])
+        return self.choices["threads"]
 
     def precision(self) -> str:
         """bf16 where this machine multiplies matrices much faster in it, else fp32."""
         if "precision" not in self.choices:
+            self.threads()
             self.choices["precision"] = "bf16" if bf16_speedup() > 1.5 else "fp32"
         return self.choices["precision"]
 
-    def steps(self, stage: str, overrides: Sequence[str], until: float) -> int:
-        """Training steps of a stage, such that it ends when the share `until` of the budget is spent."""
-        if stage not in self.choices:
-            if self.smoke:
-                self.choices[stage] = SMOKE_STEPS[stage]
-            else:
-                per_step, fixed = measure(self, stage, overrides)
-                seconds = self.minutes * 60 * until - self.elapsed() - fixed
-                low, high = STEP_LIMITS[stage]
-                self.choices[stage] = int(min(max(seconds / per_step // 50 * 50, low), high))
-                print(f"{1000 * per_step:.0f} ms a step: {self.choices[stage]} steps fit the time")
-            self.save_choices()  # at once: a run that is killed in the middle must go on with the same steps
-        return self.choices[stage]
+
+# --- Pictures ---
 
 
-def bf16_speedup() -> float:
-    """How many times faster than fp32 a bf16 matrix product is here."""
-    import torch
-
-    if torch.cuda.is_available():
-        return float("inf")
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(1024, 1024).to(dtype)
-        a @ a
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        seconds[dtype] = time.perf_counter() - start
-    return seconds[torch.float32] / seconds[torch.bfloat16]
-
-
-def measure(quickstart: Quickstart, stage: str, overrides: Sequence[str]) -> tuple[float, float]:
-    """(seconds per step, seconds besides the steps) of a stage's training command, by a short run of it."""
-    folder, gan = quickstart.output / "calibration", stage == "tokenizer"
-    shutil.rmtree(folder, ignore_errors=True)
-    steps = 40
-    settings = [f"output={folder}", f"training.max_steps={steps}", "schedule.warmup_steps=1"]
-    settings += [f"training.log_every={steps // 4}"]
-    # Half of the steps with the discriminator, all with the quantizer.
-    settings += [f"loss.gan.start_step={steps // 2}", "codebook_start.warmup_steps=0"] if gan else []
-    start = time.perf_counter()
-    train(quickstart, "measure the speed", stage, *overrides, *settings)
-    total = time.perf_counter() - start
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "seconds/step" in line]
-    timed = [line["seconds/step"] - line["seconds/data"] for line in lines]  # images are decoded only once
-    shutil.rmtree(folder)
-    per_step = GAN_START * timed[1] + (1 - GAN_START) * timed[3] if gan else (timed[1] + timed[3]) / 2
-    # Besides its steps a run starts, validates and saves: some of it again and again.
-    return per_step, 2.0 * (total - sum(timed) * steps / 4)
+def take_pictures(quickstart: Quickstart) -> None:
+    """Somebody's own pictures, small, and no more than there is time for; they are the place from then on."""
+    if quickstart.place.validation is not None:
+        return
+    folder, place = quickstart.output / "pictures", quickstart.place.train
+    if "pictures" not in quickstart.choices:
+        quickstart.say(f"look for pictures in {place}")
+        index = open_images(place, report=listing())
+        until = max(quickstart.budget(PICTURES_SHARE), quickstart.elapsed() + quickstart.budget(PICTURES_SHARE / 2))
+        most = min(max(int(quickstart.minutes * PICTURES_A_MINUTE), 1_000), MOST_PICTURES)
+        counts = prepare(
+            index,
+            folder,
+            most=SMOKE_PICTURES if quickstart.smoke else most,
+            in_time=lambda: quickstart.smoke or quickstart.elapsed() < until,
+        )
+        quickstart.choices["pictures"] = counts
+        say_pictures(quickstart, counts)
+    quickstart.place = Place(train=str(folder / "train-*.tar"), validation=str(folder / "val-*.tar"))
 
 
-def train(quickstart: Quickstart, what: str, stage: str, *settings: str) -> None:
-    """Run the training command of a stage."""
-    script, config = STAGES[stage]
-    quickstart.run(what, script, "--config", config, *settings)
+def listing() -> Callable[[int, int], None]:
+    """A progress bar of the folders or shards."""
+    bars = []
+
+    def report(done: int, total: int) -> None:
+        if not bars:
+            bars.append(progress_bar("list pictures", total, "part"))
+        bars[0].update(done - bars[0].n)
+        if done == total:
+            bars[0].close()
+
+    return report
+
+
+def say_pictures(quickstart: Quickstart, counts: Mapping[str, int]) -> None:
+    """How many there are, and how many are used."""
+    used = counts["training"] + counts["validation"]
+    print(f"{counts['found']:,} pictures: {counts['training']:,} to train on, {counts['validation']:,} held out")
+    if rest := counts["found"] - used - counts["unreadable"]:
+        quickstart.leave_out("pictures", f"{rest:,} of {counts['found']:,} are not used; --minutes gives time for more")
+    if counts["unreadable"]:
+        quickstart.leave_out("unreadable pictures", f"{counts['unreadable']:,} can't be read")
+    if rest := counts["classes_found"] - counts["classes"]:
+        quickstart.leave_out("classes", f"{rest:,} of {counts['classes_found']:,} have no picture among those")
+
+
+# --- Training ---
+
+
+def train(quickstart: Quickstart, stage: str, guess: int, seconds: float, settings: Callable[..., list[str]]) -> None:
+    """Train a stage in about so many seconds; `settings` are those of (steps in all, steps done)."""
+    choices, folder, (script, config) = quickstart.choices, quickstart.output / stage, STAGES[stage]
+    low, high = [SMOKE_STEPS] * 2 if quickstart.smoke else STEPS
+    end, measured = quickstart.clock() + seconds, stage in choices
+    pace = Pace(end=end, load=LOADS[stage], low=low, high=high, measured=measured)
+    wanted = choices[stage] if measured else min(max(guess, low), high)
+    while wanted is not None:
+        choices[stage] = wanted
+        command = [script, "--config", config, *settings(wanted, saved_step(folder))]
+        quickstart.save_choices()  # at once: a run that is killed in the middle must go on with the same steps
+        quickstart.say(f"train the {stage}: {wanted:,} steps", *command)
+        environment = {"OMP_NUM_THREADS": str(quickstart.threads()), "PYTHONWARNINGS": "ignore"}
+        wanted = watch(command, environment, folder, pace, wanted, quickstart.clock, quickstart.save_choices)
+        if pace.seconds is not None:
+            choices.setdefault("ms_per_step", {})[stage] = 1000 * pace.seconds
+        if wanted is not None:
+            print(f"{1000 * pace.seconds:.0f} ms a step: {wanted:,} steps fit the time", flush=True)
+            choices.setdefault("corrections", {}).setdefault(stage, []).append(wanted)
+    if choices[stage] < FEW and not quickstart.smoke:
+        quickstart.leave_out(f"{stage} steps", f"only {choices[stage]:,} fit the time; --minutes gives time for more")
+    elif choices[stage] == high and not quickstart.smoke:
+        quickstart.leave_out(f"{stage} steps", f"it makes no more than {high:,}, though there is time for more")
 
 
 def train_tokenizer(quickstart: Quickstart) -> None:
     """Stage 1."""
+    choices = quickstart.choices
+    batch = BATCH[quickstart.precision()]
     overrides = [*quickstart.place.overrides(), f"precision={quickstart.precision()}"]
-    steps = quickstart.steps("tokenizer", overrides, TOKENIZER_SHARE)
-    settings = tokenizer_settings(overrides, quickstart.output / "tokenizer", steps)
-    train(quickstart, "train the tokenizer", "tokenizer", *settings)
+    overrides += [f"training.batch_size={batch}", f"training.micro_batch={batch}"]
+
+    def settings(steps: int, done: int) -> list[str]:
+        # The step of k-means may move until it has come, and no longer.
+        start = choices.get("codebook_start", codebook_start(steps))
+        choices["codebook_start"] = max(done, codebook_start(steps)) if done <= start else start
+        every = rhythm(choices.get("ms_per_step", {}).get("tokenizer"), steps)
+        return tokenizer_settings(overrides, quickstart.output / "tokenizer", steps, choices["codebook_start"], every)
+
+    seconds = quickstart.budget(TOKENIZER_END[quickstart.precision()]) - quickstart.elapsed()
+    train(quickstart, "tokenizer", int(seconds / quickstart.step_seconds()), seconds, settings)
 
 
-def tokenizer_settings(overrides: Sequence[str], output: Path, steps: int) -> list[str]:
-    """Settings over the config for a training of so many steps."""
+def codebook_start(steps: int) -> int:
+    """The step at which the codebook starts from the latents, in a training of so many."""
+    return min(CODEBOOK_START, steps // 8)
+
+
+def tokenizer_settings(
+    overrides: Sequence[str], output: Path, steps: int, start: int | None = None, log_every: int = 20
+) -> list[str]:
+    """Settings over the config for a training of so many steps, with the codebook from step `start` on."""
     return [
         *overrides,
         f"output={output}",
-        *step_overrides(steps),
-        f"loss.gan.start_step={int(steps * GAN_START)}",
-        f"codebook_start.warmup_steps={min(150, steps // 8)}",
+        *step_overrides(steps, log_every),
+        f"training.validation_images={WATCHED}",
+        f"loss.gan.start_step={LOADS['tokenizer'].costly(steps)}",
+        f"codebook_start.warmup_steps={codebook_start(steps) if start is None else start}",
     ]
 
 
-def step_overrides(steps: int) -> list[str]:
+def step_overrides(steps: int, log_every: int) -> list[str]:
     """Length of a run, and a rhythm that fits it."""
-    every = max(steps // 8, 1)
     return [
         f"training.max_steps={steps}",
-        f"training.validate_every={every}",
-        f"checkpoint.save_every={every}",
-        f"training.log_every={max(min(20, steps // 4), 1)}",
+        f"training.validate_every={max(steps // VALIDATIONS, 1)}",
+        f"checkpoint.save_every={max(steps // 8, 1)}",
+        f"training.log_every={log_every}",
         f"schedule.warmup_steps={min(50, steps // 4)}",
     ]
 
 
-def evaluate_tokenizer(quickstart: Quickstart) -> None:
-    """Reconstruction figures on the validation images."""
-    output = quickstart.output
-    files = options(json=output / "reconstruction.json", npz=output / "reconstruction.npz")
-    images = [*quickstart.place.options("validation"), *options(workers=0)]
-    command = ["tools/evaluate.py", "reconstruction", *options(tokenizer=output / "tokenizer"), *images, *files]
-    quickstart.run("evaluate the tokenizer", *command)
-
-
-def encode(quickstart: Quickstart) -> None:
-    """Images to codes."""
-    for split in ("train", "validation"):
-        views = VIEWS if split == "train" and not quickstart.smoke else 1
-        place = options(output=quickstart.output / "codes" / split)
-        how = options(views=views, workers=0, precision=quickstart.precision())
-        command = ["tools/encode_shards.py", *options(tokenizer=quickstart.output / "tokenizer")]
-        quickstart.run(f"encode the {split} images", *command, *quickstart.place.options(split), *place, *how)
+def rhythm(ms_per_step: float | None, steps: int) -> int:
+    """Steps between two lines of a log: few seconds, and few steps before any is timed."""
+    return 2 if ms_per_step is None else max(min(20, steps // 4, int(3000 / ms_per_step)), 1)
 
 
 def train_transformer(quickstart: Quickstart) -> None:
@@ -240,31 +318,102 @@ def train_transformer(quickstart: Quickstart) -> None:
         f"model.vocab_size={meta.num_codes}",
         f"model.tokens_per_side={meta.tokens_per_side}",
         f"model.num_classes={len(meta.classes)}",
+        f"output={quickstart.output / 'transformer'}",
     ]
-    settings = step_overrides(quickstart.steps("transformer", overrides, TRANSFORMER_END))
-    output = f"output={quickstart.output / 'transformer'}"
-    train(quickstart, "train the transformer", "transformer", *overrides, output, *settings)
+    seconds = quickstart.budget() - quickstart.tail() - quickstart.elapsed()
+    guess = int(seconds / (TRANSFORMER_STEP[quickstart.precision()] * quickstart.step_seconds()))
+
+    def settings(steps: int, _done: int) -> list[str]:
+        log_every = rhythm(quickstart.choices.get("ms_per_step", {}).get("transformer"), steps)
+        return [*overrides, *step_overrides(steps, log_every)]
+
+    train(quickstart, "transformer", guess, seconds, settings)
+
+
+# --- What follows a training ---
+
+
+def evaluate_tokenizer(quickstart: Quickstart) -> None:
+    """Reconstruction figures on the validation images."""
+    output = quickstart.output
+    files = options(json=output / "reconstruction.json", npz=output / "reconstruction.npz")
+    images = options(images=quickstart.place.validation, workers=0)
+    command = ["tools/evaluate.py", "reconstruction", *options(tokenizer=output / "tokenizer"), *images, *files]
+    quickstart.run("evaluate the tokenizer", *command)
+
+
+def encode(quickstart: Quickstart) -> None:
+    """Images to codes; once begun with so many, it goes on with them."""
+    place, choices = quickstart.place, quickstart.choices
+    if "views" not in choices:
+        sizes = place.index().unit_sizes().tolist()
+        choices["views"], choices["shards"] = encoded_in_time(quickstart, sizes)
+        quickstart.save_choices()
+    views, shards = choices["views"], choices.get("shards")
+    train = place.train if shards is None else place.train.replace("*", f"0000[0-{shards - 1}]")
+    for split, images in (("train", train), ("validation", place.validation)):
+        what = options(tokenizer=quickstart.output / "tokenizer", images=images, workers=0)
+        how = options(views=views if split == "train" else 1, precision=quickstart.precision())
+        output = options(output=quickstart.output / "codes" / split)
+        quickstart.run(f"encode the {split} images", "tools/encode_shards.py", *what, *output, *how)
+
+
+def encoded_in_time(quickstart: Quickstart, sizes: Sequence[int]) -> tuple[int, int | None]:
+    """(views of each training image, of how many shards of such sizes; None: all) that there is time to encode."""
+    images = sum(sizes)
+    a_step = ENCODED * BATCH[quickstart.precision()]
+    rows = quickstart.budget(ENCODE_SHARE) / quickstart.step_seconds() * a_step
+    views = 1 if quickstart.smoke else min(max(int(rows / images), 1), VIEWS)
+    if views < VIEWS and not quickstart.smoke:
+        quickstart.leave_out("views", f"the transformer sees {views} of each image instead of {VIEWS}")
+    shards = max(sum(end <= rows for end in itertools.accumulate(sizes)), 1)
+    if quickstart.smoke or shards == len(sizes):
+        return views, None
+    kept = sum(sizes[:shards])
+    quickstart.leave_out("images of the transformer", f"{images - kept:,} of {images:,} are not encoded")
+    return views, shards
 
 
 def sample(quickstart: Quickstart) -> None:
-    """A few images of every class."""
+    """A few images of every class, or of as many classes as there is time for."""
     output = quickstart.output
     shutil.rmtree(output / "samples", ignore_errors=True)
     models = options(tokenizer=output / "tokenizer", transformer=output / "transformer", output=output / "samples")
-    how = options(count=SAMPLES_PER_CLASS, guidance_scale=GUIDANCE, top_p=TOP_P)
+    classes, count = sampled(len(quickstart.place.index().classes), int(quickstart.minutes * SAMPLES_A_MINUTE))
+    how = options(count=count, guidance_scale=GUIDANCE, top_p=TOP_P)
+    if count < SAMPLES_PER_CLASS:
+        quickstart.leave_out("samples", f"{count} a class instead of {SAMPLES_PER_CLASS}")
+    if classes is not None:
+        quickstart.leave_out("sampled classes", f"{len(classes):,} of {len(quickstart.place.index().classes):,}")
+        how += ["--classes", *map(str, classes)]
     quickstart.run("generate images", "tools/sample.py", *models, *how)
+
+
+def sampled(classes: int, most: int) -> tuple[list[int] | None, int]:
+    """(evenly spaced classes, or None for all; images of each) with about so many images at most."""
+    most = max(most, SAMPLES_PER_CLASS)
+    chosen = None if classes <= most else [i * classes // most for i in range(most)]
+    return chosen, max(min(SAMPLES_PER_CLASS, most // classes), 1)
 
 
 def judge(quickstart: Quickstart) -> None:
     """Whether a classifier of the real images recognises the generated ones; not with a single class."""
     output, place = quickstart.output, quickstart.place
-    if len(place.index("train").classes) < 2:
+    if len(place.index().classes) < 2:
         return
     command = ["tools/evaluate.py", "generation", *options(samples=output / "samples" / "samples.npz")]
-    command += options(classifier=place.train)
-    command += options(classifier_validation=place.validation) if place.validation is not None else []
-    command += options(classifier_steps=10) if quickstart.smoke else []
+    command += options(classifier=place.train, classifier_validation=place.validation)
+    steps = 10 if quickstart.smoke else classifier_steps(quickstart)
+    if steps < CLASSIFIER_STEPS and not quickstart.smoke:
+        quickstart.leave_out("classifier", f"{steps} training steps instead of {CLASSIFIER_STEPS}: it recognises less")
+    command += options(classifier_steps=steps) if steps < CLASSIFIER_STEPS else []
     quickstart.run("judge the generated images", *command, *options(json=output / "generation.json"))
+
+
+def classifier_steps(quickstart: Quickstart) -> int:
+    """Steps of the classifier that the time left allows."""
+    seconds = quickstart.budget() - quickstart.elapsed() - TAIL_S
+    return int(min(max(seconds / (CLASSIFIER_STEP * quickstart.step_seconds()), 50), CLASSIFIER_STEPS))
 
 
 def options(**values: object) -> list[str]:
@@ -278,12 +427,34 @@ def report(quickstart: Quickstart) -> None:
     from tools.lib.quickstart.report import collect_metrics, write_page
 
     metrics = collect_metrics(output)
-    metrics["steps"] = {stage: quickstart.choices[stage] for stage in STEP_LIMITS}
+    choices = quickstart.choices
+    metrics["steps"] = {stage: choices[stage] for stage in STAGES}
+    metrics["machine"] = machine() | {
+        "threads": choices["threads"],
+        "precision": quickstart.precision(),
+        "ms_per_step": {stage: round(ms) for stage, ms in choices.get("ms_per_step", {}).items()},
+    }
+    metrics["pictures"] = choices.get("pictures", {})
+    metrics["left_out"] = quickstart.left_out
+    metrics["corrections"] = {
+        stage: ", then ".join(map(str, steps)) for stage, steps in choices.get("corrections", {}).items()
+    }
     metrics["parts"] = {name.replace("_", " "): seconds for name, seconds in quickstart.seconds.items()}
     metrics["seconds"] = quickstart.elapsed()
     metrics["origin"] = origin(f"bash tools/quickstart.sh {shlex.join(sys.argv[1:])}".strip())
-    write_page(output, metrics, quickstart.place.index("train"))
+    write_page(output, metrics, quickstart.place.index())
     write_text(output / "metrics.json", json.dumps(metrics, indent=1))
+
+
+def machine() -> dict[str, str]:
+    """What this ran on."""
+    import torch
+
+    found = origin("")
+    return {
+        "processor": found["gpu"] or found["cpu"],
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -293,7 +464,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--data",
         help="your images: a folder with one sub-folder per class, or a glob of tar shards "
-        "(default: the bundled emoji); every tenth image is held out for validation",
+        "(default: the bundled emoji); every tenth image is held out for validation, up to 400",
     )
     add("--output", type=Path, help="folder of the run (default: runs/quickstart of this project)")
     add("--minutes", type=float, default=8.5, help="time to fill, after the installation (default: %(default)s)")
@@ -318,12 +489,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.chdir(ROOT)
     if arguments.fresh:
         remove(output, OWN_FILES)
-    place.index("train")  # complains at once if there is nothing
     quickstart = Quickstart(output, place, arguments.minutes, arguments.smoke)
     if (output / "metrics.json").exists():
         print(f"{output} is finished: see {output / 'report.html'}; --fresh starts over")
         return
-    parts = (train_tokenizer, evaluate_tokenizer, encode, train_transformer, sample, judge)
+    parts = (take_pictures, train_tokenizer, evaluate_tokenizer, encode, train_transformer, sample, judge)
     for part in parts:
         with quickstart.part(part.__name__):
             part(quickstart)
@@ -336,6 +506,12 @@ def summary(output: Path) -> None:
     """Print the main figures and where to look."""
     metrics = json.loads((output / "metrics.json").read_text())
     reconstruction, codebook, ar = metrics["reconstruction"], metrics["codebook"], metrics["ar"]
+    machine, steps = metrics["machine"], metrics["steps"]
+    speeds = ", ".join(
+        f"{steps[stage]:,} of the {stage}" + (f" at {speed:,} ms" if speed else "")
+        for stage, speed in ((stage, machine["ms_per_step"].get(stage)) for stage in STAGES)
+    )
+    left_out = "".join(f"\n  left out        {what}: {why}" for what, why in metrics["left_out"].items())
     print(
         f"\ndone in {metrics['seconds'] / 60:.1f} minutes"
         f"\n  reconstruction  {reconstruction['psnr']:.2f} dB (thumbnail of as many pixels as tokens: "
@@ -345,6 +521,8 @@ def summary(output: Path) -> None:
         f"\n  transformer     {ar['val_nll']:.3f} nats a token (bigram {ar['bigram_nll']:.3f}, unigram "
         f"{ar['unigram_nll']:.3f})"
         f"{recognised(metrics.get('classifier'))}"
+        f"\n  machine         {machine['processor']}, {machine['instructions']}, {machine['precision']}"
+        f"\n  steps           {speeds}{left_out}"
         f"\n  report          {output / 'report.html'}"
     )
 

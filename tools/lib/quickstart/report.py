@@ -90,7 +90,7 @@ def write_page(output: Path, metrics: dict, training: ImageIndex) -> None:
     per_class = {int(label): torch.from_numpy(np.flatnonzero(labels == label)) for label in np.unique(labels)}
     data = ReportData(
         title="From a folder of images to generated images",
-        subtitle=f"IBQ tokenizer and autoregressive transformer, {len(training):,} training images",
+        subtitle=subtitle(metrics, len(training)),
         metrics=metrics,
         originals=originals,
         reconstructions=torch.from_numpy(pictures["reconstructions"]),
@@ -105,6 +105,16 @@ def write_page(output: Path, metrics: dict, training: ImageIndex) -> None:
         commands=next_commands(output),
     )
     write_report(output / "report.html", data)
+
+
+def subtitle(metrics: dict, images: int) -> str:
+    """What was trained on what, where, how long, and what was left out."""
+    machine, steps = metrics["machine"], metrics["steps"]
+    text = f"IBQ tokenizer and autoregressive transformer, {images:,} training images; {steps['tokenizer']:,} and "
+    text += f"{steps['transformer']:,} steps on {machine['processor']} ({machine['instructions']}, "
+    text += f"{machine['precision']})."
+    left_out = "; ".join(f"{what}: {why}" for what, why in metrics["left_out"].items())
+    return f"{text} Left out: {left_out}." if left_out else text
 
 
 def curves(run: Path, names: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
