@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from ibq.config import UserError, exit_on_user_error
+from ibq.data.counts import DAMAGED, PictureCount
 from ibq.data.index import ImageIndex
 from ibq.data.shards import open_images
 from ibq.files import remove, write_text
@@ -434,7 +436,7 @@ def report(quickstart: Quickstart) -> None:
         "precision": quickstart.precision(),
         "ms_per_step": {stage: round(ms) for stage, ms in choices.get("ms_per_step", {}).items()},
     }
-    metrics["pictures"] = choices.get("pictures", {})
+    metrics["pictures"] = counted(quickstart)
     metrics["left_out"] = quickstart.left_out
     metrics["corrections"] = {
         stage: ", then ".join(map(str, steps)) for stage, steps in choices.get("corrections", {}).items()
@@ -444,6 +446,17 @@ def report(quickstart: Quickstart) -> None:
     metrics["origin"] = origin(f"bash tools/quickstart.sh {shlex.join(sys.argv[1:])}".strip())
     write_page(output, metrics, quickstart.place.index())
     write_text(output / "metrics.json", json.dumps(metrics, indent=1))
+
+
+def counted(quickstart: Quickstart) -> dict[str, dict]:
+    """Place -> what became of its pictures: of --data, or as the tokenizer's training counts the emoji."""
+    from ibq.training.stopping import read_status
+
+    if (counts := quickstart.choices.get("pictures")) is None:
+        return read_status(quickstart.output / "tokenizer").get("pictures", {})
+    rest = counts["found"] - counts["training"] - counts["validation"] - counts["unreadable"]
+    left_out = Counter({DAMAGED: counts["unreadable"], "not used for want of time": rest})
+    return {"data": PictureCount(counts["found"], +left_out).to_json()}
 
 
 def machine() -> dict[str, str]:
@@ -512,6 +525,8 @@ def summary(output: Path) -> None:
         for stage, speed in ((stage, machine["ms_per_step"].get(stage)) for stage in STAGES)
     )
     left_out = "".join(f"\n  left out        {what}: {why}" for what, why in metrics["left_out"].items())
+    counts = (PictureCount(count["found"], count["left_out"]) for count in metrics["pictures"].values())
+    pictures = "".join(f"\n  pictures        {count}" for count in counts)
     print(
         f"\ndone in {metrics['seconds'] / 60:.1f} minutes"
         f"\n  reconstruction  {reconstruction['psnr']:.2f} dB (thumbnail of as many pixels as tokens: "
@@ -522,7 +537,7 @@ def summary(output: Path) -> None:
         f"{ar['unigram_nll']:.3f})"
         f"{recognised(metrics.get('classifier'))}"
         f"\n  machine         {machine['processor']}, {machine['instructions']}, {machine['precision']}"
-        f"\n  steps           {speeds}{left_out}"
+        f"\n  steps           {speeds}{left_out}{pictures}"
         f"\n  report          {output / 'report.html'}"
     )
 
