@@ -525,8 +525,8 @@ def summary(output: Path) -> None:
         for stage, speed in ((stage, machine["ms_per_step"].get(stage)) for stage in STAGES)
     )
     left_out = "".join(f"\n  left out        {what}: {why}" for what, why in metrics["left_out"].items())
-    counts = (PictureCount(count["found"], count["left_out"]) for count in metrics["pictures"].values())
-    pictures = "".join(f"\n  pictures        {count}" for count in counts)
+    counts = {place: PictureCount(row["found"], row["left_out"]) for place, row in metrics["pictures"].items()}
+    pictures = "".join(f"\n  {place:15s} {count}" for place, count in counts.items())
     print(
         f"\ndone in {metrics['seconds'] / 60:.1f} minutes"
         f"\n  reconstruction  {reconstruction['psnr']:.2f} dB (thumbnail of as many pixels as tokens: "
