@@ -19,6 +19,7 @@ MEASURE_S = 4.0  # seconds of steps that say how many will fit
 SETTLED_S = 15.0  # as many for every later correction: by then the number is about right
 WINDOW_S = 40.0  # only the last so many seconds count: other programs come and go
 BESIDES = 1.05  # validations and checkpoints
+NOISE = 0.1  # of the number of steps
 TOLERANCE = 0.08  # of the time left; or twice what a correction costs, if that is more
 
 
@@ -86,8 +87,9 @@ class Pace:
         over = last + self.seconds * self.load.left(step, total) * BESIDES
         spare = max(TOLERANCE * (self.end - now), 2 * self.restart_s)
         number = self.fitting(now + self.restart_s, step)
-        # What is fitted anew has to be other than now by more than the measurement's noise.
-        return number if abs(over - self.end) > spare and abs(number - total) > 0.03 * total else None
+        # What is fitted anew has to differ by more than the measurement's noise, or each correction brings the next.
+        noise = (NOISE if self.measured else NOISE / 3) * total
+        return number if abs(over - self.end) > spare and abs(number - total) > noise else None
 
     def fitting(self, now: float, done: int) -> int:
         """The number of steps that ends in time, from `done` on."""
