@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support import ENVIRONMENT, ROOT
 from support.points import wait_for
-from support.processes import HANG_S
+from support.processes import HANG_S, hear_signals
 from support.training import make_workplace, scalars
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -44,11 +44,16 @@ class Command:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if terminal else None,
+            preexec_fn=self._take_terminal if terminal else hear_signals,
         )
         os.close(theirs)
         logged = output / "metrics.jsonl"
         wait_for(lambda: self.read() or (logged.exists() and "loss/total" in scalars(output)), self.process)
+
+    @staticmethod
+    def _take_terminal() -> None:
+        hear_signals()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def read(self) -> None:
         """Read what is said in the terminal, or the others would wait."""
@@ -56,26 +61,39 @@ class Command:
             with contextlib.suppress(OSError):  # nobody is there any more
                 os.read(self.terminal, 65536)
 
-    def processes(self) -> list[int]:
-        """What still runs of the session, and of those that were started from it."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                state = (path / "stat").read_text().rpartition(")")[2].split()[0]
-                said = (path / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if str(self.output) in said and state not in "ZX":
-                found.append(int(path.name))
-        return found
-
     def check(self, reason: str) -> None:
         """Everything has ended, after one checkpoint."""
-        wait_for(lambda: self.read() or not self.processes(), what="the end of all processes")
+        wait_for(lambda: self.read() or not processes_of(self.output), what="the end of all processes")
         status = json.loads((self.output / "status.json").read_text())
         assert status["state"] == "stopped" and status["reason"] == reason
         names = [path.name for path in (self.output / "checkpoints").iterdir()]
         assert names == [f"step-{status['step']:08d}"]
+
+
+def processes_of(output: Path) -> list[int]:
+    """What still runs of a command with this output: it, its launchers and its ranks."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):  # it has just ended
+            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+            if state not in "ZX" and str(output) in (path / "cmdline").read_bytes().decode(errors="replace"):
+                found.append(int(path.name))
+    return found
+
+
+@pytest.fixture
+def start(place, tmp_path):
+    """Starts a command, and leaves nothing of it behind if the test fails."""
+    started = []
+
+    def start(*command: str, terminal: bool = False) -> Command:
+        started.append(output := tmp_path / f"run{len(started)}")
+        return Command(place, output, *command, terminal=terminal)
+
+    yield start
+    for output in started:
+        for pid in processes_of(output):
+            os.kill(pid, signal.SIGKILL)
 
 
 def deepspeed(*options: str) -> list[str]:
@@ -83,24 +101,24 @@ def deepspeed(*options: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", -15), ("SIGKILL", -9)])
-def test_the_command_alone_is_signalled(place, tmp_path, number, code):
+def test_the_command_alone_is_signalled(start, number, code):
     """It ends at once, by its own rules; the ranks notice, save and end."""
-    command = Command(place, tmp_path / "run", *deepspeed())
+    command = start(*deepspeed())
     command.process.send_signal(signal.Signals[number])
     assert command.process.wait(HANG_S) == code
     command.check("SIGTERM")
 
 
-def test_the_terminal_is_closed(place, tmp_path):
-    command = Command(place, tmp_path / "run", *deepspeed(), terminal=True)
+def test_the_terminal_is_closed(start):
+    command = start(*deepspeed(), terminal=True)
     os.close(command.terminal)
     command.terminal = None
     command.process.wait(HANG_S)
     command.check("SIGHUP")
 
 
-def test_ctrl_c(place, tmp_path):
-    command = Command(place, tmp_path / "run", *deepspeed(), terminal=True)
+def test_ctrl_c(start):
+    command = start(*deepspeed(), terminal=True)
     os.write(command.terminal, b"\x03")
     code = wait_for(lambda: command.read() or command.process.poll(), what="the end of the command")
     assert code == -signal.SIGINT
@@ -110,11 +128,11 @@ def test_ctrl_c(place, tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "number"), [("deepspeed", "SIGTERM"), ("torchrun", "SIGTERM"), ("torchrun", "SIGUSR2")]
 )
-def test_a_job_waits_for_its_ranks(place, tmp_path, launcher, number):
+def test_a_job_waits_for_its_ranks(start, launcher, number):
     """launchers/job.py ends when they have, with the code of the signal, whatever its launcher says."""
     job = [sys.executable, "launchers/job.py", "--launcher", launcher, "--ranks", "2", "--no-preflight", "--"]
-    command = Command(place, tmp_path / "run", *job)
+    command = start(*job)
     command.process.send_signal(signal.Signals[number])
     assert command.process.wait(HANG_S) == 128 + signal.Signals[number]
-    assert not command.processes()
+    assert not processes_of(command.output)
     command.check(number)

@@ -131,6 +131,7 @@ if __name__ == "__main__":
     control.send(b"ready")
     request = serve(control)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has the tests ignore
     source, name = become(request, path)
     main = types.ModuleType("__main__")
     if name != "<string>":

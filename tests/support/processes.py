@@ -158,6 +158,7 @@ def start_script(
     environment = script_environment() if environment is None else environment
     if fresh or not _is_forkable(words, environment):
         streams = {"stdout": stdout, "stderr": stderr, "text": True, "start_new_session": start_new_session}
+        streams["preexec_fn"] = hear_signals
         return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **streams)
     with open(os.devnull, "r+") as null:
         pipes = [tempfile.TemporaryFile("w+") if wanted == PIPE else None for wanted in (stdout, stderr)]  # noqa: SIM115
@@ -168,6 +169,12 @@ def start_script(
         files[1] = files[0] if stderr == STDOUT else files[1]
         numbers = [file if isinstance(file, int) else file.fileno() for file in (null, *files)]
         return Forked(*_server().start(words, environment, start_new_session, numbers), pipes)
+
+
+def hear_signals() -> None:
+    """In a new process: of a terminal, what `nohup` and shells in the background have the tests ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def script_environment(**own: str) -> dict[str, str]:
