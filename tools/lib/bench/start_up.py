@@ -94,6 +94,7 @@ def quickstart_start(repeats: int) -> dict:
         for number in range(repeats):
             output = Path(folder) / str(number)
             settings = quickstart.tokenizer_settings(place.overrides(), output, steps=1)
+            settings += ["training.batch_size=16", "training.micro_batch=16"]  # k-means wants a token for each code
             script, config = quickstart.STAGES["tokenizer"]
             starts.append(_start([sys.executable, script, "--config", config, *settings], output))
     return sorted(starts, key=lambda start: start["seconds"])[len(starts) // 2]
