@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
 
@@ -22,6 +22,20 @@ def progress_bar(title: str, total: int, unit: str, *, initial: int = 0, disable
     )
 
 
+def bar_of(title: str, unit: str, *, least: int = 1, disable: bool = False) -> Callable[[int, int], None]:
+    """What is told (done, total): a bar that appears with the first word, if there are at least so many to come."""
+    bars = []
+
+    def report(done: int, total: int) -> None:
+        if not bars:
+            bars.append(progress_bar(title, total, unit, disable=disable or total < least))
+        bars[0].update(done - bars[0].n)
+        if done == total:
+            bars[0].close()
+
+    return report
+
+
 def terminals() -> list[int]:
     """Which of this process's standard streams are a terminal."""
     return [stream for stream in (0, 1, 2) if os.isatty(stream)]
@@ -29,9 +43,10 @@ def terminals() -> list[int]:
 
 def leave(streams: Iterable[int]) -> None:
     """Let those of these streams lead nowhere whose terminal has been closed: writing to it would be an error."""
-    for stream in streams:
-        if not os.isatty(stream):
-            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+    with open(os.devnull, "r+b") as nowhere:
+        for stream in streams:
+            if not os.isatty(stream):
+                os.dup2(nowhere.fileno(), stream)
 
 
 def say(message: str) -> None:

@@ -20,6 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import UserError, exit_on_user_error
+from ibq.engine.watch import stat_of
 from ibq.files import append_line
 from ibq.progress import leave, terminals
 from launchers.lib import ROOT
@@ -218,9 +219,9 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
 
 def is_group_running(group: int) -> bool:
     """Whether any process of a group is left, its leader or not: the deepspeed command ends before ranks that save."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):  # it has just ended
-            state, _, own, *_ = path.read_text().rpartition(")")[2].split()
+            state, _, own, *_ = stat_of(path.name)
             if own == str(group) and state not in "ZX":
                 return True
     return False

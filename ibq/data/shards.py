@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -159,11 +159,15 @@ class ClassLists:
     names: list[str] | None  # by label; None: no folder names its classes
     folders: Mapping[str, list[str]] = field(default_factory=dict)  # where they differ: the names by a folder's labels
 
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.names)}
+
     def renumbered(self, shard: str, index: ShardIndex) -> ShardIndex:
         """A shard's samples with labels to `names`."""
         if not self.folders:
             return index
-        names, places = self.folders[_folder_of(shard)], {name: place for place, name in enumerate(self.names)}
+        names, places = self.folders[_folder_of(shard)], self._places
         beyond = len(places)  # no class, as it is none of its own list
         labels = [
             label if label == NO_LABEL else places[names[label]] if label < len(names) else beyond + label

@@ -62,27 +62,27 @@ class Process(NamedTuple):
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             machine = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-            return cls(os.uname().nodename, machine, pid, _stat(pid)[19])
+            return cls(os.uname().nodename, machine, pid, stat_of(pid)[19])
         except (OSError, IndexError):
             return None
 
     def parent(self) -> int:
         """The process id of its parent; 0 for the first one, or where it is gone."""
         try:
-            return int(_stat(self.pid)[1])
+            return int(stat_of(self.pid)[1])
         except (OSError, IndexError):
             return 0
 
     def state(self) -> str:
         """On its own machine: the kernel's letter (R, S, D, T ...), or nothing if it is gone or but a zombie."""
         try:
-            fields = _stat(self.pid)
+            fields = stat_of(self.pid)
         except (OSError, IndexError):
             return ""
         return "" if fields[19] != self.born or fields[0] in "ZX" else fields[0]
 
 
-def _stat(pid: int) -> list[str]:
+def stat_of(pid: int | str) -> list[str]:
     """The fields of /proc/PID/stat from the third on: the name before them may hold spaces and parentheses."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 

@@ -65,7 +65,7 @@ class CheckpointConfig:
     # Write while training goes on, from a copy of what a rank holds, in the CPU's memory; by default on a GPU, if half
     # of the free memory holds the copies.
     asynchronous: bool | None = None
-    signal: Literal["USR1", "USR2", "none"] = "USR2"  # besides TERM and INT: save once and exit
+    signal: Literal["USR1", "USR2", "none"] = "USR2"  # besides TERM, INT and HUP: save once and exit
 
     def __post_init__(self):
         require_least(self, save_every=1, keep=1)

@@ -23,7 +23,7 @@ from ibq.data.index import ImageIndex
 from ibq.data.loader import Report, training_batches, validation_batches
 from ibq.data.order import Batching, MixedOrder, Order, StreamOrder
 from ibq.data.shards import ImageDataConfig, class_lists, expand_place, is_unindexed, read_index, split_sources
-from ibq.progress import progress_bar, say
+from ibq.progress import bar_of, say
 from ibq.training.checkpoint import TrainingState
 
 
@@ -270,17 +270,7 @@ def _images_in_order(config: ImageDataConfig, size: int, seed: int) -> RunData:
 
 
 def _report(place: str) -> Callable[[int, int], None]:
-    """A progress bar that appears when there is something to wait for."""
-    bars = []
-
-    def report(done: int, total: int) -> None:
-        if not bars:
-            bars.append(progress_bar(f"index {place[-40:]}", total, "part", disable=not dist.is_main() or total < 8))
-        bars[0].update(done - bars[0].n)
-        if done == total:
-            bars[0].close()
-
-    return report
+    return bar_of(f"index {place[-40:]}", "part", least=8, disable=not dist.is_main())
 
 
 # --- Codes ---

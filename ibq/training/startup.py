@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ibq import dist
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.pieces import Piece
+from ibq.engine.watch import stat_of
 from ibq.files import write_text
 from ibq.progress import say
 
@@ -26,8 +27,7 @@ _imported = time.perf_counter()
 def process_seconds() -> float:
     """Seconds since this process was started; since this module was imported where the system does not tell."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()  # the name before may hold blanks
-        ticks = int(fields[19])  # starttime, the 22nd field (man 5 proc_pid_stat), since the machine was started
+        ticks = int(stat_of("self")[19])  # starttime (man 5 proc_pid_stat), since the machine was started
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
         return time.perf_counter() - _imported

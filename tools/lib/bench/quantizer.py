@@ -18,6 +18,7 @@ from ibq.ops import index_backprop as lean
 from ibq.ops import textbook
 from ibq.progress import progress_bar, say
 from ibq.reports.charts import new_figure, save_png
+from ibq.training.staging import available_bytes
 from tools.lib.bench.options import add_device, check
 from tools.lib.bench.process import GIB, exponent, extra_peak_gib, median_seconds, product_rate, run_apart
 
@@ -194,8 +195,7 @@ def free_gib(device: str) -> float:
     """Memory that a process can have."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] / GIB
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / GIB
+    return available_bytes() / GIB
 
 
 def _step(progress, found: dict) -> dict:

@@ -30,7 +30,7 @@ from ibq.data.counts import DAMAGED, PictureCount
 from ibq.data.index import ImageIndex
 from ibq.data.shards import open_images
 from ibq.files import remove, write_text
-from ibq.progress import progress_bar
+from ibq.progress import bar_of
 from ibq.training.provenance import origin
 from tools.lib import ROOT
 from tools.lib.quickstart.pace import Load, Pace, saved_step, watch
@@ -186,7 +186,7 @@ def take_pictures(quickstart: Quickstart) -> None:
     folder, place = quickstart.output / "pictures", quickstart.place.train
     if "pictures" not in quickstart.choices:
         quickstart.say(f"look for pictures in {place}")
-        index = open_images(place, report=listing())
+        index = open_images(place, report=bar_of("list pictures", "part"))
         until = max(quickstart.budget(PICTURES_SHARE), quickstart.elapsed() + quickstart.budget(PICTURES_SHARE / 2))
         most = min(max(int(quickstart.minutes * PICTURES_A_MINUTE), 1_000), MOST_PICTURES)
         counts = prepare(
@@ -198,20 +198,6 @@ def take_pictures(quickstart: Quickstart) -> None:
         quickstart.choices["pictures"] = counts
         say_pictures(quickstart, counts)
     quickstart.place = Place(train=str(folder / "train-*.tar"), validation=str(folder / "val-*.tar"))
-
-
-def listing() -> Callable[[int, int], None]:
-    """A progress bar of the folders or shards."""
-    bars = []
-
-    def report(done: int, total: int) -> None:
-        if not bars:
-            bars.append(progress_bar("list pictures", total, "part"))
-        bars[0].update(done - bars[0].n)
-        if done == total:
-            bars[0].close()
-
-    return report
 
 
 def say_pictures(quickstart: Quickstart, counts: Mapping[str, int]) -> None:
@@ -381,12 +367,13 @@ def sample(quickstart: Quickstart) -> None:
     output = quickstart.output
     shutil.rmtree(output / "samples", ignore_errors=True)
     models = options(tokenizer=output / "tokenizer", transformer=output / "transformer", output=output / "samples")
-    classes, count = sampled(len(quickstart.place.index().classes), int(quickstart.minutes * SAMPLES_A_MINUTE))
+    number = len(quickstart.place.index().classes)
+    classes, count = sampled(number, int(quickstart.minutes * SAMPLES_A_MINUTE))
     how = options(count=count, guidance_scale=GUIDANCE, top_p=TOP_P)
     if count < SAMPLES_PER_CLASS:
         quickstart.leave_out("samples", f"{count} a class instead of {SAMPLES_PER_CLASS}")
     if classes is not None:
-        quickstart.leave_out("sampled classes", f"{len(classes):,} of {len(quickstart.place.index().classes):,}")
+        quickstart.leave_out("sampled classes", f"{len(classes):,} of {number:,}")
         how += ["--classes", *map(str, classes)]
     quickstart.run("generate images", "tools/sample.py", *models, *how)
 
