@@ -1,9 +1,12 @@
 """What holds for all tests."""
 
 import os
+import random
 import signal
 
+import numpy as np
 import pytest
+import torch
 from support import ENVIRONMENT
 
 pytest_plugins = ["support.order", "support.needs"]
@@ -12,6 +15,14 @@ pytest_plugins = ["support.order", "support.needs"]
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # So it is in a job in the background; all that tests start would ignore Ctrl-C too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Start every test, and the fixtures made for it, from the same seeds: what fails here fails again."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module", autouse=True)
