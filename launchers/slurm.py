@@ -84,7 +84,7 @@ class Resources:
         more |= dict(option.split("=", 1) for option in self.more)
         return {key: value for key, value in own.items() if value is not None} | {
             "additional_parameters": more,
-            "setup": setup(code),
+            "setup": [f"export IBQ_WARNING_S={self.signal_s}", *setup(code)],
         }
 
 

@@ -21,5 +21,8 @@ ibq_run() {
   if [ -z "${SLURM_JOB_ID:-}" ]; then
     exec python launchers/lib/submit.py "$0" "${ibq_arguments[@]}" -- "$@"
   fi
+  # A save that takes longer than the lead of Slurm's warning is said in the log.
+  ibq_lead="$(sed -n 's/^#SBATCH --signal=[^@]*@\([0-9][0-9]*\).*/\1/p' "$0")"
+  [ -z "$ibq_lead" ] || export IBQ_WARNING_S="$ibq_lead"
   exec python -u "$IBQ_CODE/launchers/job.py" -- "$@"
 }

@@ -1,5 +1,7 @@
 """What outlives a run's process: its checkpoints, from which it goes on, and its best weights."""
 
+import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 from ibq import dist
 from ibq.config import UserError
 from ibq.files import recover_folder
+from ibq.meeting import number
 from ibq.progress import say
 from ibq.training.checkpoint import (
     CheckpointConfig,
@@ -20,6 +23,8 @@ from ibq.training.metrics import RunLog
 from ibq.training.run_data import RunData
 from ibq.training.stopping import write_status
 from ibq.training.task import Task
+
+LEAD = "IBQ_WARNING_S"  # seconds before the limit at which the launcher has Slurm warn the ranks
 
 
 class StoppedError(UserError):
@@ -50,6 +55,8 @@ class Saver:
         self._writer = CheckpointWriter(folder / "checkpoints", config, data.device)
         self._saved: tuple[int, bool] | None = None  # step of the last checkpoint, and whether it waits for validation
         self._saving: tuple[int, bool] | None = None  # the same of the one that is being written
+        self._began = 0.0  # when that was begun
+        self._lead = number(LEAD) if LEAD in os.environ else None
 
     def resume(self) -> None:
         """Continue from the last checkpoint, if there is one."""
@@ -91,7 +98,7 @@ class Saver:
         self._log.reduce_bad_samples()
         self._state.bad_samples = dict(self._log.bad_samples.by_epoch)
         tensors = self._task.rank_tensors() | self._log.means.tensors()
-        self._saving = self._now()
+        self._saving, self._began = self._now(), time.monotonic()
         with self._log.besides_steps():
             try:
                 self._writer.save(self._task.engines, tensors, self._state)
@@ -111,6 +118,18 @@ class Saver:
         if done:
             self._saved, self.unsaved = self._saving, ""
             write_status(self.folder, "running", self._saved[0], self.total_steps)
+            self._compare_with_lead(time.monotonic() - self._began)
+
+    def _compare_with_lead(self, seconds: float) -> None:
+        """Say once if a checkpoint takes longer than what is left when the ranks are told of the time limit."""
+        if self._lead is None or seconds <= self._lead:
+            return
+        if dist.is_main():
+            say(
+                f"WARNING: the checkpoint of step {self._saved[0]} took {seconds:.0f} s, but Slurm warns only "
+                f"{self._lead} s before the limit: raise --signal=...@{self._lead} (launchers/slurm.py: --signal-s)"
+            )
+        self._lead = None
 
     def save_best(self, info: Mapping) -> bool:
         """Write the averaged weights as the best so far; whether they could be written."""

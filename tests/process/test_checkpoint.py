@@ -148,6 +148,17 @@ def test_the_last_ones_and_the_best_are_kept(place, tmp_path):
 # --- What is written last is there or not ---
 
 
+@pytest.mark.parametrize(("lead", "warnings"), [("0", 1), ("1000", 0), (None, 0)])
+def test_a_save_longer_than_the_lead_of_the_warning(
+    place, tmp_path, monkeypatch, capfd, lead, warnings
+):
+    if lead is not None:
+        monkeypatch.setenv("IBQ_WARNING_S", lead)
+    argv = ["--config", str(place / "transformer.yaml"), f"output={tmp_path / 'run'}", "training.max_steps=4"]
+    assert train_here("transformer", [*argv, "checkpoint.save_every=2"]) == 0
+    assert capfd.readouterr().err.count("raise --signal=...@0 ") == warnings
+
+
 def test_leftovers_are_removed(place, run):
     checkpoints = run / "checkpoints"
     (checkpoints / ".tmp-step-00000005").mkdir()

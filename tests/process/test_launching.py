@@ -404,7 +404,7 @@ def test_a_dry_run_shows_the_script(no_slurm, monkeypatch, capsys):
                    "job-name=ibq-xxl"):  # fmt: skip
         assert f"#SBATCH --{wanted}" in lines, text
     assert not any("ntasks" in line for line in lines), "Slurm holds on to a number of tasks when a node has died"
-    assert 'source "$IBQ_CODE/slurm/setup.sh"' in text
+    assert 'source "$IBQ_CODE/slurm/setup.sh"' in text and "export IBQ_WARNING_S=600\n" in text
     assert re.search(r'cd "\$IBQ_CODE" \|\| exit 2\n+(#.*\n|export .*\n)*python -u -m submitit.core._submit', text), (
         text
     )
