@@ -149,9 +149,7 @@ def test_the_last_ones_and_the_best_are_kept(place, tmp_path):
 
 
 @pytest.mark.parametrize(("lead", "warnings"), [("0", 1), ("1000", 0), (None, 0)])
-def test_a_save_longer_than_the_lead_of_the_warning(
-    place, tmp_path, monkeypatch, capfd, lead, warnings
-):
+def test_a_save_longer_than_the_lead_of_the_warning(place, tmp_path, monkeypatch, capfd, lead, warnings):
     if lead is not None:
         monkeypatch.setenv("IBQ_WARNING_S", lead)
     argv = ["--config", str(place / "transformer.yaml"), f"output={tmp_path / 'run'}", "training.max_steps=4"]
