@@ -261,3 +261,19 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     assert "torch.Size([3, 3, 32, 32]) torch.uint8" in capsys.readouterr().out
     assert names["codes"].shape == (3, 8, 8)
     assert names["reconstruction"].shape == (3, 3, 32, 32)
+
+
+def test_every_cell_of_the_operators_table_names_its_test():
+    text = (ROOT / "ibq/training/README.md").read_text()
+    _, section = text.split("### What ends a run, and what follows")
+    table, notes = section.split("\n## ")[0].split("\n\nIn ")
+    cells = [cell.strip() for row in table.splitlines() if row.startswith("| ") for cell in row.split("|")[2:-1]][4:]
+    assert len(cells) == 4 * 13
+    for cell in cells:
+        assert re.search(r"\(\d+\)", cell) or cell in ("–", "not tested"), cell
+    tests = {}
+    for file, rest in re.findall(r"`(tests/[\w/.]+)`: ((?:\(\d+\)\s+`\w+`[,.]?\s*)+)", notes):
+        for number, name in re.findall(r"\((\d+)\)\s+`(\w+)`", rest):
+            tests[number] = name
+            assert f"def {name}(" in (ROOT / file).read_text(), name
+    assert tests.keys() == set(re.findall(r"\((\d+)\)", table))
