@@ -54,7 +54,7 @@ def test_two_ranks_agree(place, tmp_path):
 
 
 def test_what_fits_nowhere_writes_nothing(place, tmp_path, capsys):
-    wrong = arguments(place, "transformer", tmp_path / "run", AUTO, "model.width=8192", "model.depth=4000")
+    wrong = arguments(place, "transformer", tmp_path / "run", AUTO, "model.width=65536", "model.depth=20")
     assert train_here("transformer", wrong) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "transformer.yaml: training.micro_batch: one image at a time needs" in error

@@ -46,11 +46,11 @@ def test_the_choice_divides_fits_and_grows_with_memory(file, engine):
     stage, training = stage_of(config), training_of(config, 1)
     layout = layout_of(engine, stage, Machine(gpu=GPUS["h100"], gpus=4))
     share, chosen = config.training.batch_size // 4, []
-    for gib in range(2, 80, 3):
+    for gib in (2, 8, 14, 20, 26, 38, 50, 62, 76):
         rows = micro_batch_within(stage, layout, training, gib * GIB)
         chosen.append(rows)
         assert rows == 0 or (share % rows == 0 and bytes_needed(stage, layout, training, rows) <= gib * GIB)
-        larger = [size for size in range(rows + 1, share + 1) if share % size == 0]
+        larger = [size for size in range(rows + 1, share + 1) if share % size == 0][:1]
         assert all(bytes_needed(stage, layout, training, size) > gib * GIB for size in larger)
     assert all(small <= large for small, large in itertools.pairwise(chosen))
     assert chosen[0] == 0 and len(set(chosen)) >= 4, "memories were tried between which the choice changes"
@@ -117,7 +117,7 @@ def test_what_it_had_is_kept_only_where_the_device_holds_it(place, tmp_path, mon
 
 def test_what_fits_nowhere_is_refused(place):
     with pytest.raises(UserError, match=r"one image at a time needs [\d.]+ of the .*tools/plan\.py") as caught:
-        resolved(config_of(place, "transformer", "model.width=8192", "model.depth=4000"))
+        resolved(config_of(place, "transformer", "model.width=65536", "model.depth=20"))
     assert "\n" not in str(caught.value)
 
 
