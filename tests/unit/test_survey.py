@@ -45,19 +45,19 @@ def test_proposals_fit_and_add_up(name, tmp_path, capsys):
         assert config.model.gradient_checkpointing == (machine["recomputes"] != "nothing")
     text = capsys.readouterr().out
     rows = re.findall(r"^(\d) x (\S+)  .*[\d,]+$", text, re.M)
-    assert len(rows) == len(machines) and "Assumed, not yours (--price): list prices of" in text
+    assert len(rows) == len(machines) and "Assumed, not yours (--price): list prices of" in " ".join(text.split())
     share = 0.1 if "tokenizer" in name else 0.34
-    assert found["mfu"] == share and f"all FLOPs at {share:.0%} of the GPU's dense bf16 rate" in text
+    assert found["mfu"] == share and f"all FLOPs at {share:.0%} of the GPU's dense bf16 rate" in " ".join(text.split())
 
 
 def test_recomputation_and_engines_are_proposed_where_memory_is_short(tmp_path):
     path, config = tmp_path / "plan.json", ("--config", YAML / "tokenizer_16384.yaml")
     by_memory = {}
-    for gib in (9, 12, 40):
+    for gib in (8, 40):
         first, *_ = survey(path, *config, "--gpu-memory-gib", gib)["machines"]
         by_memory[gib] = first
         assert first["usable_bytes"] == (gib - 4) * GIB
-    assert [by_memory[gib]["recomputes"] != "nothing" for gib in (9, 12, 40)] == [True, True, False]
+    assert [by_memory[gib]["recomputes"] != "nothing" for gib in (8, 40)] == [True, False]
     one, *_ = survey(path, "--config", YAML / "xxl.yaml", "--gpu", "4090")["machines"]
     assert one["layout"] == "ZeRO-3, optimizer on cpu"
 
