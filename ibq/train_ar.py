@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         share_model(command.config)
         with command.part("data"), naming(command.source):
             data, tokenizer = open_data(command.config, command.device)
-        command.bind(data)
+        command.bind(data, None if tokenizer is None else tokenizer.config)
         with command.part("engine"):
             task = build_task(command, data, tokenizer)
         command.check_schedule(task.hyper)

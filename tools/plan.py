@@ -1,12 +1,13 @@
-"""Plan a run before it is paid for: memory per GPU, communication, tokens per second and days, layout by layout.
+"""Plan a run before it is paid for: what fits which GPUs, and memory, communication, days and money.
 
+python tools/plan.py --config yaml/short/tokenizer_16384.yaml
 python tools/plan.py --config yaml/xxl.yaml --gpus 96 --gpu h100
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -16,39 +17,43 @@ if __name__ == "__main__":
 
 from ibq.config import UserError, exit_on_user_error, load_config
 from ibq.config_yaml import read_layers
-from ibq.engine.configs import (
-    EngineConfig,
-    FsdpEngineConfig,
-    LocalEngineConfig,
-    ZeroEngineConfig,
-    check_tensor_parallel,
-)
+from ibq.engine.configs import check_tensor_parallel
 from ibq.files import write_text
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
-from ibq.scaling.hardware import GIB, GPUS, Gpu
-from ibq.scaling.layouts import Layout, Training
-from ibq.scaling.networks import TokenizerLosses
-from ibq.scaling.plan import Machine, Stage, TokenizerStage, TransformerStage, layouts, plan, zero_layout
+from ibq.scaling.hardware import GIB, GPUS, PRICED, Gpu
+from ibq.scaling.layouts import Layout
+from ibq.scaling.plan import Machine, Stage, layout_of, layouts, micro_batch_within, plan
+from ibq.scaling.survey import propose
 from ibq.training.ar_config import ARRunConfig
+from ibq.training.micro_batch import stage_of, training_of
 from ibq.training.tokenizer_config import TokenizerRunConfig
 from tools.lib.scaling.plan_table import Answer, as_json, as_text
+from tools.lib.scaling.survey_table import Survey, survey_as_json, survey_as_text
 
+COUNTS = (1, 4, 8)  # GPUs, where their number is not given
+PRICE_HELP = f"USD per GPU hour (default: an assumption for each kind, of {PRICED})"
 IMAGENET = 1_281_167
 EPILOG = """\
 The config is that of a training run (ibq/train_ar.py or ibq/train_tokenizer.py); its data is not opened, and
-key.path=value after the options changes it, as there. Every layout is shown with the micro-batch of the config, then
-with the largest micro-batch that fits and divides the batch. The config's own engine is marked with *.
+key.path=value after the options changes it, as there.
+
+Without --gpus: the engine, micro-batch and recomputation to take on 1, 4 and 8 GPUs of every kind, days and money.
+With it: every layout with the micro-batch of the config, then with the largest micro-batch that fits and divides the
+batch; recomputation is the config's, and its own engine is marked with *.
 
 Memory is that of the fullest moment of a step, from the table of tensors that each layer saves. Time rests on --mfu, an
 assumption: the share of the GPU's dense bf16 rate at which all FLOPs run, those of recomputation too. Communication
-of data parallelism runs beside the computation and counts where it takes longer; the rest is waited for.
+of data parallelism runs beside the computation and counts where it takes longer; the rest is waited for. Money is days
+times --price, for the steps alone.
 
 examples:
+  python tools/plan.py --config yaml/short/b.yaml --price 2.5
+  python tools/plan.py --config yaml/short/b.yaml --gpu h100 --gpu 4090 --price h100=2.2 --price 4090=0.35
   python tools/plan.py --config yaml/xxl.yaml --gpus 96 --gpu h100
   python tools/plan.py --config yaml/xxl.yaml --gpus 8 --gpu a100-80 model.gradient_checkpointing=true
   python tools/plan.py --config yaml/tokenizer_262144.yaml --gpus 64 --gpu a100-40 --json plan.json
-  python tools/plan.py --config yaml/b.yaml --gpus 4 --gpu-memory-gib 24 --gpu-tflops 165
+  python tools/plan.py --config yaml/b.yaml --gpus 4 --gpu-memory-gib 48 --gpu-tflops 181 --price 0.8
 """
 
 
@@ -86,51 +91,14 @@ def read_config(path: str, overrides: Sequence[str]) -> TransformerPlan | Tokeni
     return load_config(matching[0], path, overrides)
 
 
-def stage_of(config: TransformerPlan | TokenizerPlan) -> Stage:
-    """What is trained."""
-    if isinstance(config, TransformerPlan):
-        return TransformerStage(config.model)
-    gan, perceptual = config.loss.gan, config.loss.perceptual
-    losses = TokenizerLosses(discriminator=gan.discriminator if gan.enabled else None, perceptual=perceptual.weight > 0)
-    return TokenizerStage(config.model, losses)
-
-
-def layout_of(engine: EngineConfig, stage: Stage, machine: Machine) -> Layout:
-    """The layout of a config's engine on these GPUs; UserError where it cannot be used or the numbers do not divide."""
-    common = {"gpus": machine.gpus, "gpus_per_node": machine.gpus_per_node}
-    match engine:
-        case LocalEngineConfig():
-            return Layout(kind="local", **common)
-        case ZeroEngineConfig():
-            return zero_layout(engine, stage, machine)
-        case FsdpEngineConfig():
-            ranks = None
-            if engine.shard == "hybrid":
-                on_node = min(machine.gpus, machine.gpus_per_node)
-                explicit = replace(engine, shard_ranks=engine.shard_ranks or max(1, on_node // engine.tensor_parallel))
-                ranks = explicit.mesh_sizes(machine.gpus)[1]
-            else:
-                engine.mesh_sizes(machine.gpus)
-            share = ranks or machine.gpus // engine.tensor_parallel
-            return Layout(
-                kind="fsdp",
-                shard_ranks=ranks,
-                offload_optimizer=engine.offload,
-                tensor=engine.tensor_parallel,
-                sequence=engine.sequence_parallel,
-                reduces_each=engine.reduce == "each",
-                reshards=engine.reshards(share),
-                **common,
-            )
-
-
 def check(config: TransformerPlan | TokenizerPlan, stage: Stage, own: Layout, machine: Machine) -> None:
     """UserError for a run that these GPUs cannot make."""
-    training = config.training
-    if training.batch_size % (own.data * training.micro_batch):
+    batch, micro_batch = config.training.batch_size, config.training.micro_batch
+    micro_batch = 1 if micro_batch == "auto" else micro_batch
+    if batch % (own.data * micro_batch):
         raise UserError(
-            f"--gpus {machine.gpus}: the batch of {training.batch_size} images does not divide into micro-batches of "
-            f"{training.micro_batch} on {own.data} ranks; change --gpus, training.batch_size or training.micro_batch"
+            f"--gpus {machine.gpus}: the batch of {batch} images does not divide into micro-batches of "
+            f"{micro_batch} on {own.data} ranks; change --gpus, training.batch_size or training.micro_batch"
         )
     if own.tensor == 1:
         return
@@ -149,12 +117,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="YAML file of a training run")
-    add("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
+    add("--gpus", type=int, metavar="N", help="GPUs in all (default: what to take on 1, 4 and 8)")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a machine (default: %(default)s)")
-    add("--gpu", choices=[*GPUS], default="h100", help="(default: %(default)s)")
+    add("--gpu", choices=[*GPUS], action="append", help="may be repeated without --gpus (default: all; with it h100)")
     add("--gpu-memory-gib", type=float, metavar="X", help="memory of another GPU")
     add("--gpu-tflops", type=float, metavar="X", help="its dense bf16 rate in TFLOP/s")
-    add("--mfu", type=float, default=0.4, metavar="X", help="share of that rate; an assumption (default: %(default)s)")
+    add("--price", action="append", default=[], metavar="X", help=f"{PRICE_HELP}; or KIND=X, repeatedly")
+    add("--mfu", type=float, metavar="X", help="share of that rate; an assumption (default: as measured on one H100)")
     add("--reserve-gib", type=float, default=4.0, metavar="X", help="memory left free (default: %(default)s)")
     add("--images", type=int, default=IMAGENET, metavar="N", help="of an epoch (default: ImageNet's %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything here")
@@ -164,55 +133,81 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')}: {value} is not positive; give a number above 0")
-    if not 0 < arguments.mfu <= 1:
+    if arguments.mfu is not None and not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu: {arguments.mfu} is not a share; give a number above 0 and up to 1, such as 0.4")
     if arguments.reserve_gib < 0:
         raise UserError(f"--reserve-gib: {arguments.reserve_gib} is negative; give 0 or more")
+    if arguments.gpus is not None and len(arguments.gpu or ()) > 1:
+        raise UserError("--gpu: with --gpus one kind is looked at; give --gpu once")
     return arguments
 
 
-def machine_of(arguments: argparse.Namespace) -> Machine:
-    """The GPUs that the options describe."""
-    gpu: Gpu = GPUS[arguments.gpu]
+def kinds_of(arguments: argparse.Namespace) -> list[Gpu]:
+    """The kinds of GPU that the options describe, with their prices; UserError for a price that is none."""
+    given = arguments.gpu or (["h100"] if arguments.gpus is not None else [*GPUS])
+    kinds, other = [GPUS[name] for name in dict.fromkeys(given)], {}
     if arguments.gpu_memory_gib is not None:
-        gpu = replace(gpu, name="other GPU", memory_gib=arguments.gpu_memory_gib)
+        other["memory_gib"] = arguments.gpu_memory_gib
     if arguments.gpu_tflops is not None:
-        gpu = replace(gpu, name="other GPU", flops=1e12 * arguments.gpu_tflops)
-    return Machine(
-        gpu=gpu,
-        gpus=arguments.gpus,
-        gpus_per_node=arguments.gpus_per_node,
-        reserve=arguments.reserve_gib * GIB,
-        mfu=arguments.mfu,
-    )
+        other["flops"] = 1e12 * arguments.gpu_tflops
+    if other:  # the bandwidths are those of a kind
+        base = kinds[0] if arguments.gpu or arguments.gpus is not None else GPUS["h100"]
+        kinds = [replace(base, name="other GPU", price=None, **other)]
+    prices = {}
+    for text in arguments.price:
+        kind, _, number = text.rpartition("=")
+        if kind and kind not in GPUS:
+            raise UserError(f"--price: {text}: no such kind; write X or KIND=X with one of {', '.join(GPUS)}")
+        try:
+            prices[kind] = float(number)
+        except ValueError:
+            prices[kind] = -1.0
+        if not 0 <= prices[kind] < math.inf:
+            raise UserError(f"--price: {text}: is no price; give USD per GPU hour, such as 2.5 or h100=2.5")
+    return [replace(gpu, price=prices.get(gpu.name, prices.get("", gpu.price))) for gpu in kinds]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan as the command line says."""
     arguments = parse(argv)
-    machine = machine_of(arguments)
+    kinds = kinds_of(arguments)
     config = read_config(arguments.config, arguments.overrides)
-    stage, run = stage_of(config), config.training
+    stage = stage_of(config)
+    steps = config.training.total_steps(arguments.images / config.training.batch_size)
+    assumed = {
+        "gpus_per_node": arguments.gpus_per_node,
+        "reserve": arguments.reserve_gib * GIB,
+        "mfu": arguments.mfu or stage.measured_mfu,
+    }
+    common = {"source": arguments.config, "stage": stage, "steps": steps, "priced": bool(arguments.price)}
+    if arguments.gpus is None:
+        machines = [Machine(gpu=gpu, gpus=number, **assumed) for gpu in kinds for number in COUNTS]
+        training = training_of(config, 1)
+        proposals = [propose(stage, training, machine) for machine in machines]
+        answer = Survey(**common, training=training, machines=machines, proposals=proposals)
+        shown, written = survey_as_text(answer), survey_as_json(answer)
+    else:
+        answer = layouts_answer(config, Machine(gpu=kinds[0], gpus=arguments.gpus, **assumed), common)
+        shown, written = as_text(answer), as_json(answer)
+    print(shown)
+    if arguments.json is not None:
+        write_text(arguments.json, written)
+
+
+def layouts_answer(config: TransformerPlan | TokenizerPlan, machine: Machine, common: Mapping[str, Any]) -> Answer:
+    """The figures of every layout on these GPUs."""
+    stage = common["stage"]
     own = layout_of(config.engine, stage, machine)
     check(config, stage, own, machine)
-    training = Training(
-        precision=config.precision,
-        micro_batch=run.micro_batch,
-        batch_size=run.batch_size,
-        moments=0 if config.optimizer.kind == "sgd" else 8,
-        ema=config.ema_decay is not None,
-    )
+    training = training_of(config, 1)
+    given = config.training.micro_batch
+    rows = micro_batch_within(stage, own, training, machine.usable) or 1 if given == "auto" else given
+    training = replace(training, micro_batch=rows)
     choices = [*layouts(stage, machine)]
     choices = [own if choice.name == own.name else choice for choice in choices]
     choices = choices if own in choices else [*choices, own]
-    choices = [choice for choice in choices if run.batch_size % choice.data == 0]
-    rows = plan(stage, training, machine, choices)
-    steps = run.total_steps(arguments.images / run.batch_size)
-    facts = {"source": arguments.config, "stage": stage, "training": training, "machine": machine}
-    answer = Answer(**facts, rows=rows, own=own, steps=steps)
-    print(as_text(answer))
-    if arguments.json is not None:
-        write_text(arguments.json, as_json(answer))
+    choices = [choice for choice in choices if training.batch_size % choice.data == 0]
+    return Answer(**common, training=training, machine=machine, rows=plan(stage, training, machine, choices), own=own)
 
 
 if __name__ == "__main__":

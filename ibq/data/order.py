@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 CYCLE = 1_000  # turns of a stream over which several data sets are mixed exactly
+MicroBatch = int | Literal["auto"]  # of a config; `ibq.training.micro_batch` makes a number of it
 SHARDS, PIECES, ROTATION, WINDOW, MIXTURE = range(5)  # what a shuffle is about
 
 
@@ -194,6 +195,15 @@ def _shares(weights: Sequence[float], total: int) -> list[int]:
     if min(counts) < 1:
         raise ValueError(f"a weight is below 1/{total} of all; raise it or leave the set out")
     return counts
+
+
+def share_of_rank(batch_size: int, ranks: int) -> int:
+    """How many samples of a global batch each of so many ranks takes; ValueError where they cannot share it."""
+    if batch_size % ranks:
+        raise ValueError(
+            f"batch_size: {ranks} ranks cannot share the global batch {batch_size}; change it or their number"
+        )
+    return batch_size // ranks
 
 
 @dataclass(frozen=True, kw_only=True)

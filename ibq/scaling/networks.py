@@ -9,6 +9,7 @@ from ibq.scaling.layouts import Layout, Training, numerics
 from ibq.scaling.memory import Block, Network
 from ibq.scaling.tokenizer import discriminator_layers, perceptual_layers, tokenizer_parts
 from ibq.scaling.transformer import (
+    EXACT,
     Numerics,
     block_kept,
     block_saved,
@@ -87,6 +88,13 @@ def _head_working(
     buffers = (size + (4 if size == 2 else 0)) * tile
     returned = 0.0 if values.root == 4 else values.root * (stream + head)
     return operands + buffers, operands + buffers + size * tile + 4 * (stream + head) + returned
+
+
+def frozen_tokenizer(config: TokenizerConfig, training: Training) -> float:
+    """Bytes of a tokenizer that only encodes: weights, autocast's copies, and the widest layer's maps in float32."""
+    parts = tokenizer_parts(config, EXACT)
+    weights = (4 + 2 * (training.precision == "bf16")) * sum(part.parameters for part in parts)
+    return weights + training.micro_batch * max(part.working for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ibq.config import UserError
-from ibq.engine.configs import ModelSize, ZeroEngineConfig
+from ibq.engine.configs import EngineConfig, FsdpEngineConfig, LocalEngineConfig, ModelSize, ZeroEngineConfig
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.scaling.hardware import GIB, Gpu
 from ibq.scaling.layouts import Layout, Training, rules
 from ibq.scaling.memory import Memory, Network, peak_memory
-from ibq.scaling.networks import TokenizerLosses, tokenizer_network, transformer_network
+from ibq.scaling.networks import TokenizerLosses, frozen_tokenizer, tokenizer_network, transformer_network
 from ibq.scaling.tokenizer import (
     discriminator_flops,
     discriminator_layers,
@@ -37,7 +38,9 @@ LARGEST = 2**16  # micro-batch that is looked at
 class Stage(ABC):
     """What the planner must know of a stage."""
 
+    config: TransformerConfig | TokenizerConfig
     num_tokens: int  # per image
+    measured_mfu: float  # share of a GPU's dense bf16 rate; of one H100: see tools/lib/bench/README.md
 
     @abstractmethod
     def parameters(self) -> dict[str, int]:
@@ -70,9 +73,11 @@ class Stage(ABC):
 
 @dataclass(frozen=True)
 class TransformerStage(Stage):
-    """Training of a transformer on codes."""
+    """Training of a transformer on codes, or on images through a frozen tokenizer."""
 
     config: TransformerConfig
+    tokenizer: TokenizerConfig | None = None
+    measured_mfu = 0.34
 
     @property
     def num_tokens(self) -> int:
@@ -92,7 +97,10 @@ class TransformerStage(Stage):
 
     def network(self, layout: Layout, training: Training) -> Network:
         """See `Stage`."""
-        return transformer_network(self.config, layout, training)
+        network = transformer_network(self.config, layout, training)
+        if self.tokenizer is None:
+            return network
+        return replace(network, extra=network.extra + frozen_tokenizer(self.tokenizer, training))
 
     def tensor_bytes(self, layout: Layout, training: Training) -> float:
         """See `Stage`."""
@@ -118,6 +126,7 @@ class TokenizerStage(Stage):
 
     config: TokenizerConfig
     losses: TokenizerLosses
+    measured_mfu = 0.1
 
     @property
     def num_tokens(self) -> int:
@@ -159,7 +168,7 @@ class Machine:
     gpus: int
     gpus_per_node: int = 8
     reserve: float = 4 * GIB  # bytes a GPU: CUDA's context, collectives' buffers, fragmentation
-    mfu: float = 0.4  # share of the GPU's dense bf16 rate that all FLOPs run at, recomputed ones too
+    mfu: float = 0.34  # share of the GPU's dense bf16 rate that all FLOPs run at, recomputed ones too
 
     @property
     def usable(self) -> float:
@@ -206,6 +215,35 @@ def layouts(stage: Stage, machine: Machine) -> Iterator[Layout]:
             yield Layout(kind="fsdp", tensor=tensor, sequence=True, **common)
 
 
+def layout_of(engine: EngineConfig, stage: Stage, machine: Machine) -> Layout:
+    """The layout of a config's engine on these GPUs; UserError where it cannot be used or the numbers do not divide."""
+    common = {"gpus": machine.gpus, "gpus_per_node": machine.gpus_per_node}
+    match engine:
+        case LocalEngineConfig():
+            return Layout(kind="local", **common)
+        case ZeroEngineConfig():
+            return zero_layout(engine, stage, machine)
+        case FsdpEngineConfig():
+            ranks = None
+            if engine.shard == "hybrid":
+                on_node = min(machine.gpus, machine.gpus_per_node)
+                explicit = replace(engine, shard_ranks=engine.shard_ranks or max(1, on_node // engine.tensor_parallel))
+                ranks = explicit.mesh_sizes(machine.gpus)[1]
+            else:
+                engine.mesh_sizes(machine.gpus)
+            share = ranks or machine.gpus // engine.tensor_parallel
+            return Layout(
+                kind="fsdp",
+                shard_ranks=ranks,
+                offload_optimizer=engine.offload,
+                tensor=engine.tensor_parallel,
+                sequence=engine.sequence_parallel,
+                reduces_each=engine.reduce == "each",
+                reshards=engine.reshards(share),
+                **common,
+            )
+
+
 def zero_layout(engine: ZeroEngineConfig, stage: Stage, machine: Machine) -> Layout:
     """The layout of DeepSpeed's ZeRO with its sizes for what is trained; UserError for a tokenizer."""
     sizes = engine.sizes(stage.size(), machine.gpus)
@@ -233,6 +271,7 @@ def tensor_divisors(stage: Stage, machine: Machine) -> list[int]:
     return [number for number in range(2, limit + 1) if common % number == 0 and limit % number == 0]
 
 
+@lru_cache(maxsize=2**14)
 def memory(stage: Stage, layout: Layout, training: Training) -> Memory:
     """What a rank needs in the fullest phase of a step."""
     network = stage.network(layout, training)
@@ -245,34 +284,44 @@ def plan(stage: Stage, training: Training, machine: Machine, choices: Sequence[L
 
 
 def _row(stage: Stage, layout: Layout, training: Training, machine: Machine) -> Row:
-    per_rank = training.batch_size // layout.data
     found = memory(stage, layout, training)
-    largest = _largest(stage, layout, training, machine.usable)
-    micro_batch = max((number for number in range(1, min(largest, per_rank) + 1) if per_rank % number == 0), default=0)
+    micro_batch = micro_batch_within(stage, layout, training, machine.usable)
+    largest = max(_largest(stage, layout, training, machine.usable), micro_batch)
     if not micro_batch:
         return Row(layout=layout, memory=found, largest=0, micro_batch=0, traffic=None, seconds=math.inf)
-    chosen = replace(training, micro_batch=micro_batch)
+    traffic, seconds = step_cost(stage, layout, replace(training, micro_batch=micro_batch), machine)
+    return Row(layout=layout, memory=found, largest=largest, micro_batch=micro_batch, traffic=traffic, seconds=seconds)
+
+
+def step_cost(stage: Stage, layout: Layout, chosen: Training, machine: Machine) -> tuple[Traffic, float]:
+    """(what a rank sends, seconds) of a step."""
     traffic = parameter_traffic(stage.network(layout, chosen), layout, chosen)
     traffic = replace(traffic, tensor=stage.tensor_bytes(layout, chosen))
-    flops = training.batch_size / layout.data * stage.rank_flops(layout)  # of a rank in one step
+    flops = chosen.batch_size / layout.data * stage.rank_flops(layout)  # of a rank in one step
     compute = flops / (machine.gpu.flops * machine.mfu)
-    seconds = compute + exposed_seconds(traffic, layout, machine.gpu, compute)
-    return Row(layout=layout, memory=found, largest=largest, micro_batch=micro_batch, traffic=traffic, seconds=seconds)
+    return traffic, compute + exposed_seconds(traffic, layout, machine.gpu, compute)
+
+
+def bytes_needed(stage: Stage, layout: Layout, training: Training, rows: int) -> float:
+    """Bytes of a micro-batch of so many; with accumulation, unless it is all that a rank has of a batch."""
+    batch = rows * layout.data * (1 if rows >= training.batch_size // layout.data else 2)
+    return memory(stage, layout, replace(training, micro_batch=rows, batch_size=batch)).total
+
+
+def micro_batch_within(stage: Stage, layout: Layout, training: Training, usable: float) -> int:
+    """The largest micro-batch that needs no more than `usable` bytes and divides a rank's share of a batch; 0: none."""
+    share = training.batch_size // layout.data
+    sizes = (size for size in range(share, 0, -1) if share % size == 0)
+    return next((size for size in sizes if bytes_needed(stage, layout, training, size) <= usable), 0)
 
 
 def _largest(stage: Stage, layout: Layout, training: Training, usable: float) -> int:
     """The largest micro-batch that fits, up to LARGEST; memory grows with the micro-batch."""
-    per_rank = training.batch_size // layout.data
-
-    def fits(rows: int) -> bool:
-        # With accumulation, unless one micro-batch is all that a rank has of a batch.
-        batch = rows * layout.data * (1 if rows >= per_rank else 2)
-        return memory(stage, layout, replace(training, micro_batch=rows, batch_size=batch)).total <= usable
-
     low, high = 0, LARGEST + 1  # fits; does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        fits = bytes_needed(stage, layout, training, middle) <= usable
+        low, high = (middle, high) if fits else (low, middle)
     return low
 
 

@@ -13,6 +13,7 @@ import torch
 from ibq import dist
 from ibq.config import UserError, require_least
 from ibq.data.counts import BadSample
+from ibq.data.order import MicroBatch
 from ibq.engine.heartbeat import Heartbeat
 from ibq.files import write_text
 from ibq.progress import progress_bar, say
@@ -33,7 +34,7 @@ class TrainingConfig:
     epochs: int | None = None  # give either epochs or max_steps
     max_steps: int | None = None
     batch_size: int = 256  # global
-    micro_batch: int = 4  # per rank; accumulation follows from the world size
+    micro_batch: MicroBatch = 4  # per rank; accumulation follows from the world size; auto: what fits
     log_every: int = 50
     validate_every: int | None = 5_000  # and at the end; null never validates, and keeps no best weights
     validation_images: int | None = None  # the first so many; None takes all
@@ -42,7 +43,8 @@ class TrainingConfig:
     def __post_init__(self):
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("epochs: give exactly one of `epochs` and `max_steps`")
-        require_least(self, **dict.fromkeys(vars(self), 1))
+        numbers = [name for name, value in vars(self).items() if value != "auto"]
+        require_least(self, **dict.fromkeys(numbers, 1))
 
     def validates_after(self, step: int, total_steps: int) -> bool:
         """Whether the run validates after so many steps."""

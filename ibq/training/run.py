@@ -5,7 +5,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,10 +20,12 @@ from ibq.engine.configs import EngineConfig
 from ibq.engine.heartbeat import Heartbeat
 from ibq.files import lock, remove
 from ibq.meeting import meet, telling_others
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.progress import say
 from ibq.training import bad_samples, provenance, startup
 from ibq.training.launcher import watch_launcher
 from ibq.training.loop import train
+from ibq.training.micro_batch import resolve_micro_batch
 from ibq.training.run_data import RunData
 from ibq.training.startup import StartUp, TimedBlueprint
 from ibq.training.stopping import STATUS_FILE
@@ -98,11 +100,17 @@ class Command:
             device = dist.setup(arguments.config.device, meeting)
             yield cls(**vars(arguments), device=device, start_up=start_up, heart=heart)
 
-    def bind(self, data: RunData) -> None:
-        """Set how a run's data is batched; UserError when batch, micro-batch and world size do not fit."""
+    def bind(self, data: RunData, tokenizer: TokenizerConfig | None = None) -> None:
+        """Set how a run's data is batched; UserError when batch, micro-batch and world size do not fit.
+
+        `tokenizer`: the frozen one of a run that makes its codes itself, which takes memory too.
+        """
         training = self.config.training
         try:
-            data.bind(training.batch_size, training.micro_batch, training.validation_images, self.device)
+            with naming(self.source):
+                fresh = starts_over(self.fresh)
+                micro_batch = resolve_micro_batch(self.config, self.device, fresh=fresh, tokenizer=tokenizer)
+            data.bind(training.batch_size, micro_batch, training.validation_images, self.device)
         except ValueError as error:
             section = "data" if str(error).startswith("streams:") else "training"
             raise UserError(f"{self.source}: {section}.{error}") from error
@@ -149,6 +157,7 @@ class Command:
     def train(self, task: Task, data: RunData, title: str) -> int:
         """Train in the run's folder as the config says, and leave the process group; the exit code."""
         config = self.config
+        resolved = replace(config, training=replace(config.training, micro_batch=data.batching.micro_batch))
         try:
             with run_folder(config.output, self.fresh) as folder:
                 code = train(
@@ -158,7 +167,7 @@ class Command:
                     config=config.training,
                     checkpoint=config.checkpoint,
                     heart=self.heart,
-                    config_text=dump_config(config),
+                    config_text=dump_config(resolved),
                     total_steps=config.training.total_steps(data.steps_per_epoch),
                     seed=config.seed,
                     device=self.device,
@@ -180,11 +189,9 @@ def run_folder(output: str, fresh: bool) -> Iterator[Path]:
     `fresh`.
     """
     folder, locked, problem = Path(output), None, ""
-    # The counts of torchrun's agents differ: the host on which a rank died has counted, the others have not.
-    if fresh and dist.largest(max(int(os.environ.get(count, "0")) for count in RESTART_COUNTS)):
-        fresh = False
-        if dist.is_main():
-            say("--fresh: ignored, since this is a restart of the run, which goes on from its last checkpoint")
+    wanted, fresh = fresh, starts_over(fresh)
+    if wanted and not fresh and dist.is_main():
+        say("--fresh: ignored, since this is a restart of the run, which goes on from its last checkpoint")
     if dist.is_main():
         try:
             locked = _lock(folder)
@@ -199,6 +206,12 @@ def run_folder(output: str, fresh: bool) -> Iterator[Path]:
     finally:
         if locked is not None:
             locked.close()
+
+
+def starts_over(fresh: bool) -> bool:
+    """Whether `--fresh` is given and this is no restart of the run; every rank calls it."""
+    # The counts of torchrun's agents differ: the host on which a rank died has counted, the others have not.
+    return fresh and not dist.largest(max(int(os.environ.get(count, "0")) for count in RESTART_COUNTS))
 
 
 def _lock(folder: Path) -> IO:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ibq.config import UserError
-from ibq.data.order import Batching
+from ibq.data.order import Batching, share_of_rank
 from launchers.lib import ROOT
 from launchers.lib.executor import in_code
 
@@ -69,14 +69,10 @@ def check_run(config: Any, ranks: int = 1) -> None:
         config.sharing_ranks()
         if ranks > 1:
             config.engine.mesh_sizes(ranks)
-    training = config.training
+    training, of_data = config.training, max(ranks // shared, 1)
     try:
-        Batching(
-            batch_size=training.batch_size,
-            micro_batch=training.micro_batch,
-            streams=config.data.streams,
-            world_size=max(ranks // shared, 1),
-        )
+        own = share_of_rank(training.batch_size, of_data) if training.micro_batch == "auto" else training.micro_batch
+        Batching(batch_size=training.batch_size, micro_batch=own, streams=config.data.streams, world_size=of_data)
     except ValueError as error:
         section = "data" if str(error).startswith("streams:") else "training"
         raise UserError(f"{section}.{error}") from error

@@ -1,5 +1,7 @@
 """The published models' YAML files describe the published models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import ROOT
@@ -49,3 +51,32 @@ def test_transformer_files(size):
 @pytest.mark.parametrize("kind, name", [(TokenizerRunConfig, "tokenizer"), (ARRunConfig, "transformer")])
 def test_quickstart_files(kind, name):
     load_config(kind, YAML / f"quickstart/{name}.yaml")
+
+
+IMAGENET = 1_281_167
+
+
+@pytest.mark.parametrize("num_codes", [16384, 262144])
+def test_short_tokenizer_files(num_codes):
+    """What the length changes, and nothing else: drops at the same share of the run, the same rate and batch."""
+    long = load_config(TokenizerRunConfig, YAML / f"tokenizer_{num_codes}.yaml")
+    short = load_config(TokenizerRunConfig, YAML / f"short/tokenizer_{num_codes}.yaml")
+    assert short.training.epochs == 50 and short.training.total_steps(IMAGENET / 256) == 250_228
+    shares = [round(50 * drop / long.training.epochs) for drop in long.schedule.drop_epochs]
+    assert list(short.schedule.drop_epochs) == shares == [38, 45]
+    training = replace(long.training, epochs=50, micro_batch="auto")
+    schedule = replace(long.schedule, drop_epochs=(38, 45))
+    assert replace(long, output=short.output, training=training, schedule=schedule) == short
+    rates = [short.schedule.learning_rate(1e-4, 5_004.5 * epoch + 1, 5_004.5, 0) for epoch in (0, 37, 38, 44, 45, 49)]
+    assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-6])
+
+
+def test_short_transformer_file():
+    long, short = (load_config(ARRunConfig, YAML / name) for name in ("b.yaml", "short/b.yaml"))
+    assert short.training.epochs == 100 and short.training.total_steps(IMAGENET / 768) == 166_819
+    assert short.schedule.warmup_epochs / 100 == long.schedule.warmup_epochs / long.training.epochs
+    training = replace(long.training, epochs=100, micro_batch="auto")
+    schedule = replace(long.schedule, warmup_epochs=2.0)
+    assert replace(long, output=short.output, training=training, schedule=schedule) == short
+    assert short.optimizer.peak_learning_rate(768) == pytest.approx(3e-4)
+    assert short.optimizer.peak_learning_rate(256) == pytest.approx(1e-4), "in proportion to the batch"

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from ibq.config import require_least
+from ibq.data.order import MicroBatch
 from ibq.models.transformer import TransformerConfig
 from ibq.reports.figures import short_number
 from ibq.scaling.transformer import transformer_flops, transformer_parameters
@@ -109,7 +110,7 @@ class ScalingRun:
     name: str
     model: TransformerConfig
     batch_size: int
-    micro_batch: int
+    micro_batch: MicroBatch
     learning_rate: float
     steps: int
     warmup_steps: int
@@ -139,11 +140,12 @@ class ScalingRun:
         )
 
 
-def scaling_runs(config: ScalingConfig, model: TransformerConfig, micro_batch: int) -> list[ScalingRun]:
+def scaling_runs(config: ScalingConfig, model: TransformerConfig, micro_batch: MicroBatch) -> list[ScalingRun]:
     """The runs of all depths and budgets, the longest first, so that the sweep does not end with a long one alone.
 
     `model` gives what all runs share, such as the vocabulary; micro-batches are the largest divisors of the batches up
-    to `micro_batch`. ValueError, which begins with the key, where the model cannot be, or where no run is left.
+    to `micro_batch`, or each run's own if it is "auto". ValueError, which begins with the key, where the model cannot
+    be, or where no run is left.
     """
     runs = sorted(_all_runs(config, model, micro_batch), key=lambda run: -run.flops)
     left = [run for run in runs if config.max_flops is None or run.flops <= config.max_flops]
@@ -154,7 +156,7 @@ def scaling_runs(config: ScalingConfig, model: TransformerConfig, micro_batch: i
     return left
 
 
-def _all_runs(config: ScalingConfig, model: TransformerConfig, micro_batch: int) -> Iterator[ScalingRun]:
+def _all_runs(config: ScalingConfig, model: TransformerConfig, micro_batch: MicroBatch) -> Iterator[ScalingRun]:
     rules = config.rules
     for depth in config.depths:
         try:
@@ -169,15 +171,17 @@ def _all_runs(config: ScalingConfig, model: TransformerConfig, micro_batch: int)
 
 
 def _run(
-    name: str, model: TransformerConfig, tokens: float, micro_batch: int, rules: ScalingRules, *, held_out: bool
+    name: str, model: TransformerConfig, tokens: float, micro_batch: MicroBatch, rules: ScalingRules, *, held_out: bool
 ) -> ScalingRun:
     batch = rules.batch_size.batch_size(tokens)
     steps = max(round(tokens / (batch * model.num_tokens)), 1)
+    if micro_batch != "auto":
+        micro_batch = max(size for size in range(1, min(micro_batch, batch) + 1) if batch % size == 0)
     return ScalingRun(
         name=name,
         model=model,
         batch_size=batch,
-        micro_batch=max(size for size in range(1, min(micro_batch, batch) + 1) if batch % size == 0),
+        micro_batch=micro_batch,
         learning_rate=rules.learning_rate.learning_rate(model.model_width, batch / rules.batch_size.base),
         steps=steps,
         warmup_steps=round(rules.warmup_share * steps),

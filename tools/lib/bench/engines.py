@@ -24,12 +24,11 @@ from ibq.models.transformer import TransformerConfig
 from ibq.progress import progress_bar
 from ibq.scaling.hardware import GPUS
 from ibq.scaling.layouts import Training, rules
-from ibq.scaling.plan import Machine, TransformerStage, memory
+from ibq.scaling.plan import Machine, TransformerStage, layout_of, memory
 from ibq.scaling.transformer import transformer_parameters
 from tools.lib import ROOT
 from tools.lib.bench.options import add_device, check
 from tools.lib.bench.process import GIB
-from tools.plan import layout_of
 
 RANKS = 2
 MODEL = ("model.depth=8", "model.vocab_size=4096")

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ibq.scaling.hardware import CPU_ADAM_ELEMENTS, DISK_BYTES, GIB, HOST_BYTES
+from ibq.scaling.hardware import CPU_ADAM_ELEMENTS, DISK_BYTES, GIB, HOST_BYTES, PRICED, Gpu
 from ibq.scaling.layouts import Layout, Training, numerics
 from ibq.scaling.memory import KINDS
 from ibq.scaling.plan import Machine, Row, Stage, recommend, tensor_divisors
@@ -25,6 +25,7 @@ class Answer:
     rows: Sequence[Row]
     own: Layout  # the config's
     steps: int
+    priced: bool  # whether the user gave a price
 
     @property
     def best(self) -> Row | None:
@@ -178,12 +179,32 @@ def recommendation(answer: Answer) -> str:
         same = f"no other layout that fits is faster by more than 2% (next: {rival.layout.name})"
         why += f", and {same if gain < 0.02 else f'it is {gain:.0%} faster than the next ({rival.layout.name})'}"
     sentence = f"Recommended: {best.layout.name} with micro-batch {best.micro_batch}: {why}."
-    return f"{textwrap.fill(sentence, WIDTH)}\n  {settings(best)}"
+    cost, days = money(answer.machine, answer.days(best)), answer.days(best)
+    paid = f"It costs {'?' if cost is None else f'{cost:,.0f}'} USD: {days:,.1f} days of {answer.machine.gpus} GPUs. "
+    paid += price_note([answer.machine.gpu], answer.priced)
+    return f"{textwrap.fill(sentence, WIDTH)}\n  {settings(best)}\n{textwrap.fill(paid, WIDTH)}"
+
+
+def money(machine: Machine, days: float) -> float | None:
+    """USD for so many days of all GPUs; None where their price is not known."""
+    return None if machine.gpu.price is None else days * 24 * machine.gpus * machine.gpu.price
+
+
+def price_note(kinds: Sequence[Gpu], given: bool) -> str:
+    """What the money rests on."""
+    unique = {gpu.name: gpu for gpu in kinds}.values()
+    prices = ", ".join(f"{gpu.name} {'? (give --price)' if gpu.price is None else f'{gpu.price:g}'}" for gpu in unique)
+    source = "By --price; what it does not name is assumed" if given else "Assumed, not yours (--price)"
+    return f"USD per GPU hour: {prices}. {source}: list prices of {PRICED}, which differ by a factor of 3."
 
 
 def settings(row: Row) -> str:
     """The settings that make a run use this layout."""
-    layout = row.layout
+    return engine_settings(row.layout, row.micro_batch)
+
+
+def engine_settings(layout: Layout, micro_batch: int) -> str:
+    """The settings of a layout and a micro-batch."""
     items = [f"engine.kind={layout.kind}"]
     if layout.kind == "zero":
         items.append(f"engine.stage={layout.stage}")
@@ -195,7 +216,7 @@ def settings(row: Row) -> str:
         items += [f"engine.offload={layout.offload_optimizer}"] if layout.offload_optimizer != "none" else []
         items += [f"engine.tensor_parallel={layout.tensor}"] if layout.tensor > 1 else []
         items += ["engine.sequence_parallel=true"] if layout.sequence else []
-    return " ".join([*items, f"training.micro_batch={row.micro_batch}"])
+    return " ".join([*items, f"training.micro_batch={micro_batch}"])
 
 
 def as_json(answer: Answer) -> str:
@@ -215,7 +236,9 @@ def as_json(answer: Answer) -> str:
         "machine": {**vars(machine), "gpu": vars(machine.gpu), "usable_bytes": machine.usable},
         "steps": answer.steps,
         "layouts": [_row_json(row, answer) for row in answer.rows],
-        "recommended": None if best is None else {"name": best.layout.name, "settings": settings(best)},
+        "recommended": None
+        if best is None
+        else {"name": best.layout.name, "settings": settings(best), "usd": money(machine, answer.days(best))},
     }
     return json.dumps(content, indent=1) + "\n"
 
