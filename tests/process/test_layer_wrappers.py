@@ -36,7 +36,7 @@ def test_two_ranks_train_as_one(of_two_ranks: dict[str, Tensor], wrapper: str, n
 
 
 @pytest.mark.needs("g++")
-@pytest.mark.parametrize("name", ["ibq", "simvq", "lfq"])
+@pytest.mark.parametrize("name", ["ibq", "lfq"])
 def test_compiled_as_one_graph(name: str):
     plain, compiled = Model(name).double(), Model(name).double()
     train(plain)
