@@ -33,6 +33,7 @@ from ibq.config_yaml import (
     unwrap,
     wrap,
 )
+from ibq.extras import remedy_of
 
 Config = TypeVar("Config")
 COMMAND_LINE = "command line"
@@ -105,7 +106,7 @@ def require_least(config: Any, **least: float) -> None:
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit with its code; ConfigError and UserError: one line, their code, 2; Ctrl-C: exit 130."""
+    """Run `main` and exit with its code; an error for the user: one line, their code, 2; Ctrl-C: exit 130."""
     try:
         code = main()
     except (ConfigError, UserError) as error:
@@ -113,11 +114,15 @@ def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
-    except Exception:
-        if not _one_of_several():
+    except Exception as error:
+        if remedy := remedy_of(error):
+            print(f"error: {remedy}", file=sys.stderr)
+            code = UserError.exit_code
+        elif not _one_of_several():
             raise
-        traceback.print_exc()
-        code = 1
+        else:
+            traceback.print_exc()
+            code = 1
     if _one_of_several():
         # One process of several: all files are closed by now, and gloo's threads have been seen to abort the
         # interpreter's own way out, which a launcher would take for a failure.

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ibq.config import exit_on_user_error
+from ibq.extras import need
 from tools.lib.options import check_least
 
 HELP = """\
@@ -68,6 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep as the command line says; the exit code."""
     arguments = parse(argv)
+    need("matplotlib")  # for the page, when all is trained
     from launchers.lib.sweep.run import run_sweep  # reads PyTorch, for which --help should not wait
 
     return run_sweep(arguments)

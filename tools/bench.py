@@ -25,6 +25,7 @@ from tools.lib.bench.record import file_of
 BENCHES = {
     "loader": "the data loader against processes that do nothing but decode, and against common pipelines",
     "quantizer": "index backpropagation without tables against the textbook form",
+    "layer": "IBQ as a layer of a small autoencoder, beside the quantizer of vector-quantize-pytorch",
     "head-loss": "the head's cross-entropy without logits against the textbook form",
     "ar-step": "a training step of the transformer against a plain form and the machine's product rate",
     "tokenizer-step": "a training step of the tokenizer's GAN against a plain form",

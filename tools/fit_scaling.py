@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from ibq.config import UserError, exit_on_user_error
+from ibq.extras import need
 from ibq.files import write_text
 from ibq.progress import progress_bar
 from ibq.scaling.law_fit import Runs, Settings, analyse, fits_to_do
@@ -169,6 +170,7 @@ def hold_out(runs: Runs, names: Sequence[str] | None) -> Runs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fit as the command line says."""
     arguments = parse(argv)
+    need("scipy", "matplotlib")  # the one to fit, the other when all is fitted
     file, runs = read_runs(arguments.runs, arguments.loss, arguments.size)
     runs = hold_out(runs, arguments.held_out)
     if runs.held_out.all():

@@ -27,6 +27,7 @@ from ibq.engine.blueprint import Blueprint, in_pieces
 from ibq.engine.compilation import units_of
 from ibq.engine.configs import ModelSize, ZeroEngineConfig
 from ibq.engine.pieces import Piece, take, whole
+from ibq.extras import install
 from ibq.files import lock
 from ibq.ops.backend import cxx_is_installed
 
@@ -60,7 +61,7 @@ def load_deepspeed(device: torch.device) -> Any:
         with silence():
             deepspeed = importlib.import_module("deepspeed")
     except ImportError as error:
-        raise UserError(f"engine.kind: zero needs DeepSpeed ({error}); pip install deepspeed") from None
+        raise UserError(f"engine.kind: zero needs DeepSpeed ({error}); {install('train')}") from None
     logger.setLevel(logging.WARNING)
     try:
         with silence():

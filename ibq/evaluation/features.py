@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ibq.config import UserError
+from ibq.extras import need
 from ibq.models.perceptual import why_unreadable
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -113,6 +114,7 @@ def load_inception(weights: str | None = None) -> Inception:
     `weights` is a file; without one, the file that IBQ_INCEPTION_WEIGHTS names, or the usual download. A file whose
     name ends with a part of its SHA-256, as the published one's does, is held to it.
     """
+    need("torch_fidelity")  # before a download
     path = _find(weights or os.environ.get(ENVIRONMENT) or None)
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()

@@ -66,10 +66,10 @@ def build_lpips(net: str, weights: str, *, remedy: str, sha256: str | None = Non
 
     UserError with the remedy if the weights can't be had.
     """
-    backbone = BACKBONES[net]
-    state = None if weights == "random" else _read(backbone, weights, remedy, sha256)
     import lpips  # slow to import, and not needed at weight 0
 
+    backbone = BACKBONES[net]
+    state = None if weights == "random" else _read(backbone, weights, remedy, sha256)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # lpips calls torchvision in a way that it warns about
         torch.manual_seed(0)  # random weights must be the same on every rank and after a restart

@@ -1,7 +1,8 @@
-"""Quantizers, chosen in a config by `kind`."""
+"""Quantizers, chosen in a config by `kind`, or built as layers: `IBQ(num_codes=1024, dim=64)`."""
 
 from ibq.quantizers.base import Quantizer, QuantizerOutput
 from ibq.quantizers.ibq import IBQConfig, IndexBackpropQuantizer
+from ibq.quantizers.layer import BSQ, FSQ, IBQ, LFQ, VQ, AsVectorQuantize, LayerOutput, SimVQ
 from ibq.quantizers.lookup_free import (
     BinarySphericalQuantizer,
     BSQConfig,

@@ -18,6 +18,7 @@ from ibq.engine.base import Engine, EngineSettings
 from ibq.engine.build import build_engine
 from ibq.engine.configs import EngineConfig
 from ibq.engine.heartbeat import Heartbeat
+from ibq.extras import need
 from ibq.files import lock, remove
 from ibq.meeting import meet, telling_others
 from ibq.models.tokenizer_config import TokenizerConfig
@@ -92,6 +93,7 @@ class Command:
         watch_launcher()
         with telling_others():
             arguments = parse_arguments(kind, description, example, argv)
+            need("tensorboard")  # for the log, from the first one written
             set_up_torch(training=True)
             dist.own_device(arguments.config.device)
         heartbeat = arguments.config.heartbeat

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from configparser import ConfigParser
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,19 @@ from support import ROOT
 
 ENTRY_SCRIPTS = {"train_tokenizer", "train_ar"}
 LAYERS = [
-    {"config", "config_yaml", "files", "tensor_file", "progress", "meeting", "dist", "noise", "initial", "ops"},
+    {
+        "config",
+        "config_yaml",
+        "extras",
+        "files",
+        "tensor_file",
+        "progress",
+        "meeting",
+        "dist",
+        "noise",
+        "initial",
+        "ops",
+    },
     {"quantizers"},
     {"models", "losses"},
     {
@@ -36,7 +49,8 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 # Parts of ibq that know less than their layer would allow: all that they may import besides themselves.
 NARROW = {
     "config_yaml": set(),
-    "config": {"config_yaml"},
+    "extras": set(),
+    "config": {"config_yaml", "extras"},
     "files": set(),
     "tensor_file": set(),
     "progress": set(),
@@ -44,7 +58,7 @@ NARROW = {
     "dist": {"config", "meeting"},
     "ops": {"config"},
     "data": {"config", "dist", "files", "ops"},
-    "engine": {"config", "dist", "meeting", "files", "initial", "ops", "tensor_file"},
+    "engine": {"config", "dist", "extras", "meeting", "files", "initial", "ops", "tensor_file"},
 }
 # Models and what they are made of are told about other ranks through callables.
 BLIND_TO_DISTRIBUTION = {"ops", "quantizers", "models", "losses"}
@@ -263,9 +277,9 @@ def test_allowed_imports_pass(path, source):
         (
             "ibq/engine/x.py",
             "from ibq.quantizers import base",
-            "engine may import only config, dist, files, initial, meeting, ops, tensor_file",
+            "engine may import only config, dist, extras, files, initial, meeting, ops, tensor_file",
         ),
-        ("ibq/config.py", "from ibq.dist import rank", "config may import only config_yaml"),
+        ("ibq/config.py", "from ibq.dist import rank", "config may import only config_yaml, extras"),
         ("ibq/engine/fsdp.py", "import deepspeed", "only ibq/engine/zero*.py may import deepspeed"),
         (
             "tools/bench.py",
@@ -321,6 +335,25 @@ def third_party_modules():
         for module, names in owners.items()
         if any(re.sub(r"[-_.]+", "-", name).lower() in distributions for name in names)
     }
+
+
+def test_what_is_imported_is_in_setup_cfg():
+    """With a plain installation what a module of ibq imports at once, and with the extras what is imported at all."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    always = setup["options"]["install_requires"]
+    owners = {"yaml": "pyyaml", "PIL": "pillow"} | dict.fromkeys(("fastapi", "uvicorn"), "gradio")
+    for path in sources():
+        if any(fnmatch(str(path), pattern) for pattern in CONFINED["triton"]):
+            continue  # comes with PyTorch where there is one
+        for line, name, deferred in imported(ast.parse((ROOT / path).read_text("utf-8")), path.as_posix()):
+            module = name.split(".")[0]
+            if module in sys.stdlib_module_names or part_of(name) is not None:
+                continue
+            light = path.parts[0] == "ibq" and not deferred
+            wanted = always if light else always + setup["options.extras_require"]["test"]
+            listed = [re.match(r"[\w.-]*", text)[0].replace("_", "-") for text in wanted.split("\n")]
+            assert owners.get(module, module.replace("_", "-")) in listed, f"{path}:{line}: {module}"
 
 
 def clashes(names):

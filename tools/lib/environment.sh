@@ -1,5 +1,7 @@
 # Sourced by the other scripts: the active environment, or else .venv, with this project installed in it.
-# EXTRAS (such as "test") names the optional dependencies that are wanted.
+# EXTRAS (such as "test") names the optional dependencies that are wanted; without it, those of all commands but the demo.
+usual=train,evaluate,report
+EXTRAS="${EXTRAS:-$usual}"
 fail() {
   echo "error: $1" >&2
   exit 2
@@ -18,9 +20,9 @@ fi
 # Installed again only when the project, its place or the wanted extras have changed.
 stamps="$(python -c 'import sys; print(sys.prefix)')/.ibq-installed"
 wanted="$(cat setup.cfg pyproject.toml; pwd)"
-if [ "$(cat "$stamps/${EXTRAS:-plain}" 2>/dev/null)" != "$wanted" ]; then
+if [ "$(cat "$stamps/$EXTRAS" 2>/dev/null)" != "$wanted" ]; then
   echo "installing the project (the first time this fetches PyTorch: a few minutes)"
-  python -m pip install --quiet --editable ".${EXTRAS:+[$EXTRAS]}" || fail "the installation failed; see above"
+  python -m pip install --quiet --editable ".[$EXTRAS]" || fail "the installation failed; see above"
   mkdir -p "$stamps"
-  for name in plain ${EXTRAS:-}; do printf '%s\n' "$wanted" >"$stamps/$name"; done
+  for name in "$usual" "$EXTRAS"; do printf '%s\n' "$wanted" >"$stamps/$name"; done
 fi

@@ -29,6 +29,7 @@ from ibq.config import UserError, exit_on_user_error
 from ibq.data.counts import DAMAGED, PictureCount
 from ibq.data.index import ImageIndex
 from ibq.data.shards import open_images
+from ibq.extras import need
 from ibq.files import remove, write_text
 from ibq.progress import bar_of
 from ibq.training.provenance import origin
@@ -478,6 +479,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.minutes <= 0:
         raise UserError(f"--minutes must be positive, got {arguments.minutes}")
+    need("tensorboard", "matplotlib")  # before what takes minutes
     place = Place(train=EMOJI[0], validation=EMOJI[1])
     caller = Path(os.environ.get("IBQ_CALLED_FROM", "."))
     if arguments.data is not None:
