@@ -399,6 +399,8 @@ def _described(declared: Any) -> str:
     names = {types.NoneType: "null", Path: "a path", str: "text", int: "int", float: "float", bool: "bool"}
     if declared in names:
         return names[declared]
+    if typing.get_origin(declared) is Literal:
+        return " or ".join(str(choice) for choice in typing.get_args(declared))
     if len(_options(declared)) > 1:
         return " or ".join(_described(option) for option in _options(declared))
     return declared.__name__ if dataclasses.is_dataclass(declared) else str(declared)
