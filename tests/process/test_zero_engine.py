@@ -112,7 +112,10 @@ def resume_jobs() -> dict[str, dict]:
     onward = {"stage 1, cpu": CPU["stage 1, cpu"], "nvme": NVME["nvme"], "weights nvme": NVME["nvme, weights nvme"]}
     for name, engine in onward.items():
         jobs[f"adamw nvme: nvme > {name}"] = {"engine": engine, "load": "first nvme", "steps": 2, "model": LARGE}
-    for name, engine, model in (("stage 3", STAGES["stage 3"], {}), ("weights nvme", NVME["nvme, weights nvme"], LARGE)):
+    for name, engine, model in (
+        ("stage 3", STAGES["stage 3"], {}),
+        ("weights nvme", NVME["nvme, weights nvme"], LARGE),
+    ):
         first = "groups: stage 0" if not model else "groups nvme: nvme"
         job = {"engine": engine, "optimizer": GROUPS, "model": model, "load": first, "steps": 0}
         jobs[f"{first} > {name}"] = job
