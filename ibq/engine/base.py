@@ -1,7 +1,7 @@
 """The engine seam: how a module is trained on one process or many, hidden from the tasks."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
@@ -156,6 +156,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Remove what the engine keeps outside of this process's memory; it trains no more."""
+
+
+def set_hyper(optimizer: torch.optim.Optimizer, hyper: Mapping[str, GroupHyper]) -> None:
+    """Set the learning rates and weight decays of a step in the groups that `ibq.engine.groups` has made."""
+    for group in optimizer.param_groups:
+        wanted = hyper[group["name"]]
+        group["lr"] = wanted.learning_rate * group["factor"]
+        group["weight_decay"] = wanted.weight_decay
 
 
 @torch.no_grad()

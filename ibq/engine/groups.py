@@ -1,15 +1,14 @@
 """What of a module is trained, and how fast: `OptimizerConfig.groups`, the same under every engine."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ibq.config import UserError
-from ibq.engine.base import GroupHyper, OptimizerConfig
+from ibq.engine.base import OptimizerConfig
 
 KEY = "optimizer.groups"
 
@@ -54,11 +53,3 @@ def optimizer_groups(trained: Iterable[tuple[str, Tensor, bool]], config: Optimi
         factor = 1.0 if pattern is None else config.groups[pattern]
         groups.setdefault(("decay" if decays else "no_decay", factor), []).append(tensor)
     return [{"params": groups[key], "name": key[0], "factor": key[1]} for key in sorted(groups)]
-
-
-def set_hyper(optimizer: torch.optim.Optimizer, hyper: Mapping[str, GroupHyper]) -> None:
-    """Set the learning rates and weight decays of a step."""
-    for group in optimizer.param_groups:
-        wanted = hyper[group["name"]]
-        group["lr"] = wanted.learning_rate * group["factor"]
-        group["weight_decay"] = wanted.weight_decay

@@ -22,11 +22,12 @@ from ibq.engine.base import (
     Reader,
     StepResult,
     move_average,
+    set_hyper,
 )
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.compilation import compile_units, uncompiled
 from ibq.engine.configs import LocalEngineConfig
-from ibq.engine.groups import freeze, optimizer_groups, set_hyper
+from ibq.engine.groups import freeze, optimizer_groups
 from ibq.engine.pieces import Piece, take, whole
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ibq import dist
 from ibq.config import UserError
-from ibq.engine.base import EngineSettings, GroupHyper, ParameterState, Reader, StepResult
+from ibq.engine.base import EngineSettings, GroupHyper, ParameterState, Reader, StepResult, set_hyper
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.compilation import compile_units, uncompiled, units_of
 from ibq.engine.configs import ZeroEngineConfig
-from ibq.engine.groups import freeze, set_hyper
+from ibq.engine.groups import freeze
 from ibq.engine.pieces import Piece
 from ibq.engine.zero_frozen import FrozenWeights
 from ibq.engine.zero_setup import (
