@@ -46,7 +46,7 @@ VARIANTS = {
     "selective": ("model.gradient_checkpointing=true", "model.checkpoint_selective=true"),
     # Frozen: before all that is trained, and in between.
     "groups": (
-        "optimizer.groups={tok_emb.*: frozen, blocks.0.*: frozen, blocks.1.feed_forward.w?.*: frozen, head.*: 0.5}",
+        "optimizer.groups={tok_emb.*: frozen, blocks.0.*: frozen, blocks.1.feed_forward.w2.*: frozen, head.*: 0.5}",
     ),
 }
 NOT_FOR = {("ZeRO-3 with NVMe", "sgd")}  # refused: DeepSpeed has no SGD that swaps
