@@ -297,7 +297,8 @@ def _squares_by_row(gradient: Tensor) -> Tensor:
 
 def _build_optimizer(config: OptimizerConfig, trained: dict[str, Held]) -> torch.optim.Optimizer:
     tensors = ((name, own.tensor, own.decays) for name, own in trained.items() if own.tensor.numel())
-    settings = optimizer_groups(tensors, config)
+    # Where little is trained, a rank that shares it may hold nothing of that.
+    settings = optimizer_groups(tensors, config) or [{"params": [], "name": "decay", "factor": 1.0}]
     match config.kind:
         case "sgd":
             return torch.optim.SGD(settings, lr=0.0, weight_decay=0.0, fused=True)

@@ -12,7 +12,8 @@ from ibq.config import UserError, load_config
 from ibq.engine.base import EngineSettings, GroupHyper, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.groups import freeze, optimizer_groups
-from ibq.engine.local import LocalEngine
+from ibq.engine.local import Held, LocalEngine, TorchEngine
+from ibq.engine.pieces import stretch
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig
@@ -106,6 +107,15 @@ def test_the_first_pattern_counts():
     trained = [(name, p, p.dim() > 1) for name, p in module.named_parameters() if p.requires_grad]
     found = [(g["name"], g["factor"], len(g["params"])) for g in optimizer_groups(trained, config)]
     assert found == [("decay", 1.0, 2), ("no_decay", 0.5, 2), ("no_decay", 2.0, 1)]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_rank_may_hold_nothing_of_what_is_trained(kind):
+    config, module = OptimizerConfig(kind=kind, groups={"[02].*": "frozen", "4.weight": "frozen"}), network()
+    held = {"4.bias": Held(tensor=nn.Parameter(torch.empty(0)), piece=stretch((2,), 2, 1), decays=False, copies=1)}
+    settings = EngineSettings(optimizer=config, device=torch.device("cpu"))
+    result = TorchEngine(module, settings, held, freeze(module, config)).step(HYPER)
+    assert not result.skipped and result.gradient_norm == 0
 
 
 @pytest.mark.parametrize(
