@@ -51,7 +51,12 @@ def build_task(command: Command, data: RunData, tokenizer: Tokenizer | None) -> 
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
     return ARTask(
         command.engine(
-            "transformer", lambda: Transformer(config.model), data, config.engine, ema_decay=config.ema_decay
+            "transformer",
+            lambda: Transformer(config.model),
+            data,
+            config.engine,
+            optimizer=config.optimizer,
+            ema_decay=config.ema_decay,
         ),
         tokenizer=tokenizer,
         hyper=lambda step: config.schedule.hyper(

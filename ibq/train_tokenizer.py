@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -64,9 +65,11 @@ def build_task(command: Command, data: RunData, perceptual: torch.nn.Module | No
     gan, discriminator = config.loss.gan, None
     if gan.enabled:  # small, and with batch statistics of its own: never sharded
         build = partial(PatchDiscriminator, gan.discriminator)
-        discriminator = engine("discriminator", build, config=LocalEngineConfig(), ema_decay=None)
+        whole = replace(config.optimizer, groups={})  # which name parameters of the tokenizer
+        discriminator = engine("discriminator", build, config=LocalEngineConfig(), optimizer=whole, ema_decay=None)
+    build = partial(Tokenizer, config.model)
     return TokenizerTask(
-        engine("tokenizer", lambda: Tokenizer(config.model), config=config.engine, ema_decay=config.ema_decay),
+        engine("tokenizer", build, config=config.engine, optimizer=config.optimizer, ema_decay=config.ema_decay),
         discriminator,
         config.loss,
         perceptual=None if perceptual is None else perceptual.to(command.device),

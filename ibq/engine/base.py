@@ -1,8 +1,9 @@
 """The engine seam: how a module is trained on one process or many, hidden from the tasks."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
 import torch
@@ -22,6 +23,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    # Name of a parameter (with wildcards; the first pattern that matches counts) -> factor of its learning rate, or
+    # frozen: then it has no gradient, moments or weight decay, and its average is its weight.
+    groups: dict[str, float | Literal["frozen"]] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.learning_rate < 0:
@@ -32,6 +36,11 @@ class OptimizerConfig:
             raise ValueError(f"eps: must not be negative, got {self.eps}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm: must be positive, got {self.clip_norm}; null switches clipping off")
+        for pattern, factor in self.groups.items():
+            if factor != "frozen" and not 0 < factor < math.inf:
+                raise ValueError(
+                    f"groups: the factor of {pattern} must be positive and finite, got {factor}; or write frozen"
+                )
 
     def peak_learning_rate(self, batch_size: int) -> float:
         """The learning rate for a global batch, scaled by the paper's rule if that is switched on."""
@@ -48,7 +57,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupHyper:
-    """What the schedule sets for one parameter group at one step."""
+    """What the schedule sets at one step for parameters that decay, or do not; `OptimizerConfig.groups` come on top."""
 
     learning_rate: float
     weight_decay: float = 0.0
@@ -104,6 +113,7 @@ class Engine(Protocol):
 
     module: nn.Module
     steps: int  # updates done so far
+    frozen: frozenset[str]  # parameters that are not trained, which have a weight and nothing else
 
     def __call__(self, *inputs):
         """The module's forward pass in the engine's precision."""
@@ -124,16 +134,16 @@ class Engine(Protocol):
         """Forget the accumulated gradients."""
 
     def overwrite(self, name: str, value: Tensor) -> None:
-        """Set a parameter, and its average, to a value that was found otherwise than by training."""
+        """Set a parameter, and its average, to a value that was found otherwise than by training; also a frozen one."""
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within this context the module carries the averaged (EMA) weights."""
 
     def pieces(self) -> dict[str, Piece]:
-        """This rank's part of every trained parameter."""
+        """This rank's part of every parameter."""
 
     def state_parts(self) -> tuple[str, ...]:
-        """Which of PARTS `named_state` gives, the same for all parameters and ranks."""
+        """Which of PARTS `named_state` gives, the same for all ranks, and for all parameters that are not frozen."""
 
     def named_state(self) -> Iterator[tuple[str, ParameterState]]:
         """This rank's part of every parameter in canonical form, in the order of `pieces`; a copy where it must be.
@@ -146,6 +156,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Remove what the engine keeps outside of this process's memory; it trains no more."""
+
+
+def set_hyper(optimizer: torch.optim.Optimizer, hyper: Mapping[str, GroupHyper]) -> None:
+    """Set the learning rates and weight decays of a step in the groups that `ibq.engine.groups` has made."""
+    for group in optimizer.param_groups:
+        wanted = hyper[group["name"]]
+        group["lr"] = wanted.learning_rate * group["factor"]
+        group["weight_decay"] = wanted.weight_decay
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from ibq.engine.base import EngineSettings, Reader
 from ibq.engine.blueprint import Blueprint, in_pieces
 from ibq.engine.compilation import compile_units, units_of
 from ibq.engine.configs import FsdpEngineConfig
+from ibq.engine.groups import freeze
 from ibq.engine.local import Held, TorchEngine
 from ibq.engine.pieces import Piece, part, whole
 from ibq.engine.tensor_parallel import apply_tensor_parallel, partial_gradients, tensor_piece
@@ -46,17 +47,19 @@ class FsdpEngine(TorchEngine):
         sharded_at_birth = in_pieces(module)
         if not sharded_at_birth:
             module = blueprint.whole(settings.device)
+        held_names = [name for name, p in module.named_parameters() if p.requires_grad]
+        frozen = freeze(module, settings.optimizer)
         self._whole = {id(p) for p in module.kept_whole()} if hasattr(module, "kept_whole") else set()
         compiled = self._wrap(module, settings)
         if sharded_at_birth:
             module.to_empty(device="cpu" if config.offload == "cpu" else settings.device)
         module._get_fsdp_state()._lazy_init()  # else the first forward pass may move the shards to other memory
-        held = {name: self._hold(module, name, p) for name, p in module.named_parameters() if p.requires_grad}
+        held = {name: self._hold(module, name, module.get_parameter(name)) for name in held_names}
         if sharded_at_birth:
             for name, own in held.items():
                 values = blueprint.initial(module, name, own.piece, own.tensor.device)
                 own.tensor.data.copy_(values.view(own.tensor.shape))
-        super().__init__(module, settings, held, compiled=compiled)
+        super().__init__(module, settings, held, frozen, compiled=compiled)
         self._parameters = dict(module.named_parameters())
         # Parameters that each tensor rank uses on its tokens alone: FSDP does not add up their gradients.
         self._partial = partial_gradients(module, config.tensor_parallel) if config.sequence_parallel else set()
@@ -122,7 +125,7 @@ class FsdpEngine(TorchEngine):
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:
-        for name, own in self._held.items():
+        for name, own in self._trained.items():
             gradient = self._parameters[name].grad
             if isinstance(gradient, DTensor):
                 gradient = gradient.to_local()

@@ -22,10 +22,12 @@ from ibq.engine.base import (
     Reader,
     StepResult,
     move_average,
+    set_hyper,
 )
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.compilation import compile_units, uncompiled
 from ibq.engine.configs import LocalEngineConfig
+from ibq.engine.groups import freeze, optimizer_groups
 from ibq.engine.pieces import Piece, take, whole
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -33,7 +35,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """This rank's part of one trained parameter."""
+    """This rank's part of one parameter."""
 
     tensor: nn.Parameter  # plain, in the memory of the module's own parameter
     piece: Piece
@@ -44,16 +46,26 @@ class Held:
 class TorchEngine:
     """Trains `module`, of which this rank holds the given parts; see `ibq.engine.base.Engine`."""
 
-    def __init__(self, module: nn.Module, settings: EngineSettings, held: dict[str, Held], *, compiled: bool = False):
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: EngineSettings,
+        held: dict[str, Held],
+        frozen: frozenset[str],
+        *,
+        compiled: bool = False,
+    ):
         self.module = module
+        self.frozen = frozen
         self._compiled = compiled
         self.settings = settings
         self.steps = 0
         self._held = held
-        self._optimizer = _build_optimizer(settings.optimizer, held)
+        self._trained = {name: own for name, own in held.items() if name not in frozen}
+        self._optimizer = _build_optimizer(settings.optimizer, self._trained)
         self._averages: dict[str, Tensor] = {}
         if settings.ema_decay is not None:
-            self._averages = {name: own.tensor.detach().clone() for name, own in held.items()}
+            self._averages = {name: own.tensor.detach().clone() for name, own in self._trained.items()}
         self._micro_batches = 0
         self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=settings.device)
 
@@ -81,22 +93,20 @@ class TorchEngine:
         self._micro_batches += 1
 
     def _collect_gradients(self) -> None:
-        """Give every held tensor the gradient of its elements, averaged over the ranks."""
+        """Give every trained tensor the gradient of its elements, averaged over the ranks."""
 
     # --- The step ---
 
     def step(self, hyper: dict[str, GroupHyper]) -> StepResult:
         """Clip, update and average; a step with a non-finite loss or gradient is skipped by all ranks alike."""
         self._collect_gradients()
-        for own in self._held.values():
+        for own in self._trained.values():
             if own.tensor.grad is None:  # unused in this step; moments and their step count stay those of all
                 own.tensor.grad = torch.zeros_like(own.tensor)
         norm, skipped = self._gradient_norm()
         if not skipped:
             self._optimizer.grad_scale = self._divisor(norm)
-            for group in self._optimizer.param_groups:
-                group["lr"] = hyper[group["name"]].learning_rate
-                group["weight_decay"] = hyper[group["name"]].weight_decay
+            set_hyper(self._optimizer, hyper)
             self._optimizer.step()
             self.steps += 1
             if self._averages:
@@ -107,7 +117,7 @@ class TorchEngine:
 
     def _gradient_norm(self) -> tuple[Tensor, bool]:
         """The norm of all gradients, each element counted once, and whether it or a rank's loss is not finite."""
-        parts = [(own.tensor.grad, own.copies) for own in self._held.values() if own.tensor.numel()]
+        parts = [(own.tensor.grad, own.copies) for own in self._trained.values() if own.tensor.numel()]
         found = torch.zeros(2, dtype=torch.float64, device=self._loss_is_bad.device)
         found[1] = self._loss_is_bad
         if parts:
@@ -139,7 +149,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def overwrite(self, name: str, value: Tensor) -> None:
-        """Set a parameter, and its average, to a value that was found otherwise than by training."""
+        """Set a parameter, and its average, to a value that was found otherwise than by training; also a frozen one."""
         if name not in self._held:
             return
         own = self._held[name]
@@ -172,7 +182,7 @@ class TorchEngine:
     # --- State ---
 
     def pieces(self) -> dict[str, Piece]:
-        """This rank's part of every trained parameter."""
+        """This rank's part of every parameter."""
         return {name: own.piece for name, own in self._held.items()}
 
     def state_parts(self) -> tuple[str, ...]:
@@ -205,6 +215,8 @@ class TorchEngine:
                 average = state.weight if state.ema is None else state.ema
                 self._averages[name].copy_(average.view(tensor.shape))
             self._optimizer.state.pop(tensor, None)
+            if name in self.frozen:
+                continue
             if state.moment1 is not None and self.settings.optimizer.kind != "sgd" and tensor.numel():
                 self._optimizer.state[tensor] = {
                     "step": torch.tensor(float(steps), device=tensor.device),
@@ -221,8 +233,9 @@ class LocalEngine(TorchEngine):
 
     def __init__(self, blueprint: Blueprint, settings: EngineSettings, config: LocalEngineConfig | None = None):
         module = blueprint.whole(settings.device).to(memory_format=settings.memory_format)
+        held, frozen = _held(module), freeze(module, settings.optimizer)
         compiled = config is not None and compile_units(module, config.compile, settings.device)
-        super().__init__(module, settings, _held(module), compiled=compiled)
+        super().__init__(module, settings, held, frozen, compiled=compiled)
         self._callable = self._parallel() if dist.world_size() > 1 else module
 
     def _parallel(self) -> DistributedDataParallel:
@@ -251,7 +264,7 @@ class LocalEngine(TorchEngine):
 
 
 def _held(module: nn.Module) -> dict[str, Held]:
-    """All trained parameters, whole; the ranks write about equally many elements of them."""
+    """All parameters, whole; the ranks write about equally many elements of them."""
     load = [0] * dist.world_size()
     held = {}
     for name, parameter in module.named_parameters():
@@ -282,12 +295,10 @@ def _squares_by_row(gradient: Tensor) -> Tensor:
     return rows.double().square().sum()
 
 
-def _build_optimizer(config: OptimizerConfig, held: dict[str, Held]) -> torch.optim.Optimizer:
-    groups: dict[str, list] = {"decay": [], "no_decay": []}
-    for own in held.values():
-        if own.tensor.numel():
-            groups["decay" if own.decays else "no_decay"].append(own.tensor)
-    settings = [{"params": tensors, "name": name} for name, tensors in groups.items() if tensors]
+def _build_optimizer(config: OptimizerConfig, trained: dict[str, Held]) -> torch.optim.Optimizer:
+    tensors = ((name, own.tensor, own.decays) for name, own in trained.items() if own.tensor.numel())
+    # Where little is trained, a rank that shares it may hold nothing of that.
+    settings = optimizer_groups(tensors, config) or [{"params": [], "name": "decay", "factor": 1.0}]
     match config.kind:
         case "sgd":
             return torch.optim.SGD(settings, lr=0.0, weight_decay=0.0, fused=True)

@@ -4,12 +4,13 @@
     NAME-buffers.safetensors   what else the model's state holds
     NAME.index.json            shape of every parameter, which file holds which of its elements, and the model's config
 
-A rank that holds whole parameters writes them in their shape, else as a flat list of elements.
+A rank that holds whole parameters writes them in their shape, else as a flat list of elements. Of a parameter that is
+frozen there is the weight alone: it is read as the average too, and moments are read as zeros.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -55,23 +56,36 @@ def owned_pieces(engine: Engine) -> dict[str, Piece]:
     return {name: piece for name, piece in engine.pieces().items() if piece.owner and piece.numel}
 
 
+def stored_parts(name: str, parts: tuple[str, ...], frozen: Collection[str]) -> tuple[str, ...]:
+    """Which of an engine's parts are written of a parameter."""
+    return ("weight",) if name in frozen else parts
+
+
 def stored_shape(piece: Piece) -> tuple[int, ...]:
     """The shape of a piece in its file."""
     return piece.shape if piece.is_whole else (piece.numel,)
 
 
 def write_pieces(
-    path: Path, pieces: Mapping[str, Piece], parts: tuple[str, ...], states: Iterator[tuple[str, ParameterState]]
+    path: Path,
+    pieces: Mapping[str, Piece],
+    parts: tuple[str, ...],
+    states: Iterator[tuple[str, ParameterState]],
+    frozen: Collection[str] = (),
 ) -> tuple[Files, Places]:
     """Write the elements of `pieces` from an engine's states, one parameter after the other.
 
     The states are exhausted also where nothing of them is written, as an engine may need all ranks for them.
     """
-    layout = {f"{part}/{name}": (torch.float32, stored_shape(s)) for name, s in pieces.items() for part in parts}
+    layout = {
+        f"{part}/{name}": (torch.float32, stored_shape(piece))
+        for name, piece in pieces.items()
+        for part in stored_parts(name, parts, frozen)
+    }
     file = TensorFile(path, layout) if layout else None
     for name, state in states:
         if name in pieces:
-            for part in parts:
+            for part in stored_parts(name, parts, frozen):
                 file.write(f"{part}/{name}", getattr(state, part))
     if file is None:
         return {}, {}
@@ -81,6 +95,7 @@ def write_pieces(
             "shape": list(piece.shape),
             "file": path.name,
             "runs": [[spans.start, spans.length, spans.count, spans.stride] for spans in piece.spans],
+            "frozen": name in frozen,
         }
         for name, piece in pieces.items()
     }
@@ -88,7 +103,11 @@ def write_pieces(
 
 
 def copied(
-    pieces: Mapping[str, Piece], parts: tuple[str, ...], states: Iterator[tuple[str, ParameterState]], memory: Tensor
+    pieces: Mapping[str, Piece],
+    parts: tuple[str, ...],
+    states: Iterator[tuple[str, ParameterState]],
+    frozen: Collection[str],
+    memory: Tensor,
 ) -> list[tuple[str, ParameterState]]:
     """The states of `pieces`, copied into `memory` of the CPU: what the next steps change is as it was.
 
@@ -98,7 +117,7 @@ def copied(
     for name, state in states:
         if name in pieces:
             found, numel = {}, pieces[name].numel
-            for part in parts:
+            for part in stored_parts(name, parts, frozen):
                 found[part] = memory[end : end + numel]
                 found[part].copy_(getattr(state, part).detach().reshape(-1), non_blocking=True)
                 end += numel
@@ -111,7 +130,7 @@ def write_index(path: Path, all_places: list[Places], parts: tuple[str, ...], mo
     parameters: dict[str, dict] = {}
     for places in all_places:
         for name, place in places.items():
-            entry = parameters.setdefault(name, {"shape": place["shape"], "pieces": []})
+            entry = parameters.setdefault(name, {"shape": place["shape"], "frozen": place["frozen"], "pieces": []})
             entry["pieces"].append({"file": place["file"], "runs": place["runs"]})
     write_text(path, json.dumps({"parts": list(parts), "model": model, "parameters": parameters}))
 
@@ -145,6 +164,11 @@ class StateReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter."""
         return {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+
+    @property
+    def frozen(self) -> set[str]:
+        """The parameters that were not trained."""
+        return {name for name, entry in self._entries.items() if entry.get("frozen")}
 
     def __call__(self, name: str, piece: Piece) -> ParameterState:
         """A part of a parameter, flat on the CPU."""
@@ -180,6 +204,10 @@ class StateReader:
         return found
 
     def _read(self, part: str, name: str, piece: Piece, found) -> Tensor:
+        if self._entries[name].get("frozen"):
+            if part not in ("weight", "ema"):
+                return torch.zeros(piece.numel)
+            part = "weight"
         result = torch.empty(piece.numel)
         for file, places in found:
             first = min(place for _, place, _ in places)

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from ibq import dist
 from ibq.config import UserError
-from ibq.engine.base import EngineSettings, GroupHyper, ParameterState, Reader, StepResult
+from ibq.engine.base import EngineSettings, GroupHyper, ParameterState, Reader, StepResult, set_hyper
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.compilation import compile_units, uncompiled, units_of
 from ibq.engine.configs import ZeroEngineConfig
+from ibq.engine.groups import freeze
 from ibq.engine.pieces import Piece
+from ibq.engine.zero_frozen import FrozenWeights
 from ibq.engine.zero_setup import (
     InitialWeights,
     NvmeFolder,
@@ -47,7 +49,9 @@ class ZeroEngine:
         self.config, self.settings = config, settings
         self.steps = 0
         initial = InitialWeights(blueprint)
-        check_nvme(config, settings, partition_numel(math.prod(shape) for shape in initial.shapes.values()))
+        self.frozen = freeze(initial.module, settings.optimizer)
+        numel = {name: partition_numel([math.prod(shape)]) for name, shape in initial.shapes.items()}
+        check_nvme(config, settings, sum(numel.values()), sum(numel[name] for name in self.frozen))
         deepspeed = load_deepspeed(settings.device)
         build_operators(config, settings.optimizer)
         self._folder = NvmeFolder(config.nvme_path) if config.uses_nvme else None
@@ -62,6 +66,7 @@ class ZeroEngine:
         self.module: nn.Module = self._engine.module
         kind = {0: Partitions, 1: FlatPartitions, 2: FlatPartitions, 3: ParameterPartitions}[config.stage]
         self._partitions = kind(self.module, self._engine)
+        self._frozen = FrozenWeights(self.module, self.frozen, initial, settings.device)
         if settings.precision == "bf16" and config.stage > 0:
             self._exact_masters(initial)
         self._averages: Averages | None = None
@@ -146,9 +151,7 @@ class ZeroEngine:
     def step(self, hyper: dict[str, GroupHyper]) -> StepResult:
         """Clip, update and average; a step with a non-finite loss or gradient is skipped by all ranks alike."""
         assert self._micro_batches == self.settings.accumulation
-        for group in self._engine.basic_optimizer.param_groups:
-            group["lr"] = hyper[group["name"]].learning_rate
-            group["weight_decay"] = hyper[group["name"]].weight_decay
+        set_hyper(self._engine.basic_optimizer, hyper)
         apply = self._step_whole if self.config.stage == 0 else self._step_sharded
         done = self._partitions.step(apply, self._update_average if self._averages is not None else None)
         if done:
@@ -220,11 +223,12 @@ class ZeroEngine:
     # --- State ---
 
     def pieces(self) -> dict[str, Piece]:
-        """This rank's part of every trained parameter."""
-        return {part.name: part.piece for group in self._partitions.groups for part in group.fragments}
+        """This rank's part of every parameter."""
+        trained = {part.name: part.piece for group in self._partitions.groups for part in group.fragments}
+        return trained | self._frozen.pieces
 
     def state_parts(self) -> tuple[str, ...]:
-        """Which parts `named_state` gives, the same for all parameters and ranks."""
+        """Which parts `named_state` gives, the same for all ranks, and for all parameters that are not frozen."""
         moments = tuple(MOMENTS) if self._has_moments else ()
         return ("weight", *moments, *(() if self._averages is None else ("ema",)))
 
@@ -241,6 +245,7 @@ class ZeroEngine:
                     yield fragment.name, ParameterState(**{part: flat[own] for part, flat in values.items()})
             finally:
                 group.release()
+        yield from self._frozen.named_state()
 
     @torch.no_grad()
     def load_named_state(self, reader: Reader, steps: int) -> None:
@@ -249,6 +254,7 @@ class ZeroEngine:
         found = torch.zeros((), dtype=torch.bool, device=self.settings.device)
         for number in range(len(self._partitions.groups)):
             found |= self._load_group(number, reader, steps)
+        self._frozen.load(reader)
         self._partitions.refresh()
         self.steps, self._has_moments = steps, dist.any_rank(found)
 

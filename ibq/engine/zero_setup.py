@@ -26,6 +26,7 @@ from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint, in_pieces
 from ibq.engine.compilation import units_of
 from ibq.engine.configs import ModelSize, ZeroEngineConfig
+from ibq.engine.groups import optimizer_groups
 from ibq.engine.pieces import Piece, take, whole
 from ibq.extras import install
 from ibq.files import lock
@@ -124,17 +125,17 @@ def partition_numel(numbers: Iterable[int]) -> int:
     return sum(-(-number // dist.world_size()) for number in numbers)
 
 
-def nvme_bytes(config: ZeroEngineConfig, settings: EngineSettings, numel: int) -> int:
-    """Bytes on NVMe of a rank that holds `numel` elements of the parameters."""
+def nvme_bytes(config: ZeroEngineConfig, settings: EngineSettings, numel: int, frozen: int = 0) -> int:
+    """Bytes on NVMe of a rank that holds `numel` elements of the parameters, of which so many are `frozen`."""
     size = 0
-    if config.offload_optimizer == "nvme":
-        size += 12 * numel + (0 if settings.ema_decay is None else 4 * numel)  # masters, two moments, average
+    if config.offload_optimizer == "nvme":  # masters, two moments, average
+        size += (12 if settings.ema_decay is None else 16) * (numel - frozen)
     if config.offload_parameters == "nvme":
         size += (4 if settings.precision == "fp32" else 2) * numel
     return size
 
 
-def check_nvme(config: ZeroEngineConfig, settings: EngineSettings, numel: int) -> None:
+def check_nvme(config: ZeroEngineConfig, settings: EngineSettings, numel: int, frozen: int = 0) -> None:
     """Raise UserError where offloading to NVMe cannot work; nothing is written."""
     if not config.uses_nvme:
         return
@@ -148,7 +149,7 @@ def check_nvme(config: ZeroEngineConfig, settings: EngineSettings, numel: int) -
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"engine.nvme_path: {path} is not writable; change its owner, or name another folder")
     ranks = dist.local_world_size()
-    need, free = ranks * nvme_bytes(config, settings, numel), shutil.disk_usage(path).free
+    need, free = ranks * nvme_bytes(config, settings, numel, frozen), shutil.disk_usage(path).free
     if need > free:
         raise UserError(
             f"engine.nvme_path: {path} has {free / 2**30:.1f} GiB free, but the {ranks} processes of this machine need "
@@ -355,11 +356,8 @@ def build_optimizer(
     module: nn.Module, shapes: Mapping[str, tuple[int, ...]], config: OptimizerConfig, on_cpu: bool
 ) -> torch.optim.Optimizer:
     """The optimizer that DeepSpeed wraps; `on_cpu`: its state is offloaded."""
-    groups: dict[str, list[Tensor]] = {"decay": [], "no_decay": []}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            groups["decay" if len(shapes[name]) >= 2 else "no_decay"].append(parameter)
-    listed = [{"params": params, "name": name} for name, params in groups.items() if params]
+    trained = ((name, p, len(shapes[name]) >= 2) for name, p in module.named_parameters() if p.requires_grad)
+    listed = optimizer_groups(trained, config)
     if config.kind == "sgd":
         return torch.optim.SGD(listed, lr=0.0)
     shared = {"lr": 0.0, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}

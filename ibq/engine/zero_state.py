@@ -340,18 +340,23 @@ class ParameterWeights:
         if flat is not None:
             flat.copy_(values)
             return
-        offset, swapped, sources = 0, [], []
-        for parameter in optimizer.fp16_groups[number]:
-            part = parameter.ds_tensor
-            source = values[offset : offset + part.ds_numel]
-            offset += part.ds_numel
-            if part.status.name == "AVAILABLE":
-                part.data.copy_(source)
-            else:
-                swapped.append(parameter)
-                sources.append(source)
-        if swapped:
-            swapped[0].nvme_swapper.swap_out_partitioned_params(dst_fp16_params=swapped, src_fp32_params=sources)
+        show_partitions(optimizer.fp16_groups[number], values)
+
+
+def show_partitions(parameters: Sequence[nn.Parameter], values: Tensor) -> None:
+    """Replace this rank's partitions of parameters by flat values [n], on NVMe too (stage 3)."""
+    offset, swapped, sources = 0, [], []
+    for parameter in parameters:
+        part = parameter.ds_tensor
+        source = values[offset : offset + part.ds_numel]
+        offset += part.ds_numel
+        if part.status.name == "AVAILABLE":
+            part.data.copy_(source)
+        else:
+            swapped.append(parameter)
+            sources.append(source)
+    if swapped:
+        swapped[0].nvme_swapper.swap_out_partitioned_params(dst_fp16_params=swapped, src_fp32_params=sources)
 
 
 class SwappedGroup(Group):

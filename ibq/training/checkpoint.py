@@ -38,6 +38,7 @@ from ibq.engine.state_files import (
     index_file,
     owned_pieces,
     rank_file,
+    stored_parts,
     untrained,
     write_index,
     write_model,
@@ -220,8 +221,9 @@ class _Pending:
 def copied_numel(engines: Mapping[str, Engine]) -> int:
     """Elements of this rank's part of a checkpoint."""
     return sum(
-        len(engine.state_parts()) * sum(piece.numel for piece in owned_pieces(engine).values())
+        len(stored_parts(name, engine.state_parts(), engine.frozen)) * piece.numel
         for engine in engines.values()
+        for name, piece in owned_pieces(engine).items()
     )
 
 
@@ -235,7 +237,7 @@ def _writer_of_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensor
         states = None
         if memory is not None:
             own, memory = memory.split([numel := copied_numel({name: engine}), memory.numel() - numel])
-            states = copied(pieces, parts, engine.named_state(), own)
+            states = copied(pieces, parts, engine.named_state(), engine.frozen, own)
         to_write[name] = (pieces, parts, engine, states)
     if staging is not None and staging.device.type == "cuda":
         torch.cuda.synchronize(staging.device)  # before the next step changes what is copied from
@@ -248,7 +250,7 @@ def _writer_of_parts(temporary: Path, engines: Mapping[str, Engine], rank_tensor
         for name, (pieces, parts, engine, states) in to_write.items():
             path = temporary / rank_file(name, rank)
             states = engine.named_state() if states is None else iter(states)
-            files, receipt["pieces"][name] = write_pieces(path, pieces, parts, states)
+            files, receipt["pieces"][name] = write_pieces(path, pieces, parts, states, engine.frozen)
             receipt["files"] |= files
         for name, tensors in own.items():
             if tensors:
@@ -363,6 +365,8 @@ def load_checkpoint(path: Path, engines: Mapping[str, Engine]) -> tuple[Training
             if reader.shapes != {parameter: piece.shape for parameter, piece in engine.pieces().items()}:
                 raise UserError(f"{path}: holds another model than the config describes; {START_OVER}")
             engine.load_named_state(reader, updates[name])
+            if (thawed := reader.frozen - engine.frozen) and dist.is_main():
+                say(f"{path}: {len(thawed)} parameters of the {name} were frozen; from here their moments start anew")
         rank_tensors = _rank_tensors(path)
         state = TrainingState(**info)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -411,7 +415,9 @@ def save_pretrained(folder: Path, engine: Engine, info: Mapping = MappingProxyTy
     together(
         temporary,
         lambda: receipts.append(
-            write_pieces(temporary / rank_file("pieces", dist.rank()), pieces, (part,), engine.named_state())[1]
+            write_pieces(
+                temporary / rank_file("pieces", dist.rank()), pieces, (part,), engine.named_state(), engine.frozen
+            )[1]
         ),
     )
     all_places = [json.loads(text) for text in dist.gather_texts(json.dumps(receipts[0]))]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ibq import dist
 from ibq.config import UserError, dump_config, load_config
-from ibq.engine.base import Engine, EngineSettings
+from ibq.engine.base import Engine, EngineSettings, OptimizerConfig
 from ibq.engine.build import build_engine
 from ibq.engine.configs import EngineConfig
 from ibq.engine.heartbeat import Heartbeat
@@ -138,23 +138,23 @@ class Command:
         data: RunData,
         config: EngineConfig,
         *,
+        optimizer: OptimizerConfig,
         ema_decay: float | None,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Engine:
         """The engine that trains the module of `build` on batches of `data`; `ema_decay` None keeps no average."""
-        return build_engine(
-            config,
-            TimedBlueprint(name=name, build=build, seed=self.config.seed, start_up=self.start_up),
-            EngineSettings(
-                optimizer=self.config.optimizer,
-                device=self.device,
-                precision=self.config.precision,
-                accumulation=data.batching.accumulation,
-                ema_decay=ema_decay,
-                ema_warmup=self.config.ema_warmup,
-                memory_format=memory_format,
-            ),
+        blueprint = TimedBlueprint(name=name, build=build, seed=self.config.seed, start_up=self.start_up)
+        settings = EngineSettings(
+            optimizer=optimizer,
+            device=self.device,
+            precision=self.config.precision,
+            accumulation=data.batching.accumulation,
+            ema_decay=ema_decay,
+            ema_warmup=self.config.ema_warmup,
+            memory_format=memory_format,
         )
+        with naming(self.source):
+            return build_engine(config, blueprint, settings)
 
     def train(self, task: Task, data: RunData, title: str) -> int:
         """Train in the run's folder as the config says, and leave the process group; the exit code."""

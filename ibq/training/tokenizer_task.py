@@ -61,6 +61,11 @@ class TokenizerTask:
                 f"codebook_start.kmeans: model.quantizer.kind {kind} has no trained codebook to start from latents; "
                 "set codebook_start.kmeans=false and codebook_start.warmup_steps=0"
             )
+        if discriminator is not None and config.gan.adaptive and not self.tokenizer.last_layer.requires_grad:
+            raise UserError(
+                "optimizer.groups: the tokenizer's last layer is frozen, whose gradient loss.gan.adaptive needs; train "
+                "it, or set loss.gan.adaptive=false"
+            )
         device = next(self.tokenizer.parameters()).device
         self.reduce = dist.statistics_reduction(statistics)
         self.tokenizer.quantizer.mean_over_ranks = self.reduce

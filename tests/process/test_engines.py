@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from support import needs
 from support.processes import run_ranks
 from support.training import checkpoint_tensors, largest_difference, make_workplace, scalars, train_here
@@ -43,6 +44,10 @@ VARIANTS = {
     "sgd": ("optimizer.kind=sgd", "optimizer.learning_rate=1.0"),
     "recomputed": ("model.gradient_checkpointing=true", "schedule.end_weight_decay=0.2", "optimizer.clip_norm=0.05"),
     "selective": ("model.gradient_checkpointing=true", "model.checkpoint_selective=true"),
+    # Frozen: before all that is trained, and in between.
+    "groups": (
+        "optimizer.groups={tok_emb.*: frozen, blocks.0.*: frozen, blocks.1.feed_forward.w2.*: frozen, head.*: 0.5}",
+    ),
 }
 NOT_FOR = {("ZeRO-3 with NVMe", "sgd")}  # refused: DeepSpeed has no SGD that swaps
 FAULTS = {
@@ -166,7 +171,7 @@ def test_gradients_are_reduced_once_a_step_or_in_every_micro_batch(equality, run
 def test_the_variants_differ(equality):
     """Optimizer, clipping and weight decay have an effect that the comparison would notice."""
     plain = scalars(equality / "one process" / "adamw")["loss/total"]
-    for variant in ("sgd", "recomputed"):
+    for variant in ("sgd", "recomputed", "groups"):
         losses = scalars(equality / "one process" / variant)["loss/total"]
         assert relative(losses[STEPS], plain[STEPS]) > LOSS, variant
 
@@ -202,6 +207,36 @@ def test_a_run_goes_on_under_another_engine(elastic, saver, engine):
         for folder in (continued, whole)
     ]
     assert largest_difference(*tensors, floor=1e-2) <= WEIGHTS
+
+
+# --- Other groups ---
+
+
+@pytest.fixture(scope="module")
+def thawed(equality, runner):
+    """Runs with groups that go on without: NAME > ENGINE, one of the two being one process."""
+    for saver, engine in {(engine, "one process") for engine in ELASTIC} | {("one process", e) for e in ELASTIC}:
+        saved = equality / saver / "groups" / "checkpoints" / f"step-{STEPS:08d}"
+        if saved.exists():
+            name = f"thawed/{saver} > {engine}"
+            shutil.copytree(saved, runner.folder / name / "checkpoints" / saved.name)
+            runner.add(name, engine, LONG)
+    runner.start()
+    return runner.folder / "thawed"
+
+
+@pytest.mark.parametrize("engine", [*map(engine_param, ELASTIC)])
+def test_a_run_goes_on_with_other_groups(equality, thawed, engine):
+    """What was frozen is trained from there on, with the same moments under every engine."""
+    expected = thawed / "one process > one process"
+    for found in (thawed / f"{engine} > one process", thawed / f"one process > {engine}"):
+        difference = deviation(found, expected, 2 * STEPS)
+        assert equal(difference), difference
+    before = checkpoint_tensors(equality / "one process" / "groups", STEPS)
+    after = checkpoint_tensors(expected, 2 * STEPS)
+    for part in ("weight", "ema", "moment1"):
+        name = f"transformer/{part}/blocks.0.attention.wqkv.weight"
+        assert not torch.equal(before[name], after[name])
 
 
 def test_lost_moments_would_be_noticed(elastic, tmp_path):

@@ -19,12 +19,16 @@ from support.training import SCRIPTS, checkpoint_tensors, make_workplace, scalar
 STEPS = {"tokenizer": 60, "transformer": 240}
 RHYTHM = {"tokenizer": (7, 10, 3), "transformer": (25, 40, 9)}  # save, validate, log: none a multiple of another
 SETTINGS = {
-    # A GAN that starts in the middle, a codebook from k-means, augmentation, worker processes.
+    # A GAN that starts in the middle, a codebook from k-means, augmentation, worker processes, learning-rate groups.
     "tokenizer": [
         *("loss.gan.start_step=12", "codebook_start={kmeans: true, warmup_steps: 6, images: 40}", "ema_warmup=true"),
         *("data.in_memory=false", "data.workers=1", "data.augment.max_zoom=1.3", "data.streams=4"),
+        "optimizer.groups={encoder.down.*: frozen, decoder.*: 0.5}",
     ],
-    "transformer": ["model.residual_dropout=0.1", "model.class_dropout=0.1", "data.streams=4"],
+    "transformer": [
+        *("model.residual_dropout=0.1", "model.class_dropout=0.1", "data.streams=4"),
+        "optimizer.groups={blocks.0.*: frozen, head.*: 0.5}",
+    ],
 }
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,10 @@ WEIGHTS_ON_CPU = {
     "both cpu": {"offload_optimizer": "cpu", "offload_parameters": "cpu"},
 }
 COMPILED = {"stage": 3, "compile": True}
+# Frozen: before all that is trained, in between, and both of a kind; "*.weight" is told apart by its place.
+GROUPS = worker.ADAMW | {
+    "groups": {"tok_emb.*": "frozen", "blocks.0.*": "frozen", "blocks.1.feed_forward.w?.*": "frozen", "head.*": 0.5}
+}
 NVME = {
     "nvme": {"offload_optimizer": "nvme"},
     "nvme, weights cpu": {"offload_optimizer": "nvme", "offload_parameters": "cpu"},
@@ -72,6 +77,10 @@ def list_jobs() -> dict[str, dict]:
     for name in ("stage 1", "stage 2", "stage 2, cpu", "stage 3", "stage 3, cpu"):
         jobs[f"adamw: discards, {name}"] = jobs[f"adamw: {name}"] | {"discards": True, "settings": TWO}
     jobs["adamw nvme: discards"] = jobs["adamw nvme: nvme"] | {"discards": True, "settings": TWO}
+    weights_on_nvme = {name: NVME[name] for name in ("nvme", "nvme, weights nvme")}
+    for layouts, kind, model in ((plain, "groups", {}), (weights_on_nvme, "groups nvme", LARGE)):
+        jobs |= {f"{kind}: {name}": {"engine": e, "optimizer": GROUPS, "model": model} for name, e in layouts.items()}
+    jobs["groups: compiled, stage 3"] = {"engine": COMPILED, "optimizer": GROUPS}
     for fault in ("scale", "alone"):
         jobs[f"adamw: fault {fault}"] = {"engine": {"stage": 3}, "fault": fault}
     return jobs | fault_jobs() | resume_jobs() | bf16_jobs()
@@ -103,6 +112,13 @@ def resume_jobs() -> dict[str, dict]:
     onward = {"stage 1, cpu": CPU["stage 1, cpu"], "nvme": NVME["nvme"], "weights nvme": NVME["nvme, weights nvme"]}
     for name, engine in onward.items():
         jobs[f"adamw nvme: nvme > {name}"] = {"engine": engine, "load": "first nvme", "steps": 2, "model": LARGE}
+    for name, engine, model in (
+        ("stage 3", STAGES["stage 3"], {}),
+        ("weights nvme", NVME["nvme, weights nvme"], LARGE),
+    ):
+        first = "groups: stage 0" if not model else "groups nvme: nvme"
+        job = {"engine": engine, "optimizer": GROUPS, "model": model, "load": first, "steps": 0}
+        jobs[f"{first} > {name}"] = job
     jobs["adamw: fault moments lost"] = jobs["adamw: stage 1 > stage 3"] | {"parts": ("weight", "ema")}
     jobs["adamw: fault average lost"] = jobs["adamw: stage 1 > stage 3"] | {"parts": ("weight", "moment1", "moment2")}
     return jobs
@@ -115,6 +131,8 @@ def bf16_jobs() -> dict[str, dict]:
         if name not in ("nvme, weights cpu", "cpu, weights nvme"):
             job = {"engine": engine, "settings": BF16, "model": LARGE if "nvme" in name else {}}
             jobs[f"bf16: {name}"] = job
+        if name in ("stage 1", "stage 2", "stage 3", "nvme, weights nvme"):
+            jobs[f"bf16: groups, {name}"] = job | {"optimizer": GROUPS}
     for name in ("stage 1", "stage 2", "stage 3", "nvme"):
         jobs[f"bf16 start: {name}"] = jobs[f"bf16: {name}"] | {"steps": 0}
     sums = {"settings": BF16 | TWO, "steps": 2, "odd": 1}
@@ -176,14 +194,20 @@ def reference(name: str) -> dict:
 
 def plain_loop(job: worker.Job, skip: bool) -> dict:
     module = worker.blueprint(job).whole()
-    groups = {"decay": [], "no_decay": []}
-    for parameter in module.parameters():
-        groups["decay" if parameter.dim() >= 2 else "no_decay"].append(parameter)
-    hyper = {name: {"lr": h.learning_rate, "weight_decay": h.weight_decay} for name, h in worker.HYPER.items()}
+    groups, wanted = [], job.optimizer.get("groups", {})
+    for name, parameter in module.named_parameters():
+        hyper = worker.HYPER["decay" if parameter.dim() >= 2 else "no_decay"]
+        factor = next((factor for pattern, factor in wanted.items() if fnmatchcase(name, pattern)), 1.0)
+        if factor == "frozen":
+            parameter.requires_grad_(False)
+        else:
+            rate, decay = factor * hyper.learning_rate, hyper.weight_decay
+            groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     settings = {"betas": job.optimizer["betas"], "eps": job.optimizer["eps"]} if "betas" in job.optimizer else {}
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[job.optimizer["kind"]]
-    optimizer = kind([{"params": groups[name], **hyper[name]} for name in groups], **settings)
-    average = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer = kind(groups, **settings)
+    average = {name: p.detach().clone() for name, p in trained.items()}
     rows, parts = [], 2 if job.odd else 1  # as many micro-batches as the engine where it matters
     for step in range(5):
         optimizer.zero_grad()
@@ -193,16 +217,16 @@ def plain_loop(job: worker.Job, skip: bool) -> dict:
             loss = module(*part).mean() / parts
             loss.backward()
             total += loss.item()
-        for parameter in module.parameters():
+        for parameter in trained.values():
             if parameter.grad is None:  # none is zero: the parameter still decays
                 parameter.grad = torch.zeros_like(parameter)
-        norm = torch.stack([p.grad.double().norm() for p in module.parameters()]).norm().float()
+        norm = torch.stack([p.grad.double().norm() for p in trained.values()]).norm().float()
         rows.append((total, norm.item()))
         if skip and step == 2:
             continue
-        torch.nn.utils.clip_grads_with_norm_(module.parameters(), job.optimizer["clip_norm"], norm)
+        torch.nn.utils.clip_grads_with_norm_(trained.values(), job.optimizer["clip_norm"], norm)
         optimizer.step()
-        for name, parameter in module.named_parameters():
+        for name, parameter in trained.items():
             average[name].lerp_(parameter.detach(), 1 - worker.EMA["ema_decay"])
     module.eval()
     weights = {name: p.detach() for name, p in module.named_parameters()}
@@ -246,6 +270,19 @@ def test_equal_to_a_plain_loop(runs, name):
     assert [row[2] for row in outcome(runs, name)["rows"]] == [
         name.startswith("skip") and step == 2 for step in range(len(outcome(runs, name)["rows"]))
     ]
+
+
+def frozen(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern, factor in GROUPS["groups"].items() if factor == "frozen")
+
+
+@pytest.mark.parametrize("name", [n for n in JOBS if "groups" in n])
+def test_what_is_frozen_stays_bit_by_bit(runs, name):
+    state, whole = worker.assemble(runs, name, 2), initial_weights(name)
+    assert sum(map(frozen, whole)) > 10
+    for tensor, value in whole.items():
+        assert torch.equal(state["weight"][tensor], value) == frozen(tensor), tensor
+        assert [tensor in state[part] for part in ("moment1", "moment2", "ema")] == [not frozen(tensor)] * 3
 
 
 @pytest.mark.parametrize("name", [n for n in JOBS if "fault" in n])

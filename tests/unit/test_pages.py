@@ -214,7 +214,7 @@ def test_yaml_examples_load(tmp_path):
     assert len(examples) > 1
     for text in examples:
         file = tmp_path / "example.yaml"
-        if text.startswith("data:"):
+        if text.startswith(("data:", "optimizer:")):
             file.write_text(f"inherit: {ROOT / 'yaml/tokenizer_16384.yaml'}\n{text}")
             load_config(TokenizerRunConfig, file)
         else:

@@ -100,6 +100,20 @@ def test_elements_that_are_in_no_file_are_noticed(tmp_path):
         reader.read("weight", "p", whole((10, 12)))
 
 
+def test_of_a_frozen_parameter_there_is_the_weight_alone(tmp_path):
+    """It is the average too, and moments are zero."""
+    parts, piece, path = ("weight", "moment1", "moment2", "ema"), whole(SHAPE), tmp_path / rank_file("net", 0)
+    states = iter([("p", ParameterState(weight=FULL))])
+    files, places = write_pieces(path, {"p": piece}, parts, states, {"p"})
+    write_index(tmp_path / index_file("net"), [places], parts, {"kind": "Net", "config": None})
+    reader = StateReader(tmp_path, "net")
+    state = reader("p", rows(2, 8))
+    assert reader.frozen == {"p"} and files[path.name]["bytes"] < 8 * FULL.numel()
+    assert torch.equal(state.weight, FULL[2:8].flatten()) and torch.equal(state.ema, state.weight)
+    assert not state.moment1.any() and state.moment2.shape == state.weight.shape
+    assert torch.equal(reader.full("ema", "p"), FULL)
+
+
 def test_overlaps_of_runs_with_gaps():
     wanted, stored = (Spans(0, 2, 3, 10),), (Spans(1, 10), Spans(21, 4))
     assert sorted(overlaps(wanted, stored)) == [(1, 0, 1), (2, 9, 1), (5, 10, 1)]

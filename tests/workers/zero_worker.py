@@ -147,7 +147,8 @@ def saved_state(engine: ZeroEngine) -> dict:
     for name, state in engine.named_state():
         found[name] = (pieces[name], {part: t.clone() for part in PARTS if (t := getattr(state, part)) is not None})
     assert list(found) == list(pieces)
-    assert all(tuple(parts) == engine.state_parts() for _, parts in found.values())
+    for name, (_, parts) in found.items():
+        assert tuple(parts) == (("weight",) if name in engine.frozen else engine.state_parts()), name
     return found
 
 
@@ -174,7 +175,8 @@ def load(engine: ZeroEngine, folder: Path, job: Job) -> None:
     steps = torch.load(folder / f"{job.load}.0.pt", weights_only=False)["steps"]
 
     def reader(parameter, piece):
-        return ParameterState(**{part: take(whole[part][parameter], piece) for part in job.parts if part in whole})
+        parts = [part for part in job.parts if parameter in whole.get(part, {})]
+        return ParameterState(**{part: take(whole[part][parameter], piece) for part in parts})
 
     engine.load_named_state(reader, steps)
 
