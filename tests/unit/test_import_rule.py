@@ -342,7 +342,7 @@ def test_what_is_imported_is_in_setup_cfg():
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     always = setup["options"]["install_requires"]
-    owners = {"yaml": "pyyaml", "PIL": "pillow"} | dict.fromkeys(("fastapi", "uvicorn"), "gradio")
+    owners = {"yaml": "pyyaml", "PIL": "pillow"} | dict.fromkeys(("fastapi", "starlette", "uvicorn"), "gradio")
     for path in sources():
         if any(fnmatch(str(path), pattern) for pattern in CONFINED["triton"]):
             continue  # comes with PyTorch where there is one
