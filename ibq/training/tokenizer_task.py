@@ -261,9 +261,7 @@ class TokenizerTask:
                 text = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
                 lines.append(f"{text} nats, of at most {math.log(quantizer.num_codes):.3f}")
         if dist.is_main():
-            lines.append(
-                f"what these tell, and what to try: {COLLAPSE_PAGE}; more: python tools/inspect_codebook.py RUN"
-            )
+            lines.append(f"what to look at and to try: {COLLAPSE_PAGE}, python tools/inspect_codebook.py RUN")
             say(
                 f"ALARM step {step}: codebook collapse: {usage:.2%} of the codes in use, "
                 f"{share:.2%} of what this many tokens could use" + "".join(f"\n  {line}" for line in lines)

@@ -1,6 +1,7 @@
 """What tools/inspect_codebook.py does: measure, print, draw."""
 
 import argparse
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -236,6 +237,8 @@ def image_rows(images: Mapping) -> list[tuple[str, str]]:
 
 def ranges(values: Mapping[str, float]) -> str:
     """Lowest to highest values in one line."""
+    if math.isclose(values["min"], values["max"], rel_tol=1e-5):
+        return f"all {values['max']:.3g}"
     return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
