@@ -1,4 +1,4 @@
-"""A picture of a codebook: how often codes occur, how far apart they are, how long, and where the latents lie."""
+"""A picture of a codebook: how often codes occur, how far apart and how long they are, and where the latents lie."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class CodebookPicture:
     title: str
     counts: Tensor | None = None  # [K], how often each code occurs
     # Part ("in use", "dead", or "codes" where nothing is known of their use; "latents") -> values [N].
-    distances: Mapping[str, Tensor] = field(default_factory=dict)  # to the nearest other code
+    distances: Mapping[str, Tensor] = field(default_factory=dict)  # to the nearest other code; of latents to their own
     norms: Mapping[str, Tensor] = field(default_factory=dict)
     points: Mapping[str, Tensor] = field(default_factory=dict)  # -> [N, 2]
     weights: Tensor | None = None  # how often each of the codes "in use" among the points occurs
@@ -56,7 +56,9 @@ class CodebookPicture:
             title = f"How often each code occurs: {used:,} of {len(self.counts):,} do"
             panels[title] = lambda axes: draw_ranks(axes, self.counts)
         if self.distances:
-            panels["Distance to the nearest other code"] = lambda axes: _histograms(axes, self.distances, "distance")
+            panels["From a code to the nearest other, a latent to its own"] = lambda axes: _histograms(
+                axes, self.distances, "distance"
+            )
         if self.norms:
             panels["Norms, as the search compares vectors"] = lambda axes: _histograms(axes, self.norms, "norm")
         if self.channels:
@@ -90,7 +92,8 @@ class CodebookPicture:
             else:
                 axes.scatter(x, y, color=COLORS[name], alpha=0.35 if name != "codes" else 0.7, **look)
         axes.grid(visible=False)
-        axes.legend(markerscale=2, loc="upper right", handletextpad=0.2, fontsize=10)
+        behind = {"frameon": True, "facecolor": CARD, "edgecolor": "none", "framealpha": 0.8}
+        axes.legend(markerscale=2, loc="upper right", handletextpad=0.2, fontsize=10, **behind)
 
 
 def _histograms(axes: "Axes", parts: Mapping[str, Tensor], label: str) -> None:

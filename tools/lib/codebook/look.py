@@ -202,7 +202,7 @@ def show(arguments: argparse.Namespace, figures: Mapping[str, Mapping]) -> None:
             ("effective rank", f"{codes['effective_rank']:.1f}"),
         ]
     noted = [name for name in LOGGED if name in training]
-    rows += [(f"training: {LOGGED[name]}", f"{training[name]:.4g}") for name in noted]
+    rows += [(f"training: {LOGGED[name]}", f"{training[name]:{'.2%' if 'usage' in name else '.4g'}}") for name in noted]
     if images:
         rows += image_rows(images)
     for name, text in rows:
@@ -261,8 +261,10 @@ def picture_of(
     if near is None:
         channels = () if seen is None else channel_evenness(vectors, seen.counts)
         return CodebookPicture(**found, channels=channels)
+    distances = {part: near.distances[those[near.rows]] for part, those in parts.items()}
     norms = vectors.norm(dim=1).cpu()
     lengths = {part: norms[those] for part, those in parts.items()}
-    lengths |= {} if seen is None else {"latents": seen.latents.norm(dim=1).cpu()}
-    distances = {part: near.distances[those[near.rows]] for part, those in parts.items()}
-    return CodebookPicture(**found, distances=distances, norms=lengths)
+    if seen is not None:
+        distances["latents"] = (seen.latents - vectors[seen.codes]).norm(dim=1)
+        lengths["latents"] = seen.latents.norm(dim=1)
+    return CodebookPicture(**found, distances=distances, norms={} if quantizer.spherical else lengths)
