@@ -251,33 +251,40 @@ def _heading(title: str, unit: str, axes: "Axes") -> str:
 
 def rank_chart(counts: Tensor, *, title: str) -> str:
     """How often each code occurs (counts [K]), most frequent first, with the mean and the unused codes marked."""
-    ordered = counts.double().nan_to_num(0, 0, 0).sort(descending=True).values.numpy()
-    num_codes, used = len(ordered), int((ordered > 0).sum())
+    num_codes, used = len(counts), int((counts > 0).sum())
     if not used:
         return ""
-    edges = np.unique(np.linspace(0, used, min(used, MAX_STEPS) + 1).round())
-    heights, mean = ordered[edges[:-1].astype(int)], float(ordered.mean())
     with page_look():
         axes = _single_axes(620, 250)
-        axes.set_xlim(0, num_codes)
-        axes.xaxis.set_major_formatter(_tick_text(num_codes))
-        axes.set_xlabel("codes, most frequent first")
-        if heights[0] > 50 * heights[-1]:
-            set_logarithmic(axes, heights[-1] / 1.5, heights[0] * 1.2)
-        else:
-            axes.set_ylim(0, heights[0] * 1.06)
-            axes.yaxis.set_major_formatter(_tick_text(heights[0]))
-        axes.stairs(heights, edges, baseline=axes.get_ylim()[0], fill=True, color=LIGHT["s0"], alpha=0.75)
-        axes.axvspan(used, num_codes, color=SOFT, alpha=0.14, linewidth=0)
-        draw_level(axes, "mean", mean, REFERENCES[0])
-        spoken = f"{used} of {num_codes} codes occur, from {heights[0]:.0f} down to {ordered[used - 1]:.0f} times"
+        ordered = draw_ranks(axes, counts)
+        spoken = f"{used} of {num_codes} codes occur, from {ordered[0]:.0f} down to {ordered[used - 1]:.0f} times"
         drawing = as_svg(axes.figure, f"{title}: {spoken}")
     legend = [
         swatch("area", "s0", f"in use <em>{used:,} of {num_codes:,} ({used / num_codes:.1%})</em>"),
         *([swatch("area unused", "soft", f"never used <em>{num_codes - used:,}</em>")] if used < num_codes else []),
-        swatch(REFERENCES[0], "soft", f"mean, if all were equally frequent <em>{mean:,.4g}</em>"),
+        swatch(REFERENCES[0], "soft", f"mean, if all were equally frequent <em>{ordered.mean():,.4g}</em>"),
     ]
     return figure(_heading(title, "", axes), legend, drawing)
+
+
+def draw_ranks(axes: "Axes", counts: Tensor) -> np.ndarray:
+    """How often each code occurs (counts [K], not all zero), most frequent first; these numbers in that order."""
+    ordered = counts.double().nan_to_num(0, 0, 0).sort(descending=True).values.cpu().numpy()
+    num_codes, used = len(ordered), int((ordered > 0).sum())
+    edges = np.unique(np.linspace(0, used, min(used, MAX_STEPS) + 1).round())
+    heights = ordered[edges[:-1].astype(int)]
+    axes.set_xlim(0, num_codes)
+    axes.xaxis.set_major_formatter(_tick_text(num_codes))
+    axes.set_xlabel("codes, most frequent first")
+    if heights[0] > 50 * heights[-1]:
+        set_logarithmic(axes, heights[-1] / 1.5, heights[0] * 1.2)
+    else:
+        axes.set_ylim(0, heights[0] * 1.06)
+        axes.yaxis.set_major_formatter(_tick_text(heights[0]))
+    axes.stairs(heights, edges, baseline=axes.get_ylim()[0], fill=True, color=LIGHT["s0"], alpha=0.75)
+    axes.axvspan(used, num_codes, color=SOFT, alpha=0.14, linewidth=0)
+    draw_level(axes, "mean", float(ordered.mean()), REFERENCES[0])
+    return ordered
 
 
 def share_bar(parts: Mapping[str, float], *, title: str, labels: Mapping[str, str]) -> str:

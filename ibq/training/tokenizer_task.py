@@ -12,6 +12,7 @@ from ibq import dist, losses
 from ibq.config import UserError
 from ibq.data.transforms import to_unit_range
 from ibq.engine.base import Engine, GroupHyper, snapshot
+from ibq.evaluation.codebook import latent_scale, reachable
 from ibq.evaluation.reconstruction import CodeUsage, evaluate_reconstruction
 from ibq.models.tokenizer import Tokenizer
 from ibq.ops.kmeans import kmeans
@@ -22,6 +23,7 @@ from ibq.training.task import Batch, StepOutcome, Validation
 from ibq.training.tokenizer_config import CodebookStartConfig, TokenizerLossConfig
 
 GRID_IMAGES = 8
+COLLAPSE_PAGE = "ibq/quantizers/COLLAPSE.md"
 
 
 class TokenizerTask:
@@ -73,6 +75,8 @@ class TokenizerTask:
             discriminator.module.use_world_statistics(self.reduce, dist.world_size())
         self.lecam = {"real": torch.zeros((), device=device), "fake": torch.zeros((), device=device)}
         self.usage = CodeUsage(self.tokenizer.quantizer.num_codes, device)
+        # Of the last step, for the alarm: images of a micro-batch, and the quantizer's metrics on the device.
+        self._last: tuple[Tensor, Mapping[str, Tensor]] | None = None
 
     def step(self, step: int, batches: list[Batch], stopwatch: Stopwatch) -> StepOutcome:
         """Train both networks on the micro-batches (uint8 images, labels) of one step."""
@@ -101,6 +105,7 @@ class TokenizerTask:
                 with stopwatch.part("backward"):
                     self.generator.backward(loss)
             codes.append(out.codes)
+        self._last = batches[-1][0], out.metrics
         if not skipped:
             with stopwatch.part("optimizer"):
                 result = self.generator.step(hyper)
@@ -233,22 +238,39 @@ class TokenizerTask:
     def interval_metrics(self, step: int) -> dict[str, float]:
         """Codebook figures over the codes seen since the last call, with an alarm when the codebook collapses."""
         figures = self.usage.reduce().figures()
-        self.usage = CodeUsage(self.tokenizer.quantizer.num_codes, self.usage.counts.device)
         # So many tokens can't touch all codes, however evenly they are spread.
-        reachable = 1 - math.exp(-figures["tokens_per_code"])
-        share = figures["usage"] / reachable if reachable else 1.0
+        most = reachable(figures["tokens_per_code"])
+        share = figures["usage"] / most if most else 1.0
         started = step > self.codebook_start.warmup_steps  # before, the codebook is not in use
-        if share < self.usage_alarm and started and dist.is_main():
-            say(
-                f"ALARM step {step}: codebook collapse: {figures['usage']:.2%} of the codes in use, "
-                f"{share:.2%} of what this many tokens could use"
-            )
+        if share < self.usage_alarm and started:  # the same on all ranks
+            self._alarm(step, figures["usage"], share)
+        self.usage = CodeUsage(self.tokenizer.quantizer.num_codes, self.usage.counts.device)
         return {
             "codebook/usage": figures["usage"],
             "codebook/perplexity": figures["perplexity"],
             "codebook/usage_of_reachable": share,
             "tokens_per_image": self._tokens_per_image,
         }
+
+    @torch.no_grad()
+    def _alarm(self, step: int, usage: float, share: float) -> None:
+        """Say that the codebook collapses, and what there is to see; all ranks call it: the encoder may be sharded."""
+        quantizer, lines = self.tokenizer.quantizer, []
+        if self._last is not None:
+            images, metrics = self._last
+            with self.generator.autocast():
+                z = self.tokenizer.encode_latents(to_unit_range(images))
+            lines.append(str(latent_scale(quantizer, quantizer.tokens(z), quantizer.encode(z).flatten())))
+            if metrics:
+                found = {name.replace("_", " "): float(value) for name, value in metrics.items()}
+                text = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+                lines.append(f"{text} nats, of at most {math.log(quantizer.num_codes):.3f}")
+        if dist.is_main():
+            lines.append(f"what to look at and to try: {COLLAPSE_PAGE}, python tools/inspect_codebook.py RUN")
+            say(
+                f"ALARM step {step}: codebook collapse: {usage:.2%} of the codes in use, "
+                f"{share:.2%} of what this many tokens could use" + "".join(f"\n  {line}" for line in lines)
+            )
 
     @property
     def _tokens_per_image(self) -> int:

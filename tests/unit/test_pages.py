@@ -1,4 +1,4 @@
-"""What the pages (every README.md) say is true: their commands, paths, links, settings and the Python example."""
+"""What the pages (every .md file) say is true: their commands, paths, links, settings and the Python example."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ from launchers.lib.sweep.grid import SweepConfig
 from tools.lib.quickstart import recipe
 
 FOLDERS = ("ibq", "launchers", "slurm", "tests", "tools", "yaml")
-PAGES = [Path("README.md"), *sorted(page.relative_to(ROOT) for f in FOLDERS for page in (ROOT / f).rglob("README.md"))]
+PAGES = [Path("README.md"), *sorted(page.relative_to(ROOT) for f in FOLDERS for page in (ROOT / f).rglob("*.md"))]
 TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 TRAINING = {"ibq/train_tokenizer.py": TokenizerRunConfig, "ibq/train_ar.py": ARRunConfig}

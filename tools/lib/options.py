@@ -96,10 +96,10 @@ def words_of(settings: Any) -> list[str]:
 # --- Images ---
 
 
-def add_image_options(parser: argparse.ArgumentParser) -> None:
+def add_image_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Which images, how many at once."""
     add = parser.add_argument
-    add("--images", required=True, help="glob of tar shards, URLs with braces, or a folder of class folders")
+    add("--images", required=required, help="glob of tar shards, URLs with braces, or a folder of class folders")
     add("--split", choices=["all", "train", "validation"], default="all", help="part of the images")
     add("--validation-every", type=int, default=10, help="--split: every so many-th image is held out")
     add("--batch-size", type=int, default=32)
