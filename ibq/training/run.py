@@ -22,16 +22,21 @@ from ibq.files import lock, remove
 from ibq.meeting import meet, telling_others
 from ibq.progress import say
 from ibq.training import bad_samples, provenance, startup
+from ibq.training.checkpoint import checkpoints_in
 from ibq.training.launcher import watch_launcher
 from ibq.training.loop import train
 from ibq.training.run_data import RunData
+from ibq.training.start_from import run as start_from
+from ibq.training.start_from.config import StartConfig
+from ibq.training.start_from.fit import Fit
+from ibq.training.start_from.places import Source
 from ibq.training.startup import StartUp, TimedBlueprint
 from ibq.training.stopping import STATUS_FILE
 from ibq.training.task import Task
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best", STATUS_FILE, bad_samples.FILE,
-             provenance.FILE, provenance.PACKAGES_FILE, startup.FILE)  # fmt: skip
+             provenance.FILE, provenance.PACKAGES_FILE, startup.FILE, start_from.FILE)  # fmt: skip
 LOCK_FILE = ".lock"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -146,7 +151,21 @@ class Command:
             ),
         )
 
-    def train(self, task: Task, data: RunData, title: str) -> int:
+    def start(self, open_fit: Callable[[StartConfig], tuple[Source, Fit]]) -> start_from.Start:
+        """Where the run begins; UserError, before anything is written, where it cannot. `open_fit` as in `Start`."""
+        start = start_from.Start(self.config.start, open_fit)
+        if not self._goes_on():
+            with self.part("model"), naming(f"{self.source}: start_from"):
+                start.check()
+        return start
+
+    def _goes_on(self) -> bool:
+        """Whether the run's folder holds checkpoints that it will go on from; the same on every rank."""
+        anew = begins_anew(self.fresh)
+        found = checkpoints_in(Path(self.config.output) / "checkpoints") and not anew
+        return bool(dist.largest(int(bool(found))))
+
+    def train(self, task: Task, data: RunData, title: str, start: start_from.Start) -> int:
         """Train in the run's folder as the config says, and leave the process group; the exit code."""
         config = self.config
         try:
@@ -164,6 +183,7 @@ class Command:
                     device=self.device,
                     title=title,
                     start_up=self.start_up,
+                    start=start,
                 )
         finally:
             for engine in task.engines.values():  # a process of several ends without the interpreter's clean-up
@@ -180,8 +200,7 @@ def run_folder(output: str, fresh: bool) -> Iterator[Path]:
     `fresh`.
     """
     folder, locked, problem = Path(output), None, ""
-    # The counts of torchrun's agents differ: the host on which a rank died has counted, the others have not.
-    if fresh and dist.largest(max(int(os.environ.get(count, "0")) for count in RESTART_COUNTS)):
+    if fresh and not begins_anew(fresh):
         fresh = False
         if dist.is_main():
             say("--fresh: ignored, since this is a restart of the run, which goes on from its last checkpoint")
@@ -199,6 +218,12 @@ def run_folder(output: str, fresh: bool) -> Iterator[Path]:
     finally:
         if locked is not None:
             locked.close()
+
+
+def begins_anew(fresh: bool) -> bool:
+    """Whether `fresh` counts; every rank calls it."""
+    # The counts of torchrun's agents differ: the host on which a rank died has counted, the others have not.
+    return fresh and not dist.largest(max(int(os.environ.get(count, "0")) for count in RESTART_COUNTS))
 
 
 def _lock(folder: Path) -> IO:
