@@ -20,7 +20,7 @@ from ibq.training.start_from.places import Moments, Source
 
 Became = Literal["taken", "made", "new", "left"]
 CODEBOOK, CLASSES = "quantizer.codebook", "class_emb.weight"
-NOT_THERE = "not at this place"
+NOT_THERE = "not at this place; of a run, its checkpoints hold it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +221,11 @@ def _other_rows(source: Source, config: Any, start, engines: Mapping[str, Beginn
         yield Row(
             part="LeCAM's averages", became=became, tensors=len(source.lecam), note="" if source.lecam else NOT_THERE
         )
-    for name in ("tokenizer", "discriminator"):
+    for name in ("tokenizer", "discriminator") if "optimizer" in start.also else ():
         if name in engines or name in source.moments:
-            use = name in engines and engines[name].moments is not None
             there = name in source.moments
             note = f"{source.moments[name].steps:,} updates" if there else NOT_THERE
-            became = "taken" if use else "left" if there else "new"
+            became = "new" if not there else "taken" if name in engines else "left"
             yield Row(part=f"optimizer of the {name}", became=became, note=note)
+    if "optimizer" not in start.also:
+        yield Row(part="optimizers", became="new", note="not in start_from.also")

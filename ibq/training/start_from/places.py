@@ -78,7 +78,10 @@ def local_place(place: str) -> Path:
         if len(files) > 1:
             raise UserError(f"{place}: holds several models; give one of {', '.join(f'{place}/{f}' for f in files)}")
         file = next(iter(files), None)
-    return downloaded(repository) if file is None else downloaded_file(repository, file)
+    try:
+        return downloaded(repository) if file is None else downloaded_file(repository, file)
+    except UserError as error:
+        raise UserError(f"{place}: no such file or folder, and on the Hub: {error}") from error
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -131,7 +134,8 @@ def _rest_of(model: Published) -> dict[str, int]:
     names = [name for name in model.rest if not name.startswith(DISCRIMINATOR)]
     averages = sum(name.startswith(EMA) for name in names)
     lpips = sum(name.startswith("loss.perceptual_loss.") for name in names)
-    found = {"averages": averages, "LPIPS": lpips, "other weights": len(names) - averages - lpips}
+    other = "raw weights" if model.weights == "ema" else "other tensors"
+    found = {"averages": averages, "LPIPS": lpips, other: len(names) - averages - lpips}
     return {name: count for name, count in found.items() if count}
 
 

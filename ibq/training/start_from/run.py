@@ -70,7 +70,9 @@ class Start:
         now = None if self.config is None else config_to_dict(self.config)
         if record.get("config") != now and dist.is_main():
             began = f"from {record['place']}" if record else "with new weights"
-            other = "is not given" if self.config is None else f"is {self.config.place}, or its options are others"
+            other = "is not given" if now is None else f"is {now['place']}"
+            if record and now and record["place"] == now["place"]:
+                other = "has other options"
             say(f"note: start_from {other}, but this run began {began} and goes on; use --fresh to start over")
 
 
