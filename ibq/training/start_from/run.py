@@ -21,7 +21,7 @@ from ibq.training.start_from.fit import Beginning, Fit, Row
 from ibq.training.start_from.places import Source
 from ibq.training.task import Task
 
-FILE = "start_from.json"
+FILE = "first_weights.json"
 
 
 class Start:
