@@ -104,7 +104,8 @@ def train(
             if saver.resume():
                 start.go_on(folder)
             else:
-                start.begin(task, folder)
+                mark("first weights")
+                start.begin(task, folder, device)
             run.origin = start.origin
         with start_up.part("log"):
             log.open()

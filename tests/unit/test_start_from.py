@@ -28,6 +28,7 @@ from ibq.training.tokenizer_config import TokenizerRunConfig
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 QUANTIZER = TOKENIZER["quantizer"]
+CPU = torch.device("cpu")
 GAN = {"discriminator": {"channels": 8, "layers": 2}}
 
 
@@ -87,7 +88,7 @@ def fit(folder, run, **options):
 
 
 def engine_of(build, name: str = "x") -> LocalEngine:
-    settings = EngineSettings(optimizer=OptimizerConfig(), device=torch.device("cpu"), ema_decay=0.9)
+    settings = EngineSettings(optimizer=OptimizerConfig(), device=CPU, ema_decay=0.9)
     return LocalEngine(Blueprint(name=name, build=build, seed=0), settings)
 
 
@@ -95,7 +96,7 @@ def started(found, run):
     """The module of a run that has begun so, in eval mode, and its engine."""
     name, kind = ("transformer", Transformer) if isinstance(run, ARRunConfig) else ("tokenizer", Tokenizer)
     engine = engine_of(lambda: kind(run.model))
-    load(engine, found.engines[name])
+    load(engine, found.engines[name], CPU)
     return engine.module.eval(), engine
 
 
@@ -129,7 +130,7 @@ def test_a_published_file_gives_discriminator_and_optimizers(places):
     moments = [float(state.moment1.flatten()[0]) for _, state in engine.named_state()]
     assert moments == [*range(len(moments))]  # in the order of the program that has written them
     judge = engine_of(lambda: PatchDiscriminator(run.loss.gan.discriminator), "discriminator")
-    load(judge, found.engines["discriminator"])
+    load(judge, found.engines["discriminator"], CPU)
     expected = patch_discriminator_state(8, 2)
     state = judge.module.state_dict() | {n.removeprefix("discriminator/"): t for n, t in found.rank_tensors.items()}
     assert state.keys() == expected.keys()

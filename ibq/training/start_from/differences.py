@@ -1,6 +1,5 @@
 """How the model of a file and that of a config differ: every setting that weights depend on, and what may differ."""
 
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -49,18 +48,19 @@ def allowed(start: StartConfig, key: str) -> bool:
     """Whether a difference in this setting has been allowed."""
     if key in RESOLUTIONS:
         return start.resolution == "other"
-    if isinstance(start, TokenizerStartConfig):
-        return start.codebook == "new" if key not in SIZES else start.codebook != "same"
-    return key == "model.num_classes" and start.classes == "new"
+    if key == "model.num_classes":
+        return start.classes == "new"
+    if key in SIZES:
+        return start.codebook != "same"
+    return key.startswith("model.quantizer.") and start.codebook == "new"
 
 
 def require_allowed(source: Source, module: nn.Module, start: StartConfig) -> dict[str, tuple[Any, Any]]:
     """The differences between a source and a module on the meta device; UserError for one that is not allowed."""
     found = differences(settings_of(source.config), settings_of(module.config))
-    for key in found:
-        quantizers = key.startswith("model.quantizer.")
-        if not (allowed(start, key) and (quantizers or key in RESOLUTIONS or key == "model.num_classes")):
-            raise UserError(_refusal(source, module, key, found[key]))
+    for key, values in found.items():
+        if not allowed(start, key):
+            raise UserError(_refusal(source, module, key, values))
     if isinstance(start, TokenizerStartConfig) and start.codebook in ("rows", "kmeans"):
         _require_codes(source, module, start)
     return found
@@ -124,17 +124,14 @@ SHOWS = {
 
 
 def _first_of_another_shape(source: Source, module: nn.Module, key: str) -> str:
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    """The tensor at which a setting shows, with both shapes; nothing for one that shapes do not show."""
     wanted = SHOWS.get(key)
     if key in RESOLUTIONS or (key.startswith("model.quantizer.") and wanted is None):
         return ""
-    for name in [wanted] if wanted in source.shapes else _sorted_by_part(source.shapes, expected):
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for name in [wanted] if wanted in source.shapes else {**expected, **source.shapes}:
         there, here = source.shapes.get(name), expected.get(name)
         if there != here:
-            missing = "is not there" if there is None else f"is {[*there]}"
-            return f"{name} {missing}{'' if here is None else f' instead of {[*here]}'}: "
+            found = "is not there" if there is None else f"is {[*there]}"
+            return f"{name} {found}{'' if here is None else f' instead of {[*here]}'}: "
     return ""
-
-
-def _sorted_by_part(theirs: Mapping, ours: Mapping) -> list[str]:
-    return [*ours, *(name for name in theirs if name not in ours)]

@@ -40,7 +40,7 @@ class Start:
         if self.config is not None and self._found is None:
             self._found = self._open(self.config)
 
-    def begin(self, task: Task, folder: Path) -> None:
+    def begin(self, task: Task, folder: Path, device: torch.device) -> None:
         """Give the modules their first weights; rank 0 says which, and writes it down in the run's folder."""
         if self.config is None:
             if dist.is_main():
@@ -49,7 +49,7 @@ class Start:
         self.check()
         source, fit = self._found
         for name, beginning in fit.engines.items():
-            load(task.engines[name], beginning)
+            load(task.engines[name], beginning, device)
         task.load_rank_tensors(task.rank_tensors() | fit.rank_tensors)
         sha256 = dist.on_main(lambda: weights_hash(source.tensors))
         self.origin = {"start_from": {"place": self.config.place, "weights_sha256": sha256}}
@@ -88,9 +88,12 @@ def _count(row: Row) -> str:
 
 
 @torch.no_grad()
-def load(engine: Engine, beginning: Beginning) -> None:
-    """Give an engine's module its first weights, and its average the same; every rank calls it."""
-    values = beginning.make(next(engine.module.parameters()).device)
+def load(engine: Engine, beginning: Beginning, device: torch.device) -> None:
+    """Give an engine's module its first weights, and its average the same; every rank calls it.
+
+    What is made of others' weights is computed on `device`.
+    """
+    values = beginning.make(device)
     initial: dict[str, Tensor] = {}
     for name, state in engine.named_state():  # to the end on every rank: an engine may need all of them
         if name not in beginning.taken and (name not in values or values[name].new is not None):
