@@ -140,8 +140,18 @@ def find_model(kind: type[nn.Module], path: str | Path, weights: Weights = "ema"
     try:
         config = load_config(CONFIGS[kind], folder / "config.yaml")
     except ConfigError as error:
-        raise UserError(f"not a model of this kind: {error}") from error
+        raise UserError(f"not a model of this kind: {_of_another_kind(kind, folder) or error}") from error
     return FoundModel(config=config, tensors=read_tensors(folder / "model.safetensors"), source=folder)
+
+
+def _of_another_kind(kind: type[nn.Module], folder: Path) -> str:
+    """What to say of a folder with a model of the other kind; "" for any other."""
+    (other,) = CONFIGS.keys() - {kind}
+    try:
+        load_config(CONFIGS[other], folder / "config.yaml")
+    except ConfigError:
+        return ""
+    return f"{folder / 'config.yaml'} is of a {other.__name__}; give the folder of a {kind.__name__}"
 
 
 def _from_checkpoint(kind: type[nn.Module], path: Path, weights: Weights) -> FoundModel:

@@ -343,6 +343,8 @@ def test_files_that_hold_something_else(tmp_path, places, tokenizer):
         assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1, place
     with pytest.raises(UserError, match="holds no Transformer but a Tokenizer"):
         fit(places / "t.ckpt", transformer_run())
+    with pytest.raises(UserError, match=r"config.yaml is of a Tokenizer; give the folder of a Transformer"):
+        fit(places / "tokenizer", transformer_run())
     with pytest.raises(UserError, match="one set of weights"):
         fit(places / "tokenizer", tokenizer_run(), weights="raw")
 

@@ -74,7 +74,7 @@ def local_place(place: str) -> Path:
         return path
     repository, file = hub.groups()
     if file is None:  # a published one has its name in the catalogue; one of this project has always the same files
-        files = {entry.file for entry in CATALOGUE.values() if entry.repository == repository}
+        files = sorted({entry.file for entry in CATALOGUE.values() if entry.repository == repository})
         if len(files) > 1:
             raise UserError(f"{place}: holds several models; give one of {', '.join(f'{place}/{f}' for f in files)}")
         file = next(iter(files), None)
