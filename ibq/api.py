@@ -3,7 +3,8 @@
 import json
 import numbers
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from ibq.config_yaml import one_line
 from ibq.decoding import Decoder
 from ibq.engine.state_files import StateReader, index_file
 from ibq.interop.families import SUFFIXES, read_published
-from ibq.interop.published import Hints
+from ibq.interop.published import Hints, ModelConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
@@ -27,6 +28,7 @@ from ibq.sampler import SamplerConfig
 from ibq.sampling import sample_blocks, settled_for
 
 Weights = Literal["ema", "raw"]
+CONFIGS = {Tokenizer: TokenizerConfig, Transformer: TransformerConfig}
 MODEL_PLACES = (
     "a run folder, its `best` folder, a checkpoint folder, a .safetensors file, or a published .ckpt or .pt file"
 )
@@ -36,15 +38,24 @@ class NoModelError(UserError):
     """A file of weights that does not say which model they are of."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoundModel:
+    """A model's configuration and tensors, and the file or folder that holds them."""
+
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]  # as in its state_dict; those of a checkpoint are read when they are asked for
+    source: Path
+
+
 def load_tokenizer(path: str | Path, *, weights: Weights = "ema", device: torch.device | str = "auto") -> Tokenizer:
     """A tokenizer for use (eval mode) from one of MODEL_PLACES; UserError if there is none.
 
     `weights` chooses between the averaged and the raw weights of a checkpoint or a published file; a run's best ones
     are the averaged.
     """
-    if _is_published(path):
+    if is_published(path):
         return _ready_published(Tokenizer, path, weights, device)
-    return _load(Tokenizer, TokenizerConfig, path, device, weights)
+    return _load(Tokenizer, path, device, weights)
 
 
 def load_transformer(
@@ -59,11 +70,11 @@ def load_transformer(
     A `.ckpt` does not say its number of heads: without `config` the paper's rule (heads of 64 dimensions, 16 x 16
     tokens) is taken. `weights` as in `load_tokenizer`.
     """
-    if _is_published(path):
+    if is_published(path):
         return _ready_published(Transformer, path, "ema", device, config)
     if config is not None:
         raise UserError(f"{path}: has a config of its own; give `config` only with a published .ckpt file")
-    return _load(Transformer, TransformerConfig, path, device, weights)
+    return _load(Transformer, path, device, weights)
 
 
 def pretrained_folder(path: str | Path) -> Path:
@@ -86,7 +97,8 @@ def trained_on(path: str | Path) -> str | None:
         return None
 
 
-def _is_published(path: str | Path) -> bool:
+def is_published(path: str | Path) -> bool:
+    """Whether this is a file of the form that other implementations publish."""
     return Path(path).is_file() and Path(path).suffix in SUFFIXES
 
 
@@ -100,52 +112,92 @@ def _ready_published(
         raise UserError(f"not a published checkpoint of this kind: {one_line(error)}") from error
     # Copied: the file may change or go away while the model is in use.
     state = {name: tensor.clone() for name, tensor in found[0].tensors.items()}
-    return _ready(kind, found[0].config, state, device, path)
+    return _ready(kind, FoundModel(config=found[0].config, tensors=state, source=Path(path)), device)
 
 
-def _load(kind: type[nn.Module], config_kind: type, path: str | Path, device, weights: Weights) -> nn.Module:
+def _load(kind: type[nn.Module], path: str | Path, device, weights: Weights) -> nn.Module:
+    return _ready(kind, find_model(kind, path, weights), device)
+
+
+def find_model(kind: type[nn.Module], path: str | Path, weights: Weights = "ema") -> FoundModel:
+    """The Tokenizer or Transformer, not yet built, at one of this project's own MODEL_PLACES; UserError if none."""
     path = Path(path)
     if (path / index_file(kind.__name__.lower())).exists():
-        config, state = _from_checkpoint(kind, config_kind, path, weights)
-        return _ready(kind, config, state, device, path)
+        return _from_checkpoint(kind, path, weights)
     if weights != "ema":
         raise UserError(f"{path}: holds one set of weights; raw ones are in a run's checkpoints: give such a folder")
     if path.is_file() and path.suffix == ".safetensors":
-        config, state = _from_file(kind, config_kind, path)
-        return _ready(kind, config, state, device, path)
+        return _from_file(kind, path)
     folder = pretrained_folder(path)
     if not (folder / "config.yaml").exists():  # a folder for the Hub, whose file says all
         try:
-            return _load(kind, config_kind, folder / "model.safetensors", device, weights)
+            return _from_file(kind, folder / "model.safetensors")
         except NoModelError as error:
             raise UserError(
                 f"{folder}: has no config.yaml, and model.safetensors does not say what it holds; copy config.yaml "
                 "from the run's `best` folder"
             ) from error
     try:
-        config = load_config(config_kind, folder / "config.yaml")
+        config = load_config(CONFIGS[kind], folder / "config.yaml")
     except ConfigError as error:
-        raise UserError(f"not a model of this kind: {error}") from error
-    return _ready(kind, config, read_tensors(folder / "model.safetensors"), device, folder)
+        raise UserError(f"not a model of this kind: {_of_another_kind(kind, folder) or error}") from error
+    return FoundModel(config=config, tensors=read_tensors(folder / "model.safetensors"), source=folder)
 
 
-def _from_checkpoint(kind: type, config_kind: type, path: Path, weights: Weights) -> tuple:
-    """(config, weights) of a training run's checkpoint, in whatever layout it was written."""
+def _of_another_kind(kind: type[nn.Module], folder: Path) -> str:
+    """What to say of a folder with a model of the other kind; "" for any other."""
+    (other,) = CONFIGS.keys() - {kind}
+    try:
+        load_config(CONFIGS[other], folder / "config.yaml")
+    except ConfigError:
+        return ""
+    return f"{folder / 'config.yaml'} is of a {other.__name__}; give the folder of a {kind.__name__}"
+
+
+def _from_checkpoint(kind: type[nn.Module], path: Path, weights: Weights) -> FoundModel:
+    """That of a training run's checkpoint, in whatever layout it was written."""
     try:
         reader = StateReader(path, kind.__name__.lower())
         part = "ema" if weights == "ema" and "ema" in reader.parts else "weight"
-        state = {name: reader.full(part, name) for name in reader.shapes} | reader.untrained()
-        return parse_config(config_kind, reader.model["config"], str(path)), state
+        config = parse_config(CONFIGS[kind], reader.model["config"], str(path))
+        return FoundModel(config=config, tensors=CheckpointTensors(path, reader, part), source=path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: a damaged checkpoint ({error}); take another") from error
+        raise _damaged(path, error) from error
 
 
-def _from_file(kind: type, config_kind: type, path: Path) -> tuple:
-    """(config, weights) of a file that `tools/convert.py` has written."""
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: a damaged checkpoint ({error}); take another")
+
+
+class CheckpointTensors(Mapping):
+    """One part of all parameters of a checkpoint, each read when it is asked for, and what is not trained."""
+
+    def __init__(self, path: Path, reader: StateReader, part: str):
+        self._path, self._reader, self._part = path, reader, part
+        self.shapes, self.untrained = reader.shapes, reader.untrained()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.untrained:
+            return self.untrained[name]
+        try:
+            return self._reader.full(self._part, name)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise _damaged(self._path, error) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.shapes, *self.untrained))
+
+    def __len__(self) -> int:
+        return len(self.shapes) + len(self.untrained)
+
+
+def _from_file(kind: type[nn.Module], path: Path) -> FoundModel:
+    """That of a file that `tools/convert.py` has written."""
     _, model = read_metadata(path)
     if model["kind"] != kind.__name__:
         raise UserError(f"{path}: holds a {model['kind']}, not a {kind.__name__}")
-    return parse_config(config_kind, model["config"], str(path)), read_tensors(path)
+    config = parse_config(CONFIGS[kind], model["config"], str(path))
+    return FoundModel(config=config, tensors=read_tensors(path), source=path)
 
 
 def read_metadata(path: Path) -> tuple[dict[str, str], dict]:
@@ -174,16 +226,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read ({error}); copy it or write it again") from error
 
 
-def _ready(kind: type[nn.Module], config, state: dict[str, Tensor], device, source: str | Path) -> nn.Module:
+def _ready(kind: type[nn.Module], found: FoundModel, device) -> nn.Module:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
-        model = kind(config)
+        model = kind(found.config)
     try:
-        model.load_state_dict(state, strict=True, assign=True)
+        model.load_state_dict({**found.tensors}, strict=True, assign=True)
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise UserError(f"{source}: the weights do not fit config.yaml: {reason}") from error
+        raise UserError(f"{found.source}: the weights do not fit config.yaml: {reason}") from error
     model.to(device, memory_format=image_format(device) if kind is Tokenizer else torch.preserve_format)
     return model.eval().requires_grad_(False)
 

@@ -69,7 +69,7 @@ def from_pretrained(
     """
     folder = Path(repository_or_folder)
     if not folder.is_dir():
-        folder = _downloaded(str(repository_or_folder), revision, token)
+        folder = downloaded(str(repository_or_folder), revision, token)
     return load_file(folder / WEIGHTS, device)[0]
 
 
@@ -119,8 +119,8 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False, t
     return commit.commit_url
 
 
-def _downloaded(repository: str, revision: str | None, token: str | None) -> Path:
-    """The files of a repository in the Hub's cache."""
+def downloaded(repository: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The files of a repository of this project's form in the Hub's cache; UserError where there is none."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -131,6 +131,16 @@ def _downloaded(repository: str, revision: str | None, token: str | None) -> Pat
         )
     except Exception as error:
         raise _explained(repository, error, "give a folder, or the name of a repository that you may read") from error
+
+
+def downloaded_file(repository: str, file: str) -> Path:
+    """A file of a repository in the Hub's cache, downloaded once; UserError where there is none."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, file, library_name="ibq"))
+    except Exception as error:
+        raise _explained(f"{repository}/{file}", error, "give a file, or one that you may read") from error
 
 
 def _explained(repository: str, error: Exception, remedy: str) -> UserError:

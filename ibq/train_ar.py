@@ -12,6 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -26,6 +27,9 @@ from ibq.training.ar_task import ARTask
 from ibq.training.checkpoint import weights_hash
 from ibq.training.run import Command, naming
 from ibq.training.run_data import RunData, code_data, image_data
+from ibq.training.start_from.config import TransformerStartConfig
+from ibq.training.start_from.fit import Fit, fit_transformer
+from ibq.training.start_from.places import Source, open_place
 
 EXAMPLE = "torchrun --nproc-per-node 8 ibq/train_ar.py --config yaml/b.yaml data.train=codes/train"
 
@@ -37,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with command.part("data"), naming(command.source):
             data, tokenizer = open_data(command.config, command.device)
         command.bind(data, None if tokenizer is None else tokenizer.config)
+        start = command.start(partial(open_fit, command.config, data))
         with command.part("engine"):
             task = build_task(command, data, tokenizer)
         command.check_schedule(task.hyper)
-        return command.train(task, data, title="transformer")
+        return command.train(task, data, title="transformer", start=start)
 
 
 def build_task(command: Command, data: RunData, tokenizer: Tokenizer | None) -> ARTask:
@@ -67,6 +72,13 @@ def build_task(command: Command, data: RunData, tokenizer: Tokenizer | None) -> 
             total_steps=total_steps,
         ),
     )
+
+
+def open_fit(config: ARRunConfig, data: RunData, start: TransformerStartConfig) -> tuple[Source, Fit]:
+    """The weights at the place of `start_from`, and how they become those of the run."""
+    source = open_place(Transformer, start)
+    codes_of = None if config.data.allow_other_tokenizer else data.provenance.get("tokenizer")
+    return source, fit_transformer(source, config, start, codes_of)
 
 
 def share_model(config: ARRunConfig) -> None:

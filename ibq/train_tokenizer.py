@@ -27,6 +27,9 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.ops.backend import image_format
 from ibq.training.run import Command, naming
 from ibq.training.run_data import RunData, image_data
+from ibq.training.start_from.config import TokenizerStartConfig
+from ibq.training.start_from.fit import Fit, fit_tokenizer
+from ibq.training.start_from.places import Source, open_place
 from ibq.training.tokenizer_config import TokenizerRunConfig
 from ibq.training.tokenizer_task import TokenizerTask
 
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with command.part("data"), naming(command.source):
             data = image_data(config.data, config.model.resolution, config.seed)
         command.bind(data)
+        start = command.start(partial(open_fit, config))
         with command.part("engine"):
             task = build_task(command, data, perceptual)
         command.check_schedule(task.learning_rate)
@@ -51,7 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"{command.source}: codebook_start.warmup_steps: {warmup} must be below the run's {total} steps"
             )
-        return command.train(task, data, title="tokenizer")
+        return command.train(task, data, title="tokenizer", start=start)
+
+
+def open_fit(config: TokenizerRunConfig, start: TokenizerStartConfig) -> tuple[Source, Fit]:
+    """The weights at the place of `start_from`, and how they become those of the run."""
+    source = open_place(Tokenizer, start)
+    return source, fit_tokenizer(source, config, start)
 
 
 def build_task(command: Command, data: RunData, perceptual: torch.nn.Module | None) -> TokenizerTask:

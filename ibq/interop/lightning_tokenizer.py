@@ -6,15 +6,23 @@ removed. The AR stage holds a tokenizer under `first_stage_model.*`, with the av
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ibq.interop.published import require_settings
-from ibq.interop.reference_tensors import FIRST_STAGE, TRANSFORMER, count_numbered, require_same_tensors, shape_of, take
+from ibq.interop.reference_tensors import (
+    FIRST_STAGE,
+    TRANSFORMER,
+    count_numbered,
+    listing,
+    require_same_tensors,
+    shape_of,
+    take,
+)
 from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
@@ -177,6 +185,41 @@ def _blurring_discriminator_shapes(tensors: Mapping[str, Tensor]) -> Shapes:
             shapes[f"blocks.{i}.1.kernel"] = (1, 1, 4, 4) if kernel is None else tuple(kernel.shape)
     shapes |= {"to_logits.0.weight": (width, width, 1, 1), "to_logits.0.bias": (width,)}
     return shapes | {"to_logits.2.weight": (1, width, 5, 5), "to_logits.2.bias": (1,)}
+
+
+# --- Optimizers ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamState:
+    """What Adam keeps after `steps` updates: parameter -> (first moment, second moment)."""
+
+    steps: int
+    moments: dict[str, tuple[Tensor, Tensor]]
+
+
+def optimizer_states(checkpoint: Mapping[str, Any], networks: Sequence[Mapping[str, Tensor]]) -> list[AdamState]:
+    """What Lightning keeps of the optimizer of each network, whose parameters are given in the program's order.
+
+    None of them where the file keeps no optimizers. ValueError where they are not those of these networks.
+    """
+    states, found = checkpoint.get("optimizer_states") or [], []
+    for number, (network, state) in enumerate(zip(networks, states, strict=False)):
+        where = f"optimizer_states[{number}]"
+        try:
+            moments = {
+                name: (state["state"][place]["exp_avg"], state["state"][place]["exp_avg_sq"])
+                for place, name in enumerate(network)
+            }
+            steps = int(state["state"][0]["step"])
+            fits = len(moments) == len(state["state"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{where}: is not Adam's of {len(network)} parameters ({error!r})") from error
+        wrong = [n for n, pair in moments.items() if any(part.shape != network[n].shape for part in pair)]
+        if wrong or not fits:
+            raise ValueError(f"{where}: is of other parameters than the file's{': ' if wrong else ''}{listing(wrong)}")
+        found.append(AdamState(steps=steps, moments=moments))
+    return found
 
 
 # --- Names --------------------------------------------------------------------------------------------------

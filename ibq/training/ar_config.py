@@ -13,6 +13,7 @@ from ibq.training.checkpoint import CheckpointConfig
 from ibq.training.loop import TrainingConfig
 from ibq.training.run import check_seed_and_average
 from ibq.training.schedule import ARScheduleConfig
+from ibq.training.start_from.config import TransformerStartConfig, settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class ARRunConfig:
     ema_warmup: bool = False  # average over fewer steps at first: for short runs
     data: CodeDataConfig | TokenizedImagesConfig
     model: TransformerConfig = field(default_factory=TransformerConfig)
+    start_from: str | TransformerStartConfig | None = None  # a place with weights, alone or with options
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             kind="adamw", betas=(0.9, 0.95), weight_decay=0.05, clip_norm=1.0, scale_learning_rate=True
@@ -49,6 +51,11 @@ class ARRunConfig:
 
     def __post_init__(self):
         check_seed_and_average(self.seed, self.ema_decay)
+
+    @property
+    def start(self) -> TransformerStartConfig | None:
+        """`start_from` with all its options; None for new weights."""
+        return settled(self.start_from, TransformerStartConfig)
 
     def sharing_ranks(self) -> int:
         """How many ranks share each matrix, and so see the same data; UserError where the model cannot be split so."""

@@ -3,8 +3,8 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from ibq.training.checkpoint import CheckpointConfig, TrainingState
 from ibq.training.metrics import RunLog
 from ibq.training.run_data import RunData
 from ibq.training.saving import Saver, StoppedError
+from ibq.training.start_from.run import Start
 from ibq.training.startup import StartUp
 from ibq.training.stopping import StopSignals, write_status
 from ibq.training.task import Batch, StepOutcome, Task, Validation
@@ -79,8 +80,9 @@ def train(
     device: torch.device,
     title: str,
     start_up: StartUp,
+    start: Start,
 ) -> int:
-    """Train from the last checkpoint in `folder`, or from the start, to `total_steps`; the exit code.
+    """Train from the last checkpoint in `folder`, or from `start`, to `total_steps`; the exit code.
 
     A signal (see CheckpointConfig) ends the run after the step: it saves once, and the same command goes on from there.
     A rank that dies or hangs ends all within a bounded time, and `status.json` names it.
@@ -101,7 +103,12 @@ def train(
     run = _Run(task=task, data=data, config=config, state=state, log=log, saver=saver, signals=signals, mark=mark)
     with signals.noted():
         with start_up.part("checkpoint"):
-            saver.resume()
+            if saver.resume():
+                start.go_on(folder)
+            else:
+                mark("first weights")
+                start.begin(task, folder, device)
+            run.origin = start.origin
         with start_up.part("log"):
             log.open()
         if dist.is_main():
@@ -171,6 +178,7 @@ class _Run:
     saver: Saver
     signals: StopSignals
     mark: Callable[[str], None]  # is told what begins, as a sign of life
+    origin: Mapping = field(default_factory=dict)  # of the first weights
     bad_in_a_row: int = 0
 
     def count(self, outcome: StepOutcome) -> None:
@@ -218,7 +226,8 @@ class _Run:
         state = self.state
         self.log.validation(result.metrics, result.images)
         if math.isfinite(result.score) and (state.best_score is None or result.score > state.best_score):
-            info = {"step": state.step, "score": result.score, "metrics": result.metrics, **self.data.provenance}
+            info = {"step": state.step, "score": result.score, "metrics": result.metrics}
+            info |= {**self.data.provenance, **self.origin}
             if self.saver.save_best(info):
                 state.best_score, state.best_step = result.score, state.step
         self.log.note_best()

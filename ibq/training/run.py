@@ -24,17 +24,22 @@ from ibq.meeting import meet, telling_others
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.progress import say
 from ibq.training import bad_samples, provenance, startup
+from ibq.training.checkpoint import checkpoints_in
 from ibq.training.launcher import watch_launcher
 from ibq.training.loop import train
 from ibq.training.micro_batch import resolve_micro_batch
 from ibq.training.run_data import RunData
+from ibq.training.start_from import run as start_from
+from ibq.training.start_from.config import StartConfig
+from ibq.training.start_from.fit import Fit
+from ibq.training.start_from.places import Source
 from ibq.training.startup import StartUp, TimedBlueprint
 from ibq.training.stopping import STATUS_FILE
 from ibq.training.task import Task
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best", STATUS_FILE, bad_samples.FILE,
-             provenance.FILE, provenance.PACKAGES_FILE, startup.FILE)  # fmt: skip
+             provenance.FILE, provenance.PACKAGES_FILE, startup.FILE, start_from.FILE)  # fmt: skip
 LOCK_FILE = ".lock"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -156,7 +161,21 @@ class Command:
         with naming(self.source):
             return build_engine(config, blueprint, settings)
 
-    def train(self, task: Task, data: RunData, title: str) -> int:
+    def start(self, open_fit: Callable[[StartConfig], tuple[Source, Fit]]) -> start_from.Start:
+        """Where the run begins; UserError, before anything is written, where it cannot. `open_fit` as in `Start`."""
+        start = start_from.Start(self.config.start, open_fit)
+        if not self._goes_on():
+            with self.part("model"), naming(f"{self.source}: start_from"):
+                start.check()
+        return start
+
+    def _goes_on(self) -> bool:
+        """Whether the run's folder holds checkpoints that it will go on from; the same on every rank."""
+        anew = starts_over(self.fresh)
+        found = checkpoints_in(Path(self.config.output) / "checkpoints") and not anew
+        return bool(dist.largest(int(bool(found))))
+
+    def train(self, task: Task, data: RunData, title: str, start: start_from.Start) -> int:
         """Train in the run's folder as the config says, and leave the process group; the exit code."""
         config = self.config
         resolved = replace(config, training=replace(config.training, micro_batch=data.batching.micro_batch))
@@ -175,6 +194,7 @@ class Command:
                     device=self.device,
                     title=title,
                     start_up=self.start_up,
+                    start=start,
                 )
         finally:
             for engine in task.engines.values():  # a process of several ends without the interpreter's clean-up

@@ -58,14 +58,14 @@ class Saver:
         self._began = 0.0  # when that was begun
         self._lead = number(LEAD) if LEAD in os.environ else None
 
-    def resume(self) -> None:
-        """Continue from the last checkpoint, if there is one."""
+    def resume(self) -> bool:
+        """Continue from the last checkpoint; whether there is one."""
         self._mark("resume")
         if dist.is_main():
             recover_folder(self.folder / "best")
         path = find_checkpoint(self.folder / "checkpoints")
         if path is None:
-            return
+            return False
         saved, tensors = load_checkpoint(path, self._task.engines)
         self._task.load_rank_tensors(tensors)
         self._log.means.load_tensors(tensors)
@@ -75,6 +75,7 @@ class Saver:
             setattr(self._state, field.name, getattr(saved, field.name))
         self._saved = self._now()
         self._log.bad_samples.resume(saved.step, saved.bad_samples)
+        return True
 
     def _now(self) -> tuple[int, bool]:
         return self._state.step, self._state.validation_pending

@@ -17,6 +17,7 @@ from ibq.training.checkpoint import CheckpointConfig
 from ibq.training.loop import TrainingConfig
 from ibq.training.run import check_seed_and_average
 from ibq.training.schedule import MultiStepScheduleConfig, TokenizerScheduleConfig
+from ibq.training.start_from.config import TokenizerStartConfig, settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ class TokenizerRunConfig:
     usage_alarm: float = 0.1  # share of the reachable codes under which the codebook counts as collapsed
     data: ImageDataConfig
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    start_from: str | TokenizerStartConfig | None = None  # a place with weights, alone or with options
     codebook_start: CodebookStartConfig = field(default_factory=CodebookStartConfig)
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -102,9 +104,20 @@ class TokenizerRunConfig:
             raise ValueError(f"model.in_channels: images have 3 channels, not {self.model.in_channels}")
         if isinstance(self.engine, ZeroEngineConfig):
             raise ValueError("engine.kind: zero is for the transformer; set engine.kind to local or fsdp")
+        start = self.start
+        if start is not None and self.codebook_start.kmeans and start.codebook != "new":
+            raise ValueError(
+                "codebook_start.kmeans: would replace the codebook of start_from; set codebook_start.kmeans=false and "
+                "codebook_start.warmup_steps=0, or start_from.codebook=new"
+            )
         gan = self.loss.gan
         if gan.enabled and self.model.resolution < gan.discriminator.smallest_side:
             raise ValueError(
                 f"loss.gan.discriminator.layers: {gan.discriminator.layers} layers need images of at least "
                 f"{gan.discriminator.smallest_side} pixels, not {self.model.resolution}; take fewer layers"
             )
+
+    @property
+    def start(self) -> TokenizerStartConfig | None:
+        """`start_from` with all its options; None for new weights."""
+        return settled(self.start_from, TokenizerStartConfig)
