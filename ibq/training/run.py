@@ -21,7 +21,7 @@ from ibq.engine.heartbeat import Heartbeat
 from ibq.files import lock, remove
 from ibq.meeting import meet, telling_others
 from ibq.progress import say
-from ibq.training import bad_samples, provenance, startup
+from ibq.training import bad_samples, provenance, startup, wandb_writer
 from ibq.training.launcher import watch_launcher
 from ibq.training.loop import train
 from ibq.training.run_data import RunData
@@ -31,7 +31,7 @@ from ibq.training.task import Task
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best", STATUS_FILE, bad_samples.FILE,
-             provenance.FILE, provenance.PACKAGES_FILE, startup.FILE)  # fmt: skip
+             provenance.FILE, provenance.PACKAGES_FILE, startup.FILE, *wandb_writer.FILES)  # fmt: skip
 LOCK_FILE = ".lock"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -90,6 +90,8 @@ class Command:
         watch_launcher()
         with telling_others():
             arguments = parse_arguments(kind, description, example, argv)
+            with naming(arguments.source):
+                arguments.config.log.check()
             set_up_torch(training=True)
             dist.own_device(arguments.config.device)
         heartbeat = arguments.config.heartbeat
@@ -157,6 +159,7 @@ class Command:
                     folder=folder,
                     config=config.training,
                     checkpoint=config.checkpoint,
+                    log_config=config.log,
                     heart=self.heart,
                     config_text=dump_config(config),
                     total_steps=config.training.total_steps(data.steps_per_epoch),
