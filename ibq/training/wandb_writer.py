@@ -112,6 +112,7 @@ class WandbWriter:
             except Exception as error:
                 places = f"into {self._folder / FILES[0]}, from where `wandb sync` sends it"
                 self._warn(f"W&B cannot be reached ({first_line(error)}); it is written {places}")
+                self._wandb.teardown()  # of the service, for which the run's id would be in use
         return self._init("offline")
 
     def _init(self, mode: str):
