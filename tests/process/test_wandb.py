@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import sys
+import time
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def records(folder):
     """Of every start, in order: (what W&B's file says of the run, its rows {name: value})."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for path in sorted(folder.glob("wandb/*run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(folder.glob("wandb/*run-*/*.wandb"), key=lambda path: path.parent.name.split("run-")[1]):
         data, place, part, run, rows = path.read_bytes(), HEAD, b"", None, []
         while place + HEAD <= len(data):
             if BLOCK - place % BLOCK < HEAD:
@@ -96,6 +97,7 @@ def test_steps_that_come_again_are_told_once(tmp_path):
         for step in told:
             writer.write(step, {"loss/total": float(step)})
         writer.close()
+        time.sleep(1.1)  # W&B names what a start writes by the second
     (first, rows), (second, more) = records(tmp_path)
     assert first.run_id == second.run_id and first.run_group == "these"
     assert steps(rows, "loss/total") == {2: 2.0, 4: 4.0, 6: 6.0} and steps(more, "loss/total") == {8: 8.0}
@@ -110,7 +112,7 @@ def test_a_server_that_does_not_answer_is_told_of_once(tmp_path, monkeypatch, ca
     writer.close()
     said = capsys.readouterr().err
     assert said.count("WARNING") == 1 and "cannot be reached" in said and "wandb sync" in said
-    assert [steps(rows, "loss/total") for _, rows in records(tmp_path)][-1] == {1: 1.0}
+    assert {1: 1.0} in [steps(rows, "loss/total") for _, rows in records(tmp_path)]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not [path for path in files if b"k" * 40 in path.read_bytes()]
 
