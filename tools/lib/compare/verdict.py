@@ -81,18 +81,18 @@ def level(curve: Points, end: float, steps: float) -> float:
 
 
 def wobble(curve: Points, end: float) -> float:
-    """How far the last values up to `end` lie from a straight line; NaN for less than three."""
-    recent = np.array([point for point in curve if point[0] <= end][-LEAST_POINTS:])
-    if len(recent) < 3:
-        return math.nan
-    x, y = recent[:, 0] - recent[0, 0], recent[:, 1]
-    return float(np.sqrt(np.sum((y - np.polyval(np.polyfit(x, y, 1), x)) ** 2) / (len(x) - 2)))
+    """Standard deviation of the last values up to `end` from a smooth curve; NaN for less than three.
+
+    Second differences do not see a slope, and have 6 times the variance of independent values.
+    """
+    recent = [value for step, value in curve if step <= end][-LEAST_POINTS:]
+    return float(np.sqrt(np.mean(np.diff(recent, 2) ** 2) / 6)) if len(recent) > 2 else math.nan
 
 
 def band_at(others: Sequence[Points], end: float, metric: str, curve: Points = ()) -> tuple[float, float]:
     """(mean of the references, how far from it a run of theirs may be): twice the standard deviation of a new run.
 
-    That is the deviation among the references or that of one reference from a straight line, whichever is more.
+    That is the deviation among the references or that of one reference from a smooth curve, whichever is more.
     """
     steps = span(curve or others[0], others, end, metric)
     levels = [level(one, end, steps) for one in others]

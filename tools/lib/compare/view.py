@@ -24,7 +24,7 @@ def write_view(
         for one in verdicts
     ]  # fmt: skip
     heads = ("Metric", "At step", "This run", "References", "Verdict")
-    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    said = "".join(f"<p>{escape(note)}</p>" for note in notes[1:])
     charts = "".join(_chart(run, references, metric) for metric in _ordered(run, references))
     body = f'{said}{table(rows, heads)}<h2>Curves</h2><div class="charts columns2">{charts}</div>'
     write_text(path, page(f"Is {run.name} normal?", notes[0], body, STYLE))
