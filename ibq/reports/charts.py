@@ -108,11 +108,17 @@ def downsample(points: Points, limit: int = MAX_POINTS) -> np.ndarray:
 
 
 def draw_lines(
-    axes: "Axes", series: Series, *, percent: bool = False, references: Mapping[str, float] = MappingProxyType({})
+    axes: "Axes",
+    series: Series,
+    *,
+    percent: bool = False,
+    references: Mapping[str, float] = MappingProxyType({}),
+    expected: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Draw curves, the range of what was averaged as a band, and horizontal lines {name: y}; the curves' last values.
 
-    Curves without any finite value are left out; without any such curve nothing is drawn.
+    Curves without any finite value are left out; without any such curve nothing is drawn. `expected` [4, n], with a
+    step, its mean, lowest and highest value in a column, lies beneath.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -120,7 +126,8 @@ def draw_lines(
     curves = {name: curve for name, curve in curves.items() if curve.size}
     if not curves:
         return {}
-    every = np.concatenate(list(curves.values()), axis=1)
+    beneath = [] if expected is None else [expected]
+    every = np.concatenate([*curves.values(), *beneath], axis=1)
     first, last = every[0].min(), every[0].max()
     start = 0.0 if 0 <= first < 0.3 * last else first
     axes.set_xlim(start, last if last > start else start + 1)
@@ -128,6 +135,9 @@ def draw_lines(
     axes.xaxis.set_major_formatter(_tick_text(last))
     axes.set_xlabel("step")
     _set_values(axes, np.array([*every[2], *every[3], *references.values()]), percent)
+    for x, mean, low, high in beneath:
+        axes.fill_between(x, low, high, color=SOFT, alpha=0.25, linewidth=0)
+        axes.plot(x, mean, color=SOFT, linewidth=1, linestyle="dashed")
     for name, (x, mean, low, high) in curves.items():
         look = line_look(series[name][0])
         if (low < high).any():
@@ -214,22 +224,26 @@ def line_chart(
     unit: str = "",
     percent: bool = False,
     references: Mapping[str, float] = MappingProxyType({}),
+    band: tuple[str, np.ndarray | None] = ("", None),
     width: int = 320,
 ) -> str:
     """Curves over training steps, and horizontal lines {name: y}, in one plot.
 
-    Values that are not finite are left out; without any finite value the result is "".
+    Values that are not finite are left out; without any finite value the result is "". `band`: its name, and what
+    `draw_lines` takes as `expected`.
     """
     levels = {name: float(y) for name, y in references.items() if math.isfinite(y)}
     legend, spoken = [], []
     with page_look():
         axes = _single_axes(width, HEIGHT)
-        ends = draw_lines(axes, series, percent=percent, references=levels)
+        ends = draw_lines(axes, series, percent=percent, references=levels, expected=band[1])
         for name, end in ends.items():
             text, style = f"{end:.1%}" if percent else f"{end:.4g}", series[name][0]
             kind, color = DASHES[style // NUM_COLORS], f"s{style % NUM_COLORS}"
             legend.append(swatch(kind, color, f"{escape(name)} <em>{text}</em>"))
             spoken.append(f"{name} ends at {text}")
+        if band[1] is not None:
+            legend.append(swatch("area", "soft", f"{escape(band[0])} <em>{band[1][1, -1]:.4g}</em>"))
         for (name, y), dashes in zip(levels.items(), itertools.cycle(REFERENCES), strict=False):
             legend.append(swatch(dashes, "soft", f"{escape(name)} <em>{y:.4g}</em>"))
             spoken.append(f"{name} is {y:.4g}")

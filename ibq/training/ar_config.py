@@ -14,6 +14,7 @@ from ibq.training.loop import TrainingConfig
 from ibq.training.run import check_seed_and_average
 from ibq.training.schedule import ARScheduleConfig
 from ibq.training.start_from.config import TransformerStartConfig, settled
+from ibq.training.writers import LogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class ARRunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=LocalEngineConfig)
     heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
         check_seed_and_average(self.seed, self.ema_decay)

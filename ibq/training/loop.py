@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import yaml
 from ibq import dist
 from ibq.config import UserError, require_least
 from ibq.data.counts import BadSample
@@ -26,6 +27,7 @@ from ibq.training.start_from.run import Start
 from ibq.training.startup import StartUp
 from ibq.training.stopping import StopSignals, write_status
 from ibq.training.task import Batch, StepOutcome, Task, Validation
+from ibq.training.writers import LogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ def train(
     folder: Path,
     config: TrainingConfig,
     checkpoint: CheckpointConfig,
+    log_config: LogConfig,
     heart: Heartbeat,
     config_text: str,
     total_steps: int,
@@ -110,14 +113,15 @@ def train(
                 start.begin(task, folder, device)
             run.origin = start.origin
         with start_up.part("log"):
-            log.open()
+            log.open(log_config, yaml.safe_load(config_text))
         if dist.is_main():
             write_text(folder / "config.yaml", config_text)
         if state.step < total_steps or state.validation_pending:
             provenance.record_start(folder)
             write_status(folder, "running", state.step, total_steps)
         try:
-            _steps(run, total_steps, seed, title, start_up)
+            with contextlib.closing(log):
+                _steps(run, total_steps, seed, title, start_up)
         except BaseException as error:
             write_status(folder, "failed", state.step, total_steps, heart.explain(error))
             raise

@@ -1,12 +1,10 @@
-"""What a run tells of itself: the means of its metrics and its rates, in TensorBoard and in a JSONL file."""
+"""What a run tells of itself: the means of its metrics and its rates."""
 
 import math
-import os
 import resource
-import socket
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ibq import dist
-from ibq.files import append_line, keep_lines
 from ibq.progress import say
 from ibq.training.bad_samples import TRAIN, VALIDATION, BadSamples
 from ibq.training.checkpoint import OWN, TrainingState
 from ibq.training.run_data import RunData
 from ibq.training.startup import StartUp
+from ibq.training.writers import LogConfig, Values, Writer, open_writers, scalars_of
 
 
 class RunLog:
@@ -41,10 +39,14 @@ class RunLog:
         self._summary: dict[str, float] = {}
         self._logger: MetricLogger
 
-    def open(self) -> None:
-        """Go on with the log where the checkpoint is."""
-        self._logger = MetricLogger(self.folder, self._state.step)
+    def open(self, config: LogConfig, run_config: Mapping) -> None:
+        """Go on with the log where the checkpoint is; `run_config` is told to writers that show it."""
+        self._logger = MetricLogger(self.folder, open_writers(config, self.folder, self._state.step, run_config))
         self._since, self._started = self._state.step, time.perf_counter()
+
+    def close(self) -> None:
+        """Nothing follows."""
+        self._logger.close()
 
     @contextmanager
     def besides_steps(self) -> Iterator[None]:
@@ -116,127 +118,43 @@ class RunLog:
 
 
 class MetricLogger:
-    """Writes scalars and pictures of one run; does nothing on ranks other than 0.
+    """Passes scalars and pictures of one run to its writers, of which rank 0 alone has any.
 
-    A disk that is full is no reason to stop: rows wait in memory until they can be written.
+    A disk that is full is no reason to stop: rows wait in memory until they can be written, pictures do not.
     """
 
-    def __init__(self, folder: Path, start_step: int):
-        self.folder, self.path = folder, folder / "metrics.jsonl"
-        # Rows that could not be written yet, to the JSONL file and for TensorBoard.
-        self._rows: list[tuple[int, dict[str, float]]] = []
-        self._unshown: list[tuple[int, dict[str, float]]] = []
-        self._events: EventFile | None = None
+    def __init__(self, folder: Path, writers: Sequence[Writer]):
+        self.folder = folder
+        self._waiting: list[tuple[Writer, list[tuple[int, Values]]]] = [(writer, []) for writer in writers]
         self._warned = False
-        if dist.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            # What an interrupted run logged after its last checkpoint is about to be logged again.
-            keep_lines(self.path, lambda row: row["step"] <= start_step)
-            with self._tolerant():
-                for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
-                    cut_events(path, start_step)
-                self._events = EventFile(folder / "tensorboard", start_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log scalars at a step (the number of steps done)."""
-        if not dist.is_main():
-            return
-        self._rows.append((step, dict(values)))
-        with self._tolerant():
-            while self._rows:
-                row_step, row = self._rows[0]
-                named = {name: value if math.isfinite(value) else str(value) for name, value in row.items()}
-                append_line(self.path, {"step": row_step, **named})
-                self._unshown.append(self._rows.pop(0))
-            self._show()
-
-    def _show(self) -> None:
-        from torch.utils.tensorboard import summary  # slow to import
-
-        while self._unshown:
-            step, values = self._unshown[0]
-            self._add(step, [summary.scalar(name, value) for name, value in values.items()])
-            del self._unshown[0]
+        self._write(step, dict(values))
 
     def images(self, step: int, name: str, rows: Tensor) -> None:
         """Log a grid of uint8 images [rows, columns, 3, H, W]."""
-        if dist.is_main() and rows.numel():
-            from torch.utils.tensorboard import summary
-
+        if rows.numel():
             r, c, channels, height, width = rows.shape
-            grid = rows.permute(2, 0, 3, 1, 4).reshape(channels, r * height, c * width)
-            with self._tolerant():
-                self._add(step, [summary.image(name, grid, dataformats="CHW")])
+            self._write(step, {name: rows.permute(2, 0, 3, 1, 4).reshape(channels, r * height, c * width)})
 
-    def _add(self, step: int, summaries: list) -> None:
-        if self._events is None:
-            self._events = EventFile(self.folder / "tensorboard", step)
-        try:
-            self._events.add(step, summaries)
-        except OSError:
-            self._events = None  # what follows a half-written record would not be read
-            raise
+    def close(self) -> None:
+        """Nothing follows."""
+        for writer, _ in self._waiting:
+            writer.close()
 
-    @contextmanager
-    def _tolerant(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not self._warned:
-                say(f"WARNING: {self.folder}: cannot write the log ({error}); training goes on")
-            self._warned = True
-
-
-class EventFile:
-    """A file that TensorBoard reads; unlike its own writer without a thread, so that errors come to the caller.
-
-    What earlier files of the folder say of `first_step` and later is void.
-    """
-
-    def __init__(self, folder: Path, first_step: int):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
-        number = sum(path.name.startswith(name) for path in folder.iterdir())
-        self._event = Event
-        self._writer = RecordWriter(open(folder / f"{name}.{number}", "wb"))  # noqa: SIM115
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
-        self._writer.flush()
-
-    def _write(self, event) -> None:
-        event.wall_time = time.time()
-        self._writer.write(event.SerializeToString())
-
-    def add(self, step: int, summaries: list) -> None:
-        """Write the summaries of a step."""
-        for summary in summaries:
-            self._write(self._event(step=step, summary=summary))
-        self._writer.flush()
-
-
-def cut_events(path: Path, last_step: int) -> None:
-    """Cut from an event file what follows a step, and a record that a kill has left half-written.
-
-    TensorBoard's data server takes no notice of where a run went on (`SessionLog.START`), and would show both.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    end, size = 0, path.stat().st_size
-    with open(path, "rb") as file:
-        # A record: its length in 8 bytes, a checksum in 4, the event, another checksum in 4. Steps never go back.
-        while len(head := file.read(12)) == 12:
-            length = int.from_bytes(head[:8], "little")
-            if (after := end + len(head) + length + 4) > size:
-                break
-            event = Event.FromString(file.read(length))
-            if event.step > last_step and not event.HasField("session_log"):
-                break
-            end = file.seek(after)
-    if end < size:
-        os.truncate(path, end)
+    def _write(self, step: int, values: Values) -> None:
+        for writer, rows in self._waiting:
+            rows.append((step, values))
+            try:
+                while rows:
+                    writer.write(*rows[0])
+                    del rows[0]
+            except OSError as error:
+                if not self._warned:
+                    say(f"WARNING: {self.folder}: cannot write the log ({error}); training goes on")
+                self._warned = True
+                rows[:] = [(step, scalars) for step, row in rows if (scalars := scalars_of(row))]
 
 
 class RunningMeans:

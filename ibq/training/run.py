@@ -18,12 +18,11 @@ from ibq.engine.base import Engine, EngineSettings, OptimizerConfig
 from ibq.engine.build import build_engine
 from ibq.engine.configs import EngineConfig
 from ibq.engine.heartbeat import Heartbeat
-from ibq.extras import need
 from ibq.files import lock, remove
 from ibq.meeting import meet, telling_others
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.progress import say
-from ibq.training import bad_samples, provenance, startup
+from ibq.training import bad_samples, provenance, startup, wandb_writer
 from ibq.training.checkpoint import checkpoints_in
 from ibq.training.launcher import watch_launcher
 from ibq.training.loop import train
@@ -39,7 +38,7 @@ from ibq.training.task import Task
 
 # Everything that a run writes into its folder; --fresh removes these and nothing else.
 RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "best", STATUS_FILE, bad_samples.FILE,
-             provenance.FILE, provenance.PACKAGES_FILE, startup.FILE, start_from.FILE)  # fmt: skip
+             provenance.FILE, provenance.PACKAGES_FILE, startup.FILE, start_from.FILE, *wandb_writer.FILES)  # fmt: skip
 LOCK_FILE = ".lock"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -98,7 +97,8 @@ class Command:
         watch_launcher()
         with telling_others():
             arguments = parse_arguments(kind, description, example, argv)
-            need("tensorboard")  # for the log, from the first one written
+            with naming(arguments.source):
+                arguments.config.log.check()
             set_up_torch(training=True)
             dist.own_device(arguments.config.device)
         heartbeat = arguments.config.heartbeat
@@ -187,6 +187,7 @@ class Command:
                     folder=folder,
                     config=config.training,
                     checkpoint=config.checkpoint,
+                    log_config=config.log,
                     heart=self.heart,
                     config_text=dump_config(resolved),
                     total_steps=config.training.total_steps(data.steps_per_epoch),

@@ -18,6 +18,7 @@ from ibq.training.loop import TrainingConfig
 from ibq.training.run import check_seed_and_average
 from ibq.training.schedule import MultiStepScheduleConfig, TokenizerScheduleConfig
 from ibq.training.start_from.config import TokenizerStartConfig, settled
+from ibq.training.writers import LogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ class TokenizerRunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=LocalEngineConfig)
     heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
         check_seed_and_average(self.seed, self.ema_decay)
