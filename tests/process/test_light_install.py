@@ -92,7 +92,7 @@ def test_extras_are_those_of_setup_cfg():
     for module, extra in EXTRA_OF.items():
         assert plain(module) in listed(extra), module
         assert plain(module) not in listed(), module
-    assert listed("all") == set.union(*(listed(extra) for extra in ("train", "evaluate", "report", "demo")))
+    assert listed("all") == set.union(*(listed(extra) for extra in ("train", "evaluate", "report", "demo", "wandb")))
     assert listed("all") < listed("test")
 
 
