@@ -14,6 +14,7 @@ from support import ROOT
 from support.processes import run_ranks
 from support.training import TOKENIZER_CONFIG, checkpoint_tensors, largest_difference, scalars, train_here
 
+from ibq.config import UserError
 from tools import evaluate
 
 STEPS, VALIDATION = 8, 13
@@ -22,15 +23,19 @@ SETTINGS = (
     *(
         "data.labels=false",
         "data.streams=4",
-        "data.buckets=[[16, 16], [12, 20], [20, 12]]",
+        "data.buckets=[[20, 20], [16, 28], [28, 16]]",
         "data.augment.max_zoom=1.3",
     ),
     *("model.quantizer.entropy_temperature=0.5", f"training.max_steps={STEPS}", "training.validate_every=4"),
-    *("checkpoint.save_every=4", "loss.perceptual={weight: 0.1, weights: random}"),
-    "codebook_start={kmeans: true, warmup_steps: 2, images: 20}",
+    *("checkpoint.save_every=4", "codebook_start={kmeans: true, warmup_steps: 2, images: 20}"),
 )
 HALF = ("training.micro_batch=4", "statistics=world")
-TOGETHER = {"ddp": (), "fsdp": ("engine.kind=fsdp",), "fsdp accumulated": ("engine.kind=fsdp", "training.micro_batch=2")}
+LPIPS = "loss.perceptual={weight: 0.1, weights: random}"
+TOGETHER = {
+    "ddp": (),
+    "fsdp": ("engine.kind=fsdp",),
+    "fsdp accumulated": ("engine.kind=fsdp", "training.micro_batch=2", LPIPS, "model.gradient_checkpointing=true"),
+}
 
 
 def write_pictures(folder, first, count):
@@ -85,7 +90,7 @@ def test_all_pictures_are_counted_and_measured(place):
         "data.validation": VALIDATION,
     }
     rate = [found["tokens_per_second"][step] / found["images_per_second"][step] for step in found["tokens_per_second"]]
-    assert rate == pytest.approx([(16 + 15 + 15) / 3] * len(rate))
+    assert rate == pytest.approx([(25 + 28 + 28) / 3] * len(rate))
 
 
 @pytest.mark.parametrize("name", [name for name in TOGETHER if name != "fsdp accumulated"])
@@ -117,15 +122,15 @@ def test_evaluation_takes_the_shapes_of_the_run(place, tmp_path, capsys):
     common = ["reconstruction", "--tokenizer", str(place / "alone"), "--images", str(place / "validation")]
     common += ["--device", "cpu", "--lpips", "none", "--lpips-alex", "none", "--inception", "none", "--workers", "0"]
     figures = []
-    for number, buckets in enumerate((["run"], ["16x16", "12x20", "20x12"])):
+    for number, buckets in enumerate((["run"], ["20x20", "16x28", "28x16"])):
         file = tmp_path / f"{number}.json"
         assert evaluate.main([*common, "--buckets", *buckets, "--json", str(file)]) == 0
         figures.append(json.loads(file.read_text()))
     record, best = figures[0], max(scalars(place / "alone")["validation/psnr"].values())
     assert record["metrics"] == figures[1]["metrics"] and record["metrics"]["images"] == VALIDATION
     assert record["metrics"]["psnr"] == pytest.approx(best, rel=1e-4)
-    assert record["protocol"]["image_size"] == [[16, 16], [12, 20], [20, 12]]
-    assert record["tokens_per_image"] == pytest.approx((5 * 16 + 8 * 15) / VALIDATION, abs=0.01)
+    assert record["protocol"]["image_size"] == [[20, 20], [16, 28], [28, 16]]
+    assert record["tokens_per_image"] == pytest.approx((5 * 25 + 8 * 28) / VALIDATION, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,7 @@ def test_evaluation_takes_the_shapes_of_the_run(place, tmp_path, capsys):
 )
 def test_impossible_shapes_of_an_evaluation(place, buckets, words):
     command = ["reconstruction", "--tokenizer", str(place / "alone"), "--images", str(place / "validation")]
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with pytest.raises(UserError, match=re.escape(words)):
         evaluate.main([*command, "--device", "cpu", "--buckets", *buckets])
 
 
@@ -158,7 +163,8 @@ def test_the_commands_of_the_page(place, tmp_path, monkeypatch):
     train[train.index("--config") + 1] = str(ROOT / train[train.index("--config") + 1])
     short = ["training.max_steps=2", "training.validate_every=2", "codebook_start.warmup_steps=0", "model.channels=8"]
     assert (
-        train_here("tokenizer", [*train, *short, "device=cpu", "codebook_start.images=64", "data.cache_folder=c"]) == 0
+        train_here("tokenizer", [*train, *short, "device=cpu", "model.quantizer.num_codes=64", "data.cache_folder=c"])
+        == 0
     )
     assert evaluate.main([*measure, "--device", "cpu", "--json", "figures.json"]) == 0
     assert json.loads((tmp_path / "figures.json").read_text())["protocol"]["image_size"] == [
