@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import math
 import os
 
 import numpy as np
@@ -12,13 +11,14 @@ from PIL import Image
 from support.training import picture, png, write_shard
 
 from ibq.config import ConfigError, UserError, parse_config
-from ibq.data.buckets import HEADER, Buckets, bucketed, nearest, read_sizes
+from ibq.data.buckets import HEADER, Buckets, PicturesByBucket, bucketed, nearest, read_sizes
 from ibq.data.images import ImageDataset
 from ibq.data.loader import validation_batches
 from ibq.data.shards import ImageDataConfig, open_images
 from ibq.data.transforms import AugmentConfig, random_square, upright_size, view
 from ibq.evaluation.reconstruction import KeptImages, in_blocks
 from ibq.training.ar_config import TokenizedImagesConfig
+from ibq.training.checkpoint import TrainingState
 from ibq.training.run_data import image_data
 from ibq.training.tokenizer_config import TokenizerRunConfig
 
@@ -112,6 +112,19 @@ def test_sizes_are_read_once(tmp_path):
     for file in (tmp_path / ".cache/sizes").iterdir():
         file.write_bytes(b"damaged")
     assert sizes() == [[15, 30]]
+
+
+def test_sizes_of_pictures_on_urls(whole, tmp_path):
+    """Their shards are fetched, each once."""
+    log = tmp_path / "fetched"
+    place = f"pipe:echo x >> {log}; cat {whole}/train-{{0..1}}.tar"
+    config = config_of(tmp_path, train=place, validation=f"{whole}/val.tar")
+    index = open_images(place, config)
+    for _ in range(2):
+        assert read_sizes(index, config, lambda done, total: None).tolist() == [
+            list(SIZES[i % 3]) for i in range(COUNT)
+        ]
+    assert log.read_text().splitlines() == ["x", "x"], "for the index and the sizes together"
 
 
 # --- Views ---
@@ -228,6 +241,13 @@ def test_what_a_checkpoint_knows_of_the_order(whole):
     assert described() != described(4) and described() != described(buckets=(*SHAPES[:2], (24, 16)))
 
 
+def test_a_run_with_other_buckets_begins_an_epoch_at_a_step(whole):
+    data, other = (image_data(config_of(whole, buckets=SHAPES[:n]), 16, 0, 7) for n in (3, 2))
+    saved = TrainingState(step=3, position=21, order=data.describe())
+    assert data.resume_position(saved) == 21
+    assert other.resume_position(saved) == 49, "the first step behind the 48 pictures of an epoch"
+
+
 # --- Figures ---
 
 
@@ -288,9 +308,8 @@ def test_a_bucket_with_few_pictures_is_refused(whole, shapes, batch_size, words)
 
 
 def test_a_rare_bucket_is_refused(whole):
-    from ibq.data.buckets import _check_filled
-
-    buckets = Buckets(((16, 16), (12, 20)), np.array([0] * 5_000 + [1] * 4))
-    with pytest.raises(UserError, match=r"buckets\[1\]: 4 of 5,004 .* and 6, 1 of 1,000 are the least"):
-        _check_filled(buckets, 4)
-    assert math.ceil(5_004 / 1_000) == 6
+    index = open_images(config_of(whole).train)
+    many = index.subset([*range(40)] * 126)
+    buckets = Buckets(((16, 16), (12, 20)), np.array([0] * 5_036 + [1] * 4))
+    with pytest.raises(UserError, match=r"buckets\[1\]: 4 of 5,040 .* and 6, 1 of 1,000, are the least"):
+        PicturesByBucket(many, buckets, batch_size=4, seed=0, streams=8, window=8)
