@@ -1,5 +1,6 @@
 """What a run reads: training batches by position, validation batches, and where the data comes from."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ibq import dist
 from ibq.config import UserError
+from ibq.data.buckets import Buckets, PicturesByBucket, bucketed
 from ibq.data.codes import CodeDataConfig, CodeDataset, CodeStream
 from ibq.data.counts import BadSample, PictureCount, count
 from ibq.data.images import (
@@ -39,6 +41,7 @@ class RunData:
     workers: int
     max_bad_fraction: float = 0.0
     provenance: Mapping = field(default_factory=dict)  # what is written beside the best weights
+    pixels_per_image: float | None = None  # of images, on the mean where their shapes differ
     allow_other: bool = False  # go on with codes of another tokenizer
     batching: Batching | None = None
     device: torch.device | None = None
@@ -132,17 +135,23 @@ class RunData:
         changed = ", ".join(name for name in now if now[name] != then.get(name)) or "settings"
         if dist.is_main():
             say(f"note: the data are not those of the checkpoint (other {changed}); going on with epoch {epoch + 1}")
-        return epoch * (self.order.size or 0)
+        first, unit = epoch * (self.order.size or 0), self.order.unit
+        return math.ceil(first / unit) * unit
 
 
 # --- Images ---
 
 
-def image_data(config: ImageDataConfig, size: int, seed: int) -> RunData:
-    """The images of a config at `size` pixels. Rank 0 indexes them first, with a progress bar."""
+def image_data(config: ImageDataConfig, size: int, seed: int, batch_size: int | None = None) -> RunData:
+    """The images of a config at `size` pixels, or in its buckets, of which each step of `batch_size` takes one.
+
+    Rank 0 indexes them first, with a progress bar.
+    """
     if config.unindexed == "in_order" and is_unindexed(config.train, config):
         return _images_in_order(config, size, seed)
     train, validation = dist.main_first(lambda: split_sources(config, _report))
+    if config.buckets:
+        return _bucketed_data(config, train[0], validation[0], seed, batch_size)
     stream, order = _image_stream(config, train, size, seed)
     return RunData(
         stream=stream,
@@ -152,7 +161,41 @@ def image_data(config: ImageDataConfig, size: int, seed: int) -> RunData:
         validation_classes=_common_classes(validation),
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
+        pixels_per_image=size**2,
     )
+
+
+def _bucketed_data(
+    config: ImageDataConfig, train: ImageIndex, validation: ImageIndex, seed: int, batch_size: int
+) -> RunData:
+    """Pictures of several shapes, each at that of its bucket; every step is of one."""
+    sizes = dist.main_first(lambda: [bucketed(index, config, _report_sizes(config)) for index in (train, validation)])
+    order = PicturesByBucket(
+        train, sizes[0], batch_size=batch_size, seed=seed, streams=config.streams, window=config.shuffle_window
+    )
+    _say_problems(train)
+    _say_buckets(sizes[0])
+    store = config.store([train])
+    dataset = ImageDataset(train, sizes[0], augment=config.augment, seed=seed, in_memory=config.in_memory, store=store)
+    return RunData(
+        stream=ImageStream([dataset], order),
+        order=order,
+        validation_set=_validation_set(config, [validation], sizes[1]),
+        classes=train.classes,
+        validation_classes=validation.classes,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+        pixels_per_image=sizes[0].mean_pixels(),
+    )
+
+
+def _say_buckets(buckets: Buckets) -> None:
+    if dist.is_main():
+        parts = [
+            f"{len(members):,} at {height} x {width}"
+            for (height, width), members in zip(buckets.shapes, buckets.members, strict=True)
+        ]
+        say(f"buckets (height x width): {', '.join(parts)}")
 
 
 def _image_stream(config: ImageDataConfig, train: Sequence[ImageIndex], size: int, seed: int):
@@ -193,7 +236,7 @@ def _say_problems(index: ImageIndex) -> None:
         )
 
 
-def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size: int) -> "ConcatenatedSets":
+def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size: int | Buckets) -> "ConcatenatedSets":
     store = config.store(indexes)
     return ConcatenatedSets([ImageDataset(i, size, in_memory=config.in_memory, store=store) for i in indexes])
 
@@ -219,13 +262,22 @@ class ConcatenatedSets(BatchSource):
             counts[name] = count(index, bad=bad)
         return counts
 
+    def _place(self, number: int) -> tuple[ImageDataset, int]:
+        """(set, number in it)."""
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        return self.sets[part], number - (int(self._ends[part]) - len(self.sets[part]))
+
+    def shape_of(self, number: int) -> tuple[int, int, int]:
+        """Of an image as `fill` writes it."""
+        part, own = self._place(number)
+        return part.shape_of(own)
+
     def fill(self, numbers: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
         """Write the images of these numbers; see ImageDataset.fill."""
         labels, bad = [], []
         for number in numbers:
-            part = int(np.searchsorted(self._ends, number, side="right"))
-            first = int(self._ends[part]) - len(self.sets[part])
-            found, problems = self.sets[part].fill([number - first], out[len(labels) :])
+            part, own = self._place(number)
+            found, problems = part.fill([own], out[len(labels) :])
             labels += found
             bad += problems
         return labels, bad
@@ -266,7 +318,12 @@ def _images_in_order(config: ImageDataConfig, size: int, seed: int) -> RunData:
         validation_classes=validation[0].classes,
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
+        pixels_per_image=size**2,
     )
+
+
+def _report_sizes(config: ImageDataConfig) -> Callable[[int, int], None]:
+    return bar_of(f"sizes of {config.train[-40:]}", "image", least=10_000, disable=not dist.is_main())
 
 
 def _report(place: str) -> Callable[[int, int], None]:
