@@ -12,7 +12,7 @@ from ibq.data.counts import BadSample
 from ibq.data.index import ImageIndex
 from ibq.data.order import Location, Order
 from ibq.data.storage import ShardStore
-from ibq.data.transforms import AugmentConfig, FixedView, decode_rgb, random_square, square, view
+from ibq.data.transforms import AugmentConfig, FixedView, Size, decode_rgb, random_square, sides_of, square, view
 
 GIVE_UP = 10_000  # unusable samples in a row after which a stream counts as lost
 
@@ -39,7 +39,7 @@ class BatchSource:
 
 
 class ImageDataset(BatchSource, torch.utils.data.Dataset):
-    """(image uint8 [3, S, S], label) for a sample number, or for (number, epoch) with that epoch's augmentation.
+    """(image uint8 [3, H, W], label) for a sample number, or for (number, epoch) with that epoch's augmentation.
 
     `augment`: random views, one fixed view, or None for the centre crop. Raises BadSampleError.
     """
@@ -47,7 +47,7 @@ class ImageDataset(BatchSource, torch.utils.data.Dataset):
     def __init__(
         self,
         index: ImageIndex,
-        size: int,
+        size: Size,
         *,
         augment: AugmentConfig | FixedView | None = None,
         seed: int = 0,
@@ -55,7 +55,7 @@ class ImageDataset(BatchSource, torch.utils.data.Dataset):
         store: ShardStore | None = None,
     ):
         self.index = index
-        self.size, self.sample_shape = size, (size, size, 3)
+        self.size, self.sample_shape = size, (*sides_of(size), 3)
         self.augment = augment
         self.seed = seed
         self.store = store or ShardStore(checks=index.checks)
@@ -70,7 +70,7 @@ class ImageDataset(BatchSource, torch.utils.data.Dataset):
         return torch.from_numpy(self.pixels(number, epoch).copy()).permute(2, 0, 1), int(self.index.label[number])
 
     def fill(self, numbers: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
-        """Write images to `out` [B, S, S, 3]; (labels of those that could be written, what had to be left out)."""
+        """Write images to `out` [B, H, W, 3]; (labels of those that could be written, what had to be left out)."""
         labels, bad = [], []
         for number in numbers:
             try:
@@ -81,7 +81,7 @@ class ImageDataset(BatchSource, torch.utils.data.Dataset):
         return labels, bad
 
     def pixels(self, number: int, epoch: int) -> np.ndarray:
-        """One view: uint8 [S, S, 3], read-only."""
+        """One view: uint8 [H, W, 3], read-only."""
         image = self._image(number)
         match self.augment:
             case None:

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 if TYPE_CHECKING:  # tools that only read and write images should not wait for PyTorch
     from torch import Tensor
 
+Size = int | tuple[int, int]  # pixels: the side of a square, or height and width
 MAX_PIXELS = 100_000_000
 # Pillow's names of plain raster formats. Some of its others run programs: an EPS file starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -123,13 +124,18 @@ def ten_crop(zoom: float) -> list[FixedView]:
     return [FixedView(zoom=zoom, x=x, y=y, flip=flip) for flip in (False, True) for x, y in places]
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """Centre crop to a square and resize to `size`: uint8 [size, size, 3]."""
+def sides_of(size: Size) -> tuple[int, int]:
+    """(height, width)."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def square(image: Image.Image, size: Size) -> np.ndarray:
+    """Centre crop to the shape of `size`, a square or another, and resize to it: uint8 [height, width, 3]."""
     return view(image, size, zoom=1.0, x=0.5, y=0.5, flip=False)
 
 
-def random_square(image: Image.Image, size: int, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """A random view as `config` allows: uint8 [size, size, 3]."""
+def random_square(image: Image.Image, size: Size, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """A random view as `config` allows: uint8 [height, width, 3]."""
     zoom, x, y, mirror = rng.random(4)  # always four draws, so that settings do not shift the random stream
     return view(
         image,
@@ -141,16 +147,18 @@ def random_square(image: Image.Image, size: int, config: AugmentConfig, rng: np.
     )
 
 
-def view(image: Image.Image, size: int, *, zoom: float, x: float, y: float, flip: bool) -> np.ndarray:
-    """The square of side min(width, height) / zoom at the relative position (x, y), resized to `size`; read-only."""
-    side = min(image.size) / zoom
-    left, top = (image.width - side) * x, (image.height - side) * y
-    box = (left, top, left + side, top + side)
-    resample = Image.Resampling.LANCZOS if side > size else Image.Resampling.BICUBIC
-    if side == size and float(left).is_integer() and float(top).is_integer():
+def view(image: Image.Image, size: Size, *, zoom: float, x: float, y: float, flip: bool) -> np.ndarray:
+    """The largest part of the shape of `size`, / zoom, at the relative position (x, y), resized to it; read-only."""
+    height, width = sides_of(size)
+    across = min(image.width, image.height * width / height) / zoom
+    down = min(image.height, image.width * height / width) / zoom
+    left, top = (image.width - across) * x, (image.height - down) * y
+    box = (left, top, left + across, top + down)
+    resample = Image.Resampling.LANCZOS if across > width else Image.Resampling.BICUBIC
+    if (across, down) == (width, height) and float(left).is_integer() and float(top).is_integer():
         image = image.crop(tuple(int(v) for v in box))
     else:
-        image = image.resize((size, size), resample, box=box)
+        image = image.resize((width, height), resample, box=box)
     pixels = np.asarray(image)
     return pixels[:, ::-1] if flip else pixels
 
