@@ -139,7 +139,7 @@ class ImageStream(BatchSource):
         """(pixels, label, what is wrong with the sample that stands at the position)."""
         problem = None
         for turn in range(GIVE_UP):
-            source, number, epoch = self.order.locate(position + turn * self.order.stride)
+            source, number, epoch = self.order.locate(position, turn)
             chosen = self.sets[source]
             try:
                 return chosen.pixels(number, epoch), int(chosen.index.label[number]), problem
@@ -187,8 +187,7 @@ class ArrivalOrder:
     How many there are is known only when the last shard has been read.
     """
 
-    stride = 1
-    size = None
+    size, unit = None, 1
 
     def __init__(self, sets: Sequence[ImageDataset], streams: int, place: str):
         self.sets, self.streams, self.place = sets, streams, place
@@ -198,8 +197,9 @@ class ArrivalOrder:
         """What the sequence depends on."""
         return {"size": None, "streams": self.streams, "place": self.place}
 
-    def locate(self, position: int) -> Location:
-        """What stands at a position."""
+    def locate(self, position: int, later: int = 0) -> Location:
+        """What stands at a position, or so many further on."""
+        position += later
         while len(self._ends) < len(self.sets) and (not self._ends or self._ends[-1] <= position):
             self._ends.append(len(self.sets[len(self._ends)]) + (self._ends[-1] if self._ends else 0))
         if self._ends[-1] == 0:

@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-CYCLE = 1_000  # turns of a stream over which several data sets are mixed exactly
-SHARDS, PIECES, ROTATION, WINDOW, MIXTURE = range(5)  # what a shuffle is about
+CYCLE = 1_000  # turns of a stream, or steps, over which several data sets are mixed exactly
+SHARDS, PIECES, ROTATION, WINDOW, MIXTURE, BUCKETS = range(6)  # what a shuffle is about
 
 
 class Location(NamedTuple):
@@ -32,10 +32,10 @@ class Order(Protocol):
 
     size: int | None  # samples in one epoch, where that is known
     streams: int
-    stride: int  # how far the next turn of the same stream is
+    unit: int  # steps begin at multiples of it
 
-    def locate(self, position: int) -> Location:
-        """What stands at a position, from 0."""
+    def locate(self, position: int, later: int = 0) -> Location:
+        """What stands at a position, from 0, or so many turns later in the same stream."""
 
     def describe(self) -> dict:
         """What the sequence depends on, for the checkpoint."""
@@ -60,6 +60,8 @@ class StreamOrder:
     shuffled among each other. `name` tells several sets of one run apart; `identity` says what the samples are.
     """
 
+    unit = 1
+
     def __init__(
         self,
         unit_sizes: Sequence[int],
@@ -73,7 +75,6 @@ class StreamOrder:
         self.unit_sizes = np.asarray(unit_sizes, dtype=np.int64)
         self.size = int(self.unit_sizes.sum())
         self.seed, self.streams, self.window, self.name, self.identity = seed, streams, window, name, dict(identity)
-        self.stride = streams
         if self.size < 1:
             raise ValueError("there is no sample to order")
         self._first_numbers = np.cumsum(self.unit_sizes) - self.unit_sizes
@@ -93,8 +94,9 @@ class StreamOrder:
         own = {"size": self.size, "seed": self.seed, "streams": self.streams, "window": self.window}
         return own | self.identity
 
-    def locate(self, position: int) -> Location:
-        """What stands at a position."""
+    def locate(self, position: int, later: int = 0) -> Location:
+        """What stands at a position, or so many turns later in the same stream."""
+        position += later * self.streams
         epoch, place = divmod(position, self.size)
         stream = position % self.streams
         turn, first = self._turn(epoch, place, stream)
@@ -145,13 +147,12 @@ class StreamOrder:
 class MixedOrder:
     """Several data sets mixed by weight: of every 1,000 turns of a stream each set gets its share exactly."""
 
+    unit = 1
+
     def __init__(self, orders: Sequence[StreamOrder], weights: Sequence[float], *, seed: int):
         self.orders, self.weights, self.seed = list(orders), [float(w) for w in weights], seed
-        self.streams = self.stride = orders[0].streams
-        assert all(order.streams == self.streams for order in orders)
-        self.size = sum(order.size for order in orders)
-        self._counts = _shares(self.weights, CYCLE)
-        self._cycles: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
+        self.streams, self.size = _common_streams(orders), sum(order.size for order in orders)
+        self._mixture = _Mixture(self.weights, seed, MIXTURE)
 
     def describe(self) -> dict:
         """What the sequence depends on."""
@@ -163,22 +164,72 @@ class MixedOrder:
             "sources": [order.describe() for order in self.orders],
         }
 
-    def locate(self, position: int) -> Location:
-        """What stands at a position."""
-        turn, stream = divmod(position, self.streams)
+    def locate(self, position: int, later: int = 0) -> Location:
+        """What stands at a position, or so many turns later in the same stream."""
+        turn, stream = divmod(position + later * self.streams, self.streams)
+        source, own_turn = self._mixture.locate(turn, stream)
+        return self.orders[source].locate(own_turn * self.streams + stream)._replace(source=source)
+
+
+class BucketedOrder:
+    """Several data sets mixed by weight, a step at a time: a batch whose samples must be alike comes from one of them.
+
+    Step k takes positions k * batch_size to (k + 1) * batch_size, and of every 1,000 steps each set ("bucket") gets its
+    share exactly. A bucket's own steps follow each other in its own order, so that its epochs are exact.
+    """
+
+    def __init__(self, orders: Sequence[StreamOrder], weights: Sequence[float], *, batch_size: int, seed: int):
+        self.orders, self.weights, self.seed = list(orders), [float(w) for w in weights], seed
+        self.streams, self.size = _common_streams(orders), sum(order.size for order in orders)
+        self.batch_size = self.unit = batch_size
+        self._mixture = _Mixture(self.weights, seed, BUCKETS)
+
+    def describe(self) -> dict:
+        """What the sequence depends on."""
+        return {
+            "size": self.size,
+            "seed": self.seed,
+            "streams": self.streams,
+            "batch_size": self.batch_size,
+            "weights": self.weights,
+            "buckets": [order.describe() for order in self.orders],
+        }
+
+    def locate(self, position: int, later: int = 0) -> Location:
+        """What stands at a position, or so many turns later in the same stream of its bucket."""
+        step, within = divmod(position, self.batch_size)
+        bucket, own_step = self._mixture.locate(step)
+        # A rank owns the same streams of every bucket: the position is shifted by whole batches, see Batching.
+        return self.orders[bucket].locate(own_step * self.batch_size + within, later)._replace(source=bucket)
+
+
+def _common_streams(orders: Sequence[StreamOrder]) -> int:
+    streams = orders[0].streams
+    assert all(order.streams == streams for order in orders)
+    return streams
+
+
+class _Mixture:
+    """Which of several sets a turn is for: of every CYCLE turns each gets its share by weight exactly."""
+
+    def __init__(self, weights: Sequence[float], seed: int, kind: int):
+        self.seed, self.kind = seed, kind
+        self._counts = _shares(weights, CYCLE)
+        self._cycles: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}  # stream -> its cycle that was asked for last
+
+    def locate(self, turn: int, stream: int = 0) -> tuple[int, int]:
+        """(the set that a turn of a stream is for, how many turns of the stream were for that set before)."""
         cycle, within = divmod(turn, CYCLE)
         cached = self._cycles.get(stream)
         if cached is None or cached[0] != cycle:
             cached = self._cycles[stream] = (cycle, *self._make_cycle(stream, cycle))
         source = int(cached[1][within])
-        own_turn = cycle * self._counts[source] + int(cached[2][within])
-        _, number, epoch = self.orders[source].locate(own_turn * self.streams + stream)
-        return Location(source, number, epoch)
+        return source, cycle * self._counts[source] + int(cached[2][within])
 
     def _make_cycle(self, stream: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
         """(source of each turn of the cycle, how many turns of that source came before in the cycle)."""
-        sources = np.repeat(np.arange(len(self.orders)), self._counts)
-        sources = sources[shuffled(CYCLE, self.seed, stream, cycle, MIXTURE)]
+        sources = np.repeat(np.arange(len(self._counts)), self._counts)
+        sources = sources[shuffled(CYCLE, self.seed, stream, cycle, self.kind)]
         before = np.empty(CYCLE, np.int64)
         for source, count in enumerate(self._counts):
             before[sources == source] = np.arange(count)

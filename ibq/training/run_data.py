@@ -1,5 +1,6 @@
 """What a run reads: training batches by position, validation batches, and where the data comes from."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -135,7 +136,8 @@ class RunData:
         changed = ", ".join(name for name in now if now[name] != then.get(name)) or "settings"
         if dist.is_main():
             say(f"note: the data are not those of the checkpoint (other {changed}); going on with epoch {epoch + 1}")
-        return epoch * (self.order.size or 0)
+        first, unit = epoch * (self.order.size or 0), self.order.unit
+        return math.ceil(first / unit) * unit
 
 
 # --- Images ---

@@ -13,7 +13,7 @@ from support.training import CLASSES, png, write_images, write_shard
 from ibq.data.codes import CodeDataset, CodesMeta, CodeStream, write_code_shard, write_codes_meta
 from ibq.data.images import ImageDataset, ImageStream
 from ibq.data.loader import training_batches, validation_batches
-from ibq.data.order import CYCLE, Batching, MixedOrder, StreamOrder, shuffled
+from ibq.data.order import CYCLE, Batching, BucketedOrder, MixedOrder, StreamOrder, shuffled
 from ibq.data.shards import ImageDataConfig, SourceConfig, open_images, split_sources
 from ibq.data.transforms import AugmentConfig
 from ibq.training.run_data import image_data
@@ -121,6 +121,69 @@ def test_mixed_positions_can_be_asked_for_in_any_order():
 def test_a_weight_that_is_too_small():
     with pytest.raises(ValueError, match="weight"):
         mixed((1e6, 1))
+
+
+# --- Buckets ---
+
+
+def bucketed(weights=(2, 1, 1), sizes=((30, 31), (25,), (9, 8)), streams=8, batch_size=6):
+    orders = [make(s, streams=streams, name=i) for i, s in enumerate(sizes)]
+    return BucketedOrder(orders, weights, batch_size=batch_size, seed=0)
+
+
+def test_every_step_is_of_one_bucket_and_each_bucket_keeps_exact_epochs():
+    order = bucketed()
+    steps = [[order.locate(position) for position in range(k * 6, k * 6 + 6)] for k in range(CYCLE)]
+    assert all(len({location.source for location in step}) == 1 for step in steps)
+    assert Counter(step[0].source for step in steps) == {0: CYCLE // 2, 1: CYCLE // 4, 2: CYCLE // 4}
+    assert Counter(step[0].source for step in steps[:400]) != {0: 200, 1: 100, 2: 100}, "in no fixed pattern"
+    for bucket, size in enumerate((61, 25, 17)):
+        row = [(loc.epoch, loc.number) for step in steps for loc in step if loc.source == bucket]
+        assert sorted(row[: 3 * size]) == [(epoch, number) for epoch in range(3) for number in range(size)]
+        own = bucketed().orders[bucket]
+        assert row == [(loc.epoch, loc.number) for loc in map(own.locate, range(len(row)))], "its own order, unbroken"
+
+
+def test_bucketed_positions_can_be_asked_for_in_any_order():
+    straight = [bucketed().locate(position) for position in range(300)]
+    order = bucketed()
+    assert [order.locate(position) for position in reversed(range(300))] == straight[::-1]
+
+
+@pytest.mark.parametrize(("streams", "batch_size"), [(8, 6), (8, 16), (24, 36), (6, 4)])
+def test_a_rank_owns_the_same_streams_of_every_bucket(streams, batch_size):
+    """So it reads its share of every bucket, whatever stands for samples that can't be used."""
+    order = bucketed(streams=streams, batch_size=batch_size)
+    owners, steps = {}, Counter()  # (bucket, stream) -> ranks; bucket -> its steps before
+    for step in range(40):
+        start = step * batch_size
+        bucket = order.locate(start).source
+        for rank in range(2):
+            for position in batching(batch_size, 1, streams, rank, 2).positions(start):
+                inner = steps[bucket] * batch_size + position - start
+                assert order.locate(position) == order.orders[bucket].locate(inner)._replace(source=bucket)
+                owners.setdefault((bucket, inner % streams), set()).add(rank)
+        steps[bucket] += 1
+    assert len(owners) == 3 * streams and all(len(ranks) == 1 for ranks in owners.values())
+
+
+def test_what_the_order_of_buckets_depends_on():
+    description = bucketed().describe()
+    assert description["batch_size"] == 6 and description["size"] == 103 and len(description["buckets"]) == 3
+    assert json.loads(json.dumps(description)) == description, "a checkpoint compares what it has read"
+    assert bucketed(batch_size=8).describe() != description != bucketed((1, 1, 2)).describe()
+    assert bucketed().unit == 6 and mixed().unit == make().unit == 1
+
+
+@pytest.mark.parametrize("order", [make(), mixed(), bucketed(batch_size=8)])
+def test_a_later_turn_is_of_the_same_stream(order):
+    """The next position of the stream; of a bucketed order, in the steps of the same bucket."""
+    later = [order.locate(position, 1) for position in range(8)]
+    bucket = order.locate(0).source
+    straight = [order.locate(position) for position in range(order.streams, 120)]
+    if isinstance(order, BucketedOrder):
+        straight = [location for location in straight if location.source == bucket]
+    assert later == straight[:8]
 
 
 # --- Batches and ranks ---
