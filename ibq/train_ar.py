@@ -20,7 +20,7 @@ from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
 from ibq.models.tokenizer import Tokenizer
-from ibq.models.transformer import Grid, Transformer
+from ibq.models.transformer import Grid, Transformer, TransformerConfig
 from ibq.training.ar_config import ARRunConfig
 from ibq.training.ar_task import ARTask
 from ibq.training.checkpoint import weights_hash
@@ -101,16 +101,25 @@ def _open_codes(config: ARRunConfig, _device: torch.device) -> tuple[RunData, No
 def _open_images(config: ARRunConfig, device: torch.device) -> tuple[RunData, Tokenizer]:
     with naming("data.tokenizer"):
         tokenizer = load_tokenizer(config.data.tokenizer, device=device)
-    data = image_data(config.data, tokenizer.config.resolution, config.seed)
-    _check_model(
-        config,
-        num_codes=tokenizer.quantizer.num_codes,
-        grids=[(tokenizer.config.tokens_per_side,) * 2],
-        classes=data.classes,
-    )
+    grid = _grid_of_images(config.model, tokenizer)
+    height, width = (side * tokenizer.downsampling for side in grid)
+    data = image_data(config.data, (height, width), config.seed)
+    _check_model(config, num_codes=tokenizer.quantizer.num_codes, grids=[grid], classes=data.classes)
     data.provenance = {"tokenizer": weights_hash(tokenizer.state_dict())}
     data.allow_other = config.data.allow_other_tokenizer
     return data, tokenizer
+
+
+def _grid_of_images(model: TransformerConfig, tokenizer: Tokenizer) -> Grid:
+    """The codes that images are to have: those of the tokenizer's own resolution, unless the model names a grid."""
+    if model.grids is None:
+        return (tokenizer.tokens_per_side, tokenizer.tokens_per_side)
+    if len(model.grids) > 1:
+        raise UserError(
+            "model.grids: images are cut to one shape as they are read; for several, write codes with "
+            "tools/encode_shards.py --size, and give data.kind=codes and data.sources"
+        )
+    return model.grids[0]
 
 
 def _check_model(config: ARRunConfig, *, num_codes: int, grids: Sequence[Grid], classes: Sequence[str]) -> None:

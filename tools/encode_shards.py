@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_torch(training=False)
     device = dist.setup(arguments.device)
     tokenizer = load_tokenizer(arguments.tokenizer, device=device)
-    grid = grid_of_size(arguments.size or [tokenizer.config.resolution], tokenizer)
+    grid = grid_of_size(arguments.size or [tokenizer.config.resolution], tokenizer.config)
     job = Job(tokenizer, dist.main_first(lambda: open_usable(arguments)), arguments, grid)
     with explained(arguments.output):
         if dist.on_main(lambda: prepare(job, fresh=arguments.fresh)):
@@ -172,7 +172,7 @@ class Job:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
-        height, width = (side * self.tokenizer.downsampling for side in self.grid)
+        height, width = (side * self.tokenizer.config.downsampling for side in self.grid)
         return height, width
 
     @property

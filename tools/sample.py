@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     hashes = {"tokenizer": weights_hash(tokenizer.state_dict()), "transformer": weights_hash(transformer.state_dict())}
     check_pair(arguments, tokenizer, transformer, hashes["tokenizer"])
     if arguments.size is not None:
-        sampler = replace(sampler, grid=grid_of_size(arguments.size, tokenizer))
+        sampler = replace(sampler, grid=grid_of_size(arguments.size, tokenizer.config))
     own_grid = sampler.grid is None
     sampler = settle(sampler, transformer.config, device)
     # One number of rows for all, also where the GPUs have not the same memory.

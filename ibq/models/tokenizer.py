@@ -96,14 +96,6 @@ class Tokenizer(nn.Module):
         """Images [B, 3, H, W], about [-1, 1], of codes [B, h, w]; ValueError for codes out of range."""
         return self.decode_latents(self.quantizer.lookup(codes))
 
-    def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of codes of an image; ValueError if its sides do not divide."""
-        factor = self.downsampling
-        if height % factor or width % factor or min(height, width) < 1:
-            near = [max(round(side / factor), 1) * factor for side in (height, width)]
-            raise ValueError(f"{height} x {width} pixels are no multiples of {factor}; use {near[0]} x {near[1]}")
-        return height // factor, width // factor
-
     def check_images(self, images: Tensor) -> None:
         """ValueError unless the images can be encoded."""
         factor = self.downsampling

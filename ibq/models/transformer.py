@@ -124,6 +124,11 @@ class TransformerConfig:
         """Codes per image, T; those of the largest grid, where there are several."""
         return max(height * width for height, width in self.code_grids)
 
+    @property
+    def common_tokens(self) -> int:
+        """The largest number that divides every grid's codes: T, where there is one grid."""
+        return math.gcd(*(height * width for height, width in self.code_grids))
+
 
 def _check_grids(grids: Sequence[Grid]) -> None:
     if not grids:

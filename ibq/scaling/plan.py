@@ -37,7 +37,12 @@ LARGEST = 2**16  # micro-batch that is looked at
 class Stage(ABC):
     """What the planner must know of a stage."""
 
-    num_tokens: int  # per image
+    num_tokens: int  # per image, of the largest where there are several shapes: time and memory are those of it alone
+
+    @property
+    def common_tokens(self) -> int:
+        """What sequence parallelism must divide."""
+        return self.num_tokens
 
     @abstractmethod
     def parameters(self) -> dict[str, int]:
@@ -78,6 +83,11 @@ class TransformerStage(Stage):
     def num_tokens(self) -> int:
         """Codes of an image."""
         return self.config.num_tokens
+
+    @property
+    def common_tokens(self) -> int:
+        """See `Stage`."""
+        return self.config.common_tokens
 
     def parameters(self) -> dict[str, int]:
         """See `Stage`."""
@@ -202,7 +212,7 @@ def layouts(stage: Stage, machine: Machine) -> Iterator[Layout]:
     yield Layout(kind="fsdp", offload_optimizer="cpu", **common)
     for tensor in tensor_divisors(stage, machine):
         yield Layout(kind="fsdp", tensor=tensor, **common)
-        if stage.num_tokens % tensor == 0:
+        if stage.common_tokens % tensor == 0:
             yield Layout(kind="fsdp", tensor=tensor, sequence=True, **common)
 
 

@@ -54,7 +54,6 @@ class ARRunConfig:
         """How many ranks share each matrix, and so see the same data; UserError where the model cannot be split so."""
         ranks, model = getattr(self.engine, "tensor_parallel", 1), self.model
         if ranks > 1:
-            for height, width in model.code_grids:
-                tokens = height * width if self.engine.sequence_parallel else None
-                check_tensor_parallel(ranks, heads=model.num_heads, kv_heads=model.num_kv_heads, tokens=tokens)
+            tokens = model.common_tokens if self.engine.sequence_parallel else None
+            check_tensor_parallel(ranks, heads=model.num_heads, kv_heads=model.num_kv_heads, tokens=tokens)
         return ranks

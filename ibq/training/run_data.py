@@ -25,6 +25,7 @@ from ibq.data.index import ImageIndex
 from ibq.data.loader import Report, training_batches, validation_batches
 from ibq.data.order import Batching, BucketedOrder, MixedOrder, Order, StreamOrder
 from ibq.data.shards import ImageDataConfig, class_lists, expand_place, is_unindexed, read_index, split_sources
+from ibq.data.transforms import Size
 from ibq.progress import bar_of, say
 from ibq.training.checkpoint import TrainingState
 
@@ -46,7 +47,7 @@ class RunData:
     device: torch.device | None = None
     validation_limit: int | None = None
 
-    def bind(self, batch_size: int, micro_batch: int, validation_limit: int | None, device: torch.device) -> None:
+    def bind(self, batch_size: Size, micro_batch: int, validation_limit: int | None, device: torch.device) -> None:
         """Set how the data is batched. ValueError that begins with the setting if it can't be."""
         size = self.order.size
         if size is not None and size < batch_size:
@@ -143,8 +144,8 @@ class RunData:
 # --- Images ---
 
 
-def image_data(config: ImageDataConfig, size: int, seed: int) -> RunData:
-    """The images of a config at `size` pixels. Rank 0 indexes them first, with a progress bar."""
+def image_data(config: ImageDataConfig, size: Size, seed: int) -> RunData:
+    """The images of a config at a size. Rank 0 indexes them first, with a progress bar."""
     if config.unindexed == "in_order" and is_unindexed(config.train, config):
         return _images_in_order(config, size, seed)
     train, validation = dist.main_first(lambda: split_sources(config, _report))
@@ -160,7 +161,7 @@ def image_data(config: ImageDataConfig, size: int, seed: int) -> RunData:
     )
 
 
-def _image_stream(config: ImageDataConfig, train: Sequence[ImageIndex], size: int, seed: int):
+def _image_stream(config: ImageDataConfig, train: Sequence[ImageIndex], size: Size, seed: int):
     store = config.store(train)
     sets = [
         ImageDataset(index, size, augment=config.augment, seed=seed, in_memory=config.in_memory, store=store)
@@ -198,7 +199,7 @@ def _say_problems(index: ImageIndex) -> None:
         )
 
 
-def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size: int) -> "ConcatenatedSets":
+def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size: Size) -> "ConcatenatedSets":
     store = config.store(indexes)
     return ConcatenatedSets([ImageDataset(i, size, in_memory=config.in_memory, store=store) for i in indexes])
 
@@ -242,7 +243,7 @@ def _common_classes(indexes: Sequence[ImageIndex] | Sequence[CodesMeta]) -> list
     return classes if all(index.classes == classes for index in indexes) else []
 
 
-def _images_in_order(config: ImageDataConfig, size: int, seed: int) -> RunData:
+def _images_in_order(config: ImageDataConfig, size: Size, seed: int) -> RunData:
     """Shards without index, read one after the other."""
     if config.validation is None:
         raise UserError("data.validation: needed with data.unindexed=in_order, as nothing can be held out unseen")
@@ -281,7 +282,7 @@ def _report(place: str) -> Callable[[int, int], None]:
 # --- Codes ---
 
 
-def code_data(config: CodeDataConfig, seed: int, batch_size: int) -> RunData:
+def code_data(config: CodeDataConfig, seed: int, batch_size: Size) -> RunData:
     """The codes of a config. UserError if they were made with different tokenizers, or their grids do not match."""
     train, validation = (_open_codes(config.places(part)) for part in ("train", "validation"))
     first = next(iter(train.values()))

@@ -112,7 +112,7 @@ def test_codes_are_the_tokenizers(place, tmp_path, encode, workers):
     codes = CodeDataset(tmp_path / "codes")
     assert len(codes) == 3 * COUNT
     assert codes.meta.rows == [7, 7, 7, 7, 7, 5] * 3 and codes.meta.views == 3
-    assert codes.meta.num_codes == 32 and codes.meta.tokens_per_side == 4 and codes.meta.classes == ["0", "1", "2"]
+    assert codes.meta.num_codes == 32 and codes.meta.grid == (4, 4) and codes.meta.classes == ["0", "1", "2"]
     assert codes.meta.tokenizer == weights_hash(tokenizer.state_dict())
     assert codes.labels().tolist() == [i % CLASSES for i in range(COUNT)] * 3
     views = [[square(picture(i), SIZE) for i in range(COUNT)]]

@@ -246,7 +246,7 @@ def test_codes_come_back(tmp_path, num_codes, dtype):
     assert np.load(tmp_path / "codes" / "codes-00000.npy").dtype == dtype
     for i in range(6):
         row, label = dataset[i]
-        assert row.dtype == torch.int64 and row.tolist() == codes[i].tolist() and label == labels[i]
+        assert row.dtype == torch.int64 and row.tolist() == codes[i].reshape(3, 3).tolist() and label == labels[i]
 
 
 def test_codes_that_are_missing_or_do_not_fit(tmp_path):

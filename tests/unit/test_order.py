@@ -384,7 +384,7 @@ def test_codes_come_in_the_same_order(tmp_path, world_size, workers):
     expected = batches(stream, 0, 10)
     assert_same_batches(of_ranks(stream, 0, 10, world_size, workers), expected)
     assert_same_batches(of_ranks(stream, 32, 6, world_size, workers), expected[4:])
-    first_epoch = torch.cat([codes for codes, _ in expected[:5]])
+    first_epoch = torch.cat([codes.flatten(1) for codes, _ in expected[:5]])
     assert sorted(first_epoch[:, 0].tolist()) == list(range(40)), "across the borders of the files"
     assert (first_epoch == first_epoch[:, :1]).all()
     assert torch.equal(torch.cat([labels for _, labels in expected[:5]]), first_epoch[:, 0] % CLASSES)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ibq.data.counts import BadSample
     from ibq.data.index import ImageIndex
     from ibq.data.shards import ImageDataConfig
-    from ibq.models.tokenizer import Tokenizer
+    from ibq.models.tokenizer_config import TokenizerConfig
 
 # PyTorch is imported where it is needed: --help and mistakes in the options should not wait for it.
 Settings = TypeVar("Settings")
@@ -113,7 +113,7 @@ def add_size_option(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--size", type=int, nargs="+", metavar=("H", "W"), help=what)
 
 
-def grid_of_size(size: Sequence[int], tokenizer: "Tokenizer") -> tuple[int, int]:
+def grid_of_size(size: Sequence[int], tokenizer: "TokenizerConfig") -> tuple[int, int]:
     """Rows and columns of codes of images of --size; UserError where it is none."""
     if len(size) > 2:
         raise UserError(f"--size: expected height and width, or one number, got {len(size)}")
