@@ -57,7 +57,7 @@ class CodeDataConfig:
         if (self.train is None) == (not self.sources):
             raise ValueError("train: give either `train` or `sources`")
         if (self.validation is None) == (not self.sources):
-            problem = "required beside data.train" if self.train else "each of data.sources has its own; leave it out"
+            problem = "required beside data.train" if self.train else "each of data.sources has its own; set it to null"
             raise ValueError(f"validation: {problem}")
         require_least(self, workers=0, streams=1)
 
