@@ -182,7 +182,7 @@ def generation_tab(models: Models) -> None:
             message = gr.Markdown(elem_id="generate-message")
     event = start.click(
         generator(models),
-        [label, grid, count, seed, guidance, temperature, top_k, top_p],
+        [label, count, seed, guidance, temperature, top_k, top_p, grid],
         [picture, message],
         show_progress="minimal",
         show_progress_on=message,  # the picture should stay in sight
@@ -193,7 +193,7 @@ def generation_tab(models: Models) -> None:
 
 
 def generator(models: Models) -> Callable:
-    """(class, grid, images, seed, guidance, temperature, top-k, top-p) -> (picture, message) after every row."""
+    """(class, images, seed, guidance, temperature, top-k, top-p, grid) -> (picture, message) after every row."""
 
     def show(*values):
         if None in values:
@@ -210,10 +210,10 @@ def generator(models: Models) -> Callable:
     return show
 
 
-def _grow(models: Models, label, grid, count, seed, guidance, temperature, top_k, top_p) -> Iterator[tuple]:
+def _grow(models: Models, label, count, seed, guidance, temperature, top_k, top_p, grid="") -> Iterator[tuple]:
     settings = {"guidance_scale": float(guidance), "temperature": float(temperature)}
-    settings["grid"] = grids_of(models)[grid]
-    sampler = replace(models.defaults, **settings, top_k=int(top_k), top_p=float(top_p))
+    settings |= {"top_k": int(top_k), "top_p": float(top_p), "grid": grids_of(models).get(grid)}
+    sampler = replace(models.defaults, **settings)
     decoder = models.decoder(sampler)
     count, seed, side = int(count), int(seed), (sampler.grid or decoder.config.code_grids[0])[0]
     started, decoding = time.monotonic(), 0.0
