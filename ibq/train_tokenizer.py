@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # One rank downloads the weights.
             perceptual = dist.main_first(lambda: build_perceptual(config.loss.perceptual))
         with command.part("data"), naming(command.source):
-            data = image_data(config.data, config.model.resolution, config.seed)
+            data = image_data(config.data, config.model.resolution, config.seed, config.training.batch_size)
         command.bind(data)
         with command.part("engine"):
             task = build_task(command, data, perceptual)
@@ -73,6 +73,7 @@ def build_task(command: Command, data: RunData, perceptual: torch.nn.Module | No
         learning_rate=lambda step: config.schedule.learning_rate(peak, step, steps_per_epoch, total_steps),
         statistics=config.statistics,
         usage_alarm=config.usage_alarm,
+        tokens_per_image=data.pixels_per_image / config.model.downsampling**2,
         memory_format=memory_format,
         codebook_start=config.codebook_start,
         first_batches=lambda: data.training(0, math.ceil(min(steps_per_epoch, total_steps)), lambda bad: None),

@@ -1,5 +1,6 @@
 """Images as uint8 arrays: one by one, or as the batches that training takes in the order of its positions."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ibq.config import UserError
+from ibq.data.buckets import Buckets
 from ibq.data.counts import BadSample
 from ibq.data.index import ImageIndex
 from ibq.data.order import Location, Order
@@ -28,11 +30,16 @@ class BadSampleError(ValueError):
 class BatchSource:
     """Images by number, in batches, of what has a `fill`."""
 
-    sample_shape: tuple[int, int, int]  # of an image as `fill` writes it
+    sample_shape: tuple[int, int, int]  # of an image as `fill` writes it, or of the largest
+
+    def shape_of(self, _number: int) -> tuple[int, int, int]:
+        """Of one image as `fill` writes it; those of a batch must have the same."""
+        return self.sample_shape
 
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, list[BadSample]]:
-        """What `fill` gives, as tensors: images uint8 [B, 3, S, S], channels last in memory, and labels [B]."""
-        out = np.empty((len(numbers), *self.sample_shape), np.uint8)
+        """What `fill` gives, as tensors: images uint8 [B, 3, H, W], channels last in memory, and labels [B]."""
+        shape = self.shape_of(numbers[0]) if len(numbers) else self.sample_shape
+        out = np.empty((len(numbers), *shape), np.uint8)
         labels, bad = self.fill(numbers, out)
         images = torch.from_numpy(out[: len(labels)]).permute(0, 3, 1, 2)
         return images, torch.tensor(labels, dtype=torch.int64), bad
@@ -41,13 +48,14 @@ class BatchSource:
 class ImageDataset(BatchSource, torch.utils.data.Dataset):
     """(image uint8 [3, H, W], label) for a sample number, or for (number, epoch) with that epoch's augmentation.
 
-    `augment`: random views, one fixed view, or None for the centre crop. Raises BadSampleError.
+    `augment`: random views, one fixed view, or None for the centre crop. `size`: of all images, or the buckets
+    that tell each one's. Raises BadSampleError.
     """
 
     def __init__(
         self,
         index: ImageIndex,
-        size: Size,
+        size: Size | Buckets,
         *,
         augment: AugmentConfig | FixedView | None = None,
         seed: int = 0,
@@ -55,7 +63,9 @@ class ImageDataset(BatchSource, torch.utils.data.Dataset):
         store: ShardStore | None = None,
     ):
         self.index = index
-        self.size, self.sample_shape = size, (*sides_of(size), 3)
+        self.size = size
+        largest = max(size.shapes, key=math.prod) if isinstance(size, Buckets) else sides_of(size)
+        self.sample_shape = (*largest, 3)
         self.augment = augment
         self.seed = seed
         self.store = store or ShardStore(checks=index.checks)
@@ -68,6 +78,13 @@ class ImageDataset(BatchSource, torch.utils.data.Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         number, epoch = key if isinstance(key, tuple) else (key, 0)
         return torch.from_numpy(self.pixels(number, epoch).copy()).permute(2, 0, 1), int(self.index.label[number])
+
+    def shape_of(self, number: int) -> tuple[int, int, int]:
+        """Of an image as `fill` writes it."""
+        return (*sides_of(self._size_of(number)), 3)
+
+    def _size_of(self, number: int) -> Size:
+        return self.size.shapes[self.size.of[number]] if isinstance(self.size, Buckets) else self.size
 
     def fill(self, numbers: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
         """Write images to `out` [B, H, W, 3]; (labels of those that could be written, what had to be left out)."""
@@ -82,14 +99,14 @@ class ImageDataset(BatchSource, torch.utils.data.Dataset):
 
     def pixels(self, number: int, epoch: int) -> np.ndarray:
         """One view: uint8 [H, W, 3], read-only."""
-        image = self._image(number)
+        image, size = self._image(number), self._size_of(number)
         match self.augment:
             case None:
-                return square(image, self.size)
+                return square(image, size)
             case FixedView(zoom=zoom, x=x, y=y, flip=flip):
-                return view(image, self.size, zoom=zoom, x=x, y=y, flip=flip)
+                return view(image, size, zoom=zoom, x=x, y=y, flip=flip)
         rng = np.random.default_rng([self.seed, epoch, number])
-        return random_square(image, self.size, self.augment, rng)
+        return random_square(image, size, self.augment, rng)
 
     def _image(self, number: int):
         if self._decoded is None:
@@ -112,7 +129,7 @@ class ImageDataset(BatchSource, torch.utils.data.Dataset):
 
 
 class ImageStream(BatchSource):
-    """(images uint8 [B, 3, S, S], labels [B], bad samples) for a list of positions of an order.
+    """(images uint8 [B, 3, H, W], labels [B], bad samples) for a list of positions of an order.
 
     A sample that can't be used is replaced by the next good one of its stream, whatever the ranks and workers.
     """
@@ -122,11 +139,16 @@ class ImageStream(BatchSource):
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """Of an image as `fill` writes it."""
+        """Of an image as `fill` writes it, or of the largest."""
         return self.sets[0].sample_shape
 
+    def shape_of(self, position: int) -> tuple[int, int, int]:
+        """Of the image at a position."""
+        source, number, _ = self.order.locate(position)
+        return self.sets[source].shape_of(number)
+
     def fill(self, positions: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
-        """Write images to `out` [B, S, S, 3]; (their labels, the samples that were replaced)."""
+        """Write images to `out` [B, H, W, 3]; (their labels, the samples that were replaced)."""
         labels, bad = [], []
         for place, position in enumerate(positions):
             out[place], label, problem = self._first_good(position)
@@ -156,6 +178,10 @@ class Subset(BatchSource):
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def shape_of(self, place: int) -> tuple[int, int, int]:
+        """As the set's own."""
+        return self.dataset.shape_of(self.numbers[place])
 
     def fill(self, places: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
         """As the set's own."""

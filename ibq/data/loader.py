@@ -60,14 +60,23 @@ def validation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every sample once over all ranks: rank r takes samples r, r + world_size, ...
 
-    Samples that can't be used are left out, and `report` is told.
+    Those of one shape come together. Samples that can't be used are left out, and `report` is told.
     """
-    numbers = range(len(dataset))[:limit][rank::world_size]
-    batches = [list(numbers[i : i + batch_size]) for i in range(0, len(numbers), batch_size)]
+    alike = by_shape(dataset, range(len(dataset))[:limit][rank::world_size])
+    batches = [numbers[i : i + batch_size] for numbers in alike for i in range(0, len(numbers), batch_size)]
     for inputs, labels, bad in _ahead(_read(dataset, batches, batch_size, workers), device):
         report(bad)
         if len(inputs):
             yield inputs, labels
+
+
+def by_shape(dataset, numbers: Sequence[int]) -> list[list[int]]:
+    """The numbers in groups of one shape each, in their order."""
+    shape_of = getattr(dataset, "shape_of", lambda number: None)
+    groups: dict[tuple | None, list[int]] = {}
+    for number in numbers:
+        groups.setdefault(shape_of(number), []).append(number)
+    return [*groups.values()]
 
 
 class _Source(Dataset):
@@ -83,22 +92,27 @@ class _Source(Dataset):
         self.shape = getattr(dataset, "sample_shape", None)
         self.slots = None
         if self.shape is not None and workers:
-            shape = (workers * SLOTS, batch_size, *self.shape)
+            shape = (workers * SLOTS, batch_size * math.prod(self.shape))
             # Anonymous, so that a container's small /dev/shm does not matter; its pages are made now, not one by one.
             flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
             self.slots = np.frombuffer(mmap.mmap(-1, math.prod(shape), flags=flags), np.uint8).reshape(shape)
 
-    def __getitem__(self, numbers: Sequence[int]) -> tuple[Tensor | int, Tensor | list[int], list[BadSample]]:
+    def __getitem__(self, numbers: Sequence[int]) -> tuple[Tensor | tuple, Tensor | list[int], list[BadSample]]:
         worker = torch.utils.data.get_worker_info()
         if self.slots is None or worker is None:
             return self.dataset.batch(numbers)
         slot = worker.id * SLOTS + self.taken % SLOTS
         self.taken += 1
-        return slot, *self.dataset.fill(numbers, self.slots[slot])
+        shape = self.dataset.shape_of(numbers[0])
+        return (slot, shape), *self.dataset.fill(numbers, self._images(slot, shape, len(numbers)))
 
-    def copy_out(self, slot: int, labels: list[int]) -> tuple[Tensor, Tensor]:
-        """(images uint8 [B, 3, S, S], labels [B]) of a batch that a worker has put into a slot."""
-        images = torch.from_numpy(self.slots[slot, : len(labels)].copy())
+    def _images(self, slot: int, shape: Sequence[int], count: int) -> np.ndarray:
+        """The first images [count, H, W, 3] of a slot."""
+        return self.slots[slot, : count * math.prod(shape)].reshape(count, *shape)
+
+    def copy_out(self, slot: int, shape: Sequence[int], labels: list[int]) -> tuple[Tensor, Tensor]:
+        """(images uint8 [B, 3, H, W], labels [B]) of a batch that a worker has put into a slot."""
+        images = torch.from_numpy(self._images(slot, shape, len(labels)).copy())
         return images.permute(0, 3, 1, 2), torch.tensor(labels, dtype=torch.int64)
 
 
@@ -117,7 +131,7 @@ def _read(dataset, batches, batch_size: int, workers: int) -> Iterator[tuple[Ten
     )
     try:
         for inputs, labels, bad in loader:
-            yield *((inputs, labels) if isinstance(inputs, Tensor) else source.copy_out(inputs, labels)), bad
+            yield *((inputs, labels) if isinstance(inputs, Tensor) else source.copy_out(*inputs, labels)), bad
     except UserError as error:
         raise UserError(str(error).rsplit(f"{UserError.__name__}: ", 1)[-1].strip()) from error
     except RuntimeError as error:

@@ -57,6 +57,7 @@ class ImageDataConfig:
     validation: str | None = None  # None: every `validation_every`-th image of the training place is held out
     validation_every: int = 10
     labels: bool = True  # false: a set without labels, for a tokenizer
+    buckets: tuple[tuple[int, int], ...] = ()  # heights and widths that pictures go to by aspect ratio; (): squares
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     workers: int = 4  # processes that decode, per rank
     in_memory: bool = False  # keep decoded images: for small sets, with workers: 0
@@ -80,6 +81,22 @@ class ImageDataConfig:
             raise ValueError(f"cache_gib: must be positive, got {self.cache_gib}")
         if self.unindexed == "in_order" and self.sources:
             raise ValueError("unindexed: in_order reads a single set; index the shards to mix several")
+        self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        seen: dict[float, int] = {}
+        for number, (height, width) in enumerate(self.buckets):
+            if min(height, width) < 1:
+                raise ValueError(f"buckets[{number}]: sides must be at least 1 pixel, got {height} x {width}")
+            if (same := seen.setdefault(height / width, number)) != number:
+                raise ValueError(
+                    f"buckets[{number}]: {height} x {width} has the aspect ratio of buckets[{same}], so no picture "
+                    "would be nearer to it; leave one out"
+                )
+        if self.buckets and self.sources:
+            raise ValueError("buckets: not with several sources; give one place as `train`, or buckets=[]")
+        if self.buckets and self.unindexed == "in_order":
+            raise ValueError("buckets: pictures must be indexed to know their sizes; set data.unindexed=index")
 
     @property
     def places(self) -> list[str]:

@@ -90,6 +90,10 @@ class ShardStore:
             raise ValueError("its bytes are not those that were indexed (the checksum differs)")
         return data
 
+    def head(self, entry: ImageEntry, size: int) -> bytes:
+        """The first bytes of an image file, at most `size`. OSError if the shard can't be had."""
+        return self._retrying(entry.shard, lambda: self._read_once(entry._replace(size=min(size, entry.size))))
+
     def _read_once(self, entry: ImageEntry) -> bytes:
         if not is_url(entry.shard):
             # Not seek and read: forked workers share the position in a file that was open before.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:  # tools that only read and write images should not wait for PyTorch
     from torch import Tensor
@@ -17,6 +17,7 @@ Size = int | tuple[int, int]  # pixels: the side of a square, or height and widt
 MAX_PIXELS = 100_000_000
 # Pillow's names of plain raster formats. Some of its others run programs: an EPS file starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+SIDEWAYS = range(5, 9)  # EXIF orientations in which height and width change places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,25 @@ def decode_rgb(
         raise ValueError("not a readable picture: of no known format") from error
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         raise ValueError(f"not a readable picture: {str(error) or type(error).__name__}") from error
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of a picture, turned as its EXIF block says, from the first of its bytes.
+
+    ValueError if they are none of a picture, or too few.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+        raise ValueError(f"not a readable picture: {str(error) or type(error).__name__}") from error
+    try:
+        # Not the PNG reader's own, which decodes the picture to see whether such a block follows it.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as in `_upright`
+        orientation = 1
+    return image.size if orientation in SIDEWAYS else image.size[::-1]
 
 
 def _with_transparency(image: Image.Image, data: bytes) -> Image.Image:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +53,12 @@ def _window_mean(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, SSIM_WINDOW, stride=1)
 
 
-def thumbnail(images: Tensor, side: int) -> Tensor:
-    """uint8 images [B, C, H, W] shrunk to side x side pixels and scaled up bicubically: what a code must beat."""
-    small = F.interpolate(images.double(), size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+def thumbnail(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """uint8 images [B, C, H, W] shrunk to `size` and scaled up bicubically: what a code must beat.
+
+    `size`: pixels of a square's side, or height and width.
+    """
+    small = F.interpolate(images.double(), size=size, mode="bicubic", antialias=True, align_corners=False)
     small = small.round().clamp(0, 255)
     large = F.interpolate(small, size=images.shape[-2:], mode="bicubic", align_corners=False)
     return large.round().clamp(0, 255).to(torch.uint8)
@@ -121,7 +125,7 @@ class ReconstructionReport:
     metrics: dict[str, float]
     histogram: Tensor  # [num_codes] int64, how often each code occurs
     codes_by_use: dict[str, int]  # how many codes occur how often
-    originals: Tensor  # uint8 [n, 3, H, W]
+    originals: Tensor  # uint8 [n, 3, H, W]; where shapes differ some of each, on white
     reconstructions: Tensor
 
 
@@ -160,6 +164,7 @@ def evaluate_reconstruction(
 ) -> ReconstructionReport:
     """Reconstruct uint8 batches (images [B, 3, H, W], labels); figures are exact means over all images and ranks.
 
+    The images of a batch have one shape, which may be another one in the next.
     `tokenizer` has encode, decode, quantizer and downsampling; `perceptual` is an LPIPS module, or several by the names
     of their figures; with `inception` there is an rFID of the reconstructions against these same originals. With
     `block`, the networks always see so many images at once, and the figures do not depend on the batches.
@@ -170,7 +175,7 @@ def evaluate_reconstruction(
     usage = CodeUsage(tokenizer.quantizer.num_codes, device)
     totals = Totals(("psnr", "ssim", "l1", "thumbnail_psnr", *perceptual), device)
     moments = (Moments(POOL_DIM), Moments(POOL_DIM)) if inception is not None else ()
-    originals, reconstructions = [], []
+    kept = KeptImages(keep)
     for images, count in in_blocks(batches, block):
         codes = tokenizer.encode(to_unit_range(images))
         usage.add(codes[:count])
@@ -181,39 +186,68 @@ def evaluate_reconstruction(
         for seen, pictures in zip(moments, (images, outputs), strict=False):
             for part in pictures[:count].split(FEATURE_BLOCK):
                 seen.add(inception.block_features(part).pool)
-        if sum(map(len, originals)) < keep:
-            originals.append(images[:count][:keep].cpu())
-            reconstructions.append(outputs[:count][:keep].cpu())
+        kept.add(images[:count], outputs[:count])
     metrics = totals.means() | _rfid(moments)
     usage.reduce()
     metrics |= usage.figures()
     metrics["effective_rank"] = effective_rank(tokenizer.quantizer.code_vectors()[usage.used()])
+    originals, reconstructions = kept.rows()
     return ReconstructionReport(
         metrics=metrics,
         histogram=usage.counts.cpu(),
         codes_by_use=usage.histogram(),
-        originals=torch.cat(originals)[:keep] if originals else torch.empty(0),
-        reconstructions=torch.cat(reconstructions)[:keep] if originals else torch.empty(0),
+        originals=originals,
+        reconstructions=reconstructions,
     )
+
+
+class KeptImages:
+    """The first `keep` images and their reconstructions; where their shapes differ, the first of each shape in turn."""
+
+    def __init__(self, keep: int):
+        self.keep = keep
+        self.pairs: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # uint8 [3, H, W] each, by shape
+
+    def add(self, originals: Tensor, reconstructions: Tensor) -> None:
+        """Take in a batch [B, 3, H, W]."""
+        pairs = self.pairs.setdefault(originals.shape[1:], [])
+        if missing := self.keep - len(pairs):
+            pairs += zip(originals[:missing].cpu(), reconstructions[:missing].cpu(), strict=True)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """(originals, reconstructions) [n, 3, H, W], at the top left of a white canvas that holds the largest."""
+        turns = zip_longest(*self.pairs.values())
+        pairs = [pair for turn in turns for pair in turn if pair is not None][: self.keep]
+        if not pairs:
+            return torch.empty(0), torch.empty(0)
+        height, width = (max(shape[side] for shape in self.pairs) for side in (1, 2))
+        canvas = torch.full((2, len(pairs), 3, height, width), 255, dtype=torch.uint8)
+        for number, pair in enumerate(pairs):
+            for row, image in enumerate(pair):
+                canvas[row, number, :, : image.shape[1], : image.shape[2]] = image
+        return canvas[0], canvas[1]
 
 
 def in_blocks(batches: Iterable[tuple[Tensor, Tensor]], block: int | None) -> Iterator[tuple[Tensor, int]]:
     """(images, how many of them count): batches as they are, or all images in blocks of one size.
 
-    Matrix products round differently for different batch shapes and memory layouts. The last block is filled up with
-    its first image.
+    Matrix products round differently for different batch shapes and memory layouts. A block has images of one shape;
+    the last one is filled up with its first image.
     """
     if block is None:
         yield from ((images, len(images)) for images, _ in batches)
         return
-    waiting = None
+    rest: dict[torch.Size, Tensor] = {}
     for images, _ in batches:
-        waiting = images if waiting is None else torch.cat([waiting, images])
+        shape = images.shape[1:]
+        waiting = torch.cat([rest[shape], images]) if shape in rest else images
         while len(waiting) >= block:
             yield waiting[:block].contiguous(), block
             waiting = waiting[block:]
-    if waiting is not None and len(waiting):
-        yield torch.cat([waiting, waiting[:1].expand(block - len(waiting), -1, -1, -1)]).contiguous(), len(waiting)
+        rest[shape] = waiting
+    for waiting in rest.values():
+        if len(waiting):
+            yield torch.cat([waiting, waiting[:1].expand(block - len(waiting), -1, -1, -1)]).contiguous(), len(waiting)
 
 
 def _figures(
@@ -225,7 +259,7 @@ def _figures(
         "psnr": psnr(images, outputs),
         "ssim": ssim(images, outputs),
         "l1": (inputs - decoded).abs().flatten(1).mean(dim=1),
-        "thumbnail_psnr": psnr(images, thumbnail(images, images.shape[-1] // downsampling)),
+        "thumbnail_psnr": psnr(images, thumbnail(images, tuple(side // downsampling for side in images.shape[-2:]))),
     }
     with torch.autocast(images.device.type, enabled=False):
         for name, network in perceptual.items():

@@ -23,6 +23,11 @@ class TokenizedImagesConfig(ImageDataConfig):
     tokenizer: str  # what ibq.load_tokenizer reads
     allow_other_tokenizer: bool = False  # go on with another tokenizer than the run began with
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.buckets:
+            raise ValueError("buckets: for tokenizers alone; encode the pictures, and train on the codes (kind: codes)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ARRunConfig:

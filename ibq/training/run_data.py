@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ibq import dist
 from ibq.config import UserError
+from ibq.data.buckets import Buckets, PicturesByBucket, bucketed
 from ibq.data.codes import CodeDataConfig, CodeDataset, CodesMeta, CodeStream
 from ibq.data.counts import BadSample, PictureCount, count
 from ibq.data.images import (
@@ -25,7 +26,7 @@ from ibq.data.index import ImageIndex
 from ibq.data.loader import Report, training_batches, validation_batches
 from ibq.data.order import Batching, BucketedOrder, MixedOrder, Order, StreamOrder
 from ibq.data.shards import ImageDataConfig, class_lists, expand_place, is_unindexed, read_index, split_sources
-from ibq.data.transforms import Size
+from ibq.data.transforms import Size, sides_of
 from ibq.progress import bar_of, say
 from ibq.training.checkpoint import TrainingState
 
@@ -42,6 +43,7 @@ class RunData:
     workers: int
     max_bad_fraction: float = 0.0
     provenance: Mapping = field(default_factory=dict)  # what is written beside the best weights
+    pixels_per_image: float | None = None  # of images, on the mean where their shapes differ
     allow_other: bool = False  # go on with codes of another tokenizer
     batching: Batching | None = None
     device: torch.device | None = None
@@ -144,11 +146,16 @@ class RunData:
 # --- Images ---
 
 
-def image_data(config: ImageDataConfig, size: Size, seed: int) -> RunData:
-    """The images of a config at a size. Rank 0 indexes them first, with a progress bar."""
+def image_data(config: ImageDataConfig, size: Size, seed: int, batch_size: int | None = None) -> RunData:
+    """The images of a config at a size, or in its buckets, of which each step of `batch_size` takes one.
+
+    Rank 0 indexes them first, with a progress bar.
+    """
     if config.unindexed == "in_order" and is_unindexed(config.train, config):
         return _images_in_order(config, size, seed)
     train, validation = dist.main_first(lambda: split_sources(config, _report))
+    if config.buckets:
+        return _bucketed_data(config, train[0], validation[0], seed, batch_size)
     stream, order = _image_stream(config, train, size, seed)
     return RunData(
         stream=stream,
@@ -158,7 +165,41 @@ def image_data(config: ImageDataConfig, size: Size, seed: int) -> RunData:
         validation_classes=_common_classes(validation),
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
+        pixels_per_image=math.prod(sides_of(size)),
     )
+
+
+def _bucketed_data(
+    config: ImageDataConfig, train: ImageIndex, validation: ImageIndex, seed: int, batch_size: int
+) -> RunData:
+    """Pictures of several shapes, each at that of its bucket; every step is of one."""
+    sizes = dist.main_first(lambda: [bucketed(index, config, _report_sizes(config)) for index in (train, validation)])
+    order = PicturesByBucket(
+        train, sizes[0], batch_size=batch_size, seed=seed, streams=config.streams, window=config.shuffle_window
+    )
+    _say_problems(train)
+    _say_buckets(sizes[0])
+    store = config.store([train])
+    dataset = ImageDataset(train, sizes[0], augment=config.augment, seed=seed, in_memory=config.in_memory, store=store)
+    return RunData(
+        stream=ImageStream([dataset], order),
+        order=order,
+        validation_sets=[_validation_set(config, [validation], sizes[1])],
+        classes=train.classes,
+        validation_classes=validation.classes,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+        pixels_per_image=sizes[0].mean_pixels(),
+    )
+
+
+def _say_buckets(buckets: Buckets) -> None:
+    if dist.is_main():
+        parts = [
+            f"{len(members):,} at {height} x {width}"
+            for (height, width), members in zip(buckets.shapes, buckets.members, strict=True)
+        ]
+        say(f"buckets (height x width): {', '.join(parts)}")
 
 
 def _image_stream(config: ImageDataConfig, train: Sequence[ImageIndex], size: Size, seed: int):
@@ -199,7 +240,7 @@ def _say_problems(index: ImageIndex) -> None:
         )
 
 
-def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size: Size) -> "ConcatenatedSets":
+def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size: Size | Buckets) -> "ConcatenatedSets":
     store = config.store(indexes)
     return ConcatenatedSets([ImageDataset(i, size, in_memory=config.in_memory, store=store) for i in indexes])
 
@@ -225,13 +266,22 @@ class ConcatenatedSets(BatchSource):
             counts[name] = count(index, bad=bad)
         return counts
 
+    def _place(self, number: int) -> tuple[ImageDataset, int]:
+        """(set, number in it)."""
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        return self.sets[part], number - (int(self._ends[part]) - len(self.sets[part]))
+
+    def shape_of(self, number: int) -> tuple[int, int, int]:
+        """Of an image as `fill` writes it."""
+        part, own = self._place(number)
+        return part.shape_of(own)
+
     def fill(self, numbers: Sequence[int], out: np.ndarray) -> tuple[list[int], list[BadSample]]:
         """Write the images of these numbers; see ImageDataset.fill."""
         labels, bad = [], []
         for number in numbers:
-            part = int(np.searchsorted(self._ends, number, side="right"))
-            first = int(self._ends[part]) - len(self.sets[part])
-            found, problems = self.sets[part].fill([number - first], out[len(labels) :])
+            part, own = self._place(number)
+            found, problems = part.fill([own], out[len(labels) :])
             labels += found
             bad += problems
         return labels, bad
@@ -272,7 +322,12 @@ def _images_in_order(config: ImageDataConfig, size: Size, seed: int) -> RunData:
         validation_classes=validation[0].classes,
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
+        pixels_per_image=math.prod(sides_of(size)),
     )
+
+
+def _report_sizes(config: ImageDataConfig) -> Callable[[int, int], None]:
+    return bar_of(f"sizes of {config.train[-40:]}", "image", least=10_000, disable=not dist.is_main())
 
 
 def _report(place: str) -> Callable[[int, int], None]:

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ibq.config import require_least
+from ibq.data.buckets import check_shapes
 from ibq.data.shards import ImageDataConfig
 from ibq.engine.base import OptimizerConfig
 from ibq.engine.configs import EngineConfig, LocalEngineConfig, ZeroEngineConfig
 from ibq.engine.heartbeat import HeartbeatConfig
 from ibq.losses import DiscriminatorLoss
 from ibq.models.discriminator import DiscriminatorConfig
-from ibq.models.perceptual import PerceptualConfig
-from ibq.models.tokenizer_config import TokenizerConfig
+from ibq.models.perceptual import BACKBONES, PerceptualConfig
+from ibq.models.tokenizer_config import SMALLEST_IMAGE, TokenizerConfig
 from ibq.training.checkpoint import CheckpointConfig
 from ibq.training.loop import TrainingConfig
 from ibq.training.run import check_seed_and_average
@@ -102,9 +103,11 @@ class TokenizerRunConfig:
             raise ValueError(f"model.in_channels: images have 3 channels, not {self.model.in_channels}")
         if isinstance(self.engine, ZeroEngineConfig):
             raise ValueError("engine.kind: zero is for the transformer; set engine.kind to local or fsdp")
-        gan = self.loss.gan
-        if gan.enabled and self.model.resolution < gan.discriminator.smallest_side:
+        smallest = BACKBONES["vgg"].smallest if self.loss.perceptual.weight else SMALLEST_IMAGE
+        check_shapes(self.data.buckets, self.model.downsampling, smallest)
+        side, gan = min((min(shape) for shape in self.data.buckets), default=self.model.resolution), self.loss.gan
+        if gan.enabled and side < gan.discriminator.smallest_side:
             raise ValueError(
                 f"loss.gan.discriminator.layers: {gan.discriminator.layers} layers need images of at least "
-                f"{gan.discriminator.smallest_side} pixels, not {self.model.resolution}; take fewer layers"
+                f"{gan.discriminator.smallest_side} pixels, not {side}; take fewer layers"
             )

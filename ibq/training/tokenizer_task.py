@@ -42,6 +42,7 @@ class TokenizerTask:
         learning_rate,
         statistics: Literal["rank", "world"] = "rank",
         usage_alarm: float = 0.1,
+        tokens_per_image: float | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
         codebook_start: CodebookStartConfig | None = None,
         first_batches: Callable[[], Iterable[list[Batch]]] | None = None,
@@ -55,6 +56,7 @@ class TokenizerTask:
         self.codebook_start = codebook_start or CodebookStartConfig()
         self.first_batches = first_batches
         self.tokenizer: Tokenizer = generator.module
+        self.tokens_per_image = tokens_per_image or self.tokenizer.config.tokens_per_side**2
         if self.codebook_start.kmeans and not self.tokenizer.quantizer.learned_codebook:
             kind = self.tokenizer.config.quantizer.kind
             raise UserError(
@@ -242,12 +244,8 @@ class TokenizerTask:
             "codebook/usage": figures["usage"],
             "codebook/perplexity": figures["perplexity"],
             "codebook/usage_of_reachable": share,
-            "tokens_per_image": self._tokens_per_image,
+            "tokens_per_image": self.tokens_per_image,
         }
-
-    @property
-    def _tokens_per_image(self) -> int:
-        return self.tokenizer.config.tokens_per_side**2
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> Validation:
