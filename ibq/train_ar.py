@@ -84,9 +84,9 @@ def open_data(config: ARRunConfig, device: torch.device) -> tuple[RunData, Token
 
 def _open_codes(config: ARRunConfig, _device: torch.device) -> tuple[RunData, None]:
     data = code_data(config.data, config.seed, config.training.batch_size)
-    metas = [part.meta for part in data.stream.sets]
-    found = [meta.grid for meta in metas]
-    _check_model(config, num_codes=max(meta.num_codes for meta in metas), grids=found, classes=data.classes)
+    metas = [part.meta for part in (*data.stream.sets, *data.validation_sets)]
+    for num_codes in {meta.num_codes for meta in metas}:
+        _check_model(config, num_codes=num_codes, grids=[meta.grid for meta in metas], classes=data.classes)
     if config.data.tokenizer is not None and not config.data.allow_other_tokenizer:
         with naming("data.tokenizer"):
             wanted = weights_hash(load_tokenizer(config.data.tokenizer, device="cpu").state_dict())

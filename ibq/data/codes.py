@@ -1,9 +1,8 @@
 """Code shards: an image set as codes of a tokenizer, memory-mapped.
 
 A folder holds `codes-00000.npy` [rows, tokens] (uint16, or uint32 above 65,536 codes) and `labels-00000.npy` [rows],
-any number of such pairs, and `meta.json`, written last: it says that the rest is whole, and which grid of codes an
-image has. With several views per image
-all images come in the first view, then all in the second, and so on.
+any number of such pairs, and `meta.json`, written last: it says that the rest is whole, and which grid of codes the
+images have. With several views per image all images come in the first view, then all in the second, and so on.
 """
 
 import json

@@ -338,12 +338,12 @@ def _report(place: str) -> Callable[[int, int], None]:
 
 
 def code_data(config: CodeDataConfig, seed: int, batch_size: Size) -> RunData:
-    """The codes of a config. UserError if they were made with different tokenizers, or their grids do not match."""
+    """The codes of a config. UserError if they were made with different tokenizers, or validation does not match."""
     train, validation = (_open_codes(config.places(part)) for part in ("train", "validation"))
     first = next(iter(train.values()))
     if not config.allow_other_tokenizer:
         _check_same_tokenizer(first, train | validation)
-    _check_same_grids(train, validation)
+    _check_pairs(train, validation)
     orders = [part.order(seed, config.streams, name=number) for number, part in enumerate(train.values())]
     order = orders[0]
     if len(orders) > 1:
@@ -357,7 +357,7 @@ def code_data(config: CodeDataConfig, seed: int, batch_size: Size) -> RunData:
         order=order,
         validation_sets=[*validation.values()],
         classes=_common_classes([part.meta for part in train.values()]),
-        validation_classes=_common_classes([part.meta for part in validation.values()]),
+        validation_classes=max((part.meta.classes for part in validation.values()), key=len),
         workers=config.workers,
         provenance={"tokenizer": first.meta.tokenizer},
         allow_other=config.allow_other_tokenizer,
@@ -383,8 +383,13 @@ def _check_same_tokenizer(first: CodeDataset, sets: Mapping[str, CodeDataset]) -
             )
 
 
-def _check_same_grids(train: Mapping[str, CodeDataset], validation: Mapping[str, CodeDataset]) -> None:
+def _check_pairs(train: Mapping[str, CodeDataset], validation: Mapping[str, CodeDataset]) -> None:
+    """UserError unless validation has the classes and the grid of what it goes with."""
     for (key, own), (other_key, other) in zip(train.items(), validation.items(), strict=True):
+        if other.meta.classes != own.meta.classes[: len(other.meta.classes)]:
+            raise UserError(
+                f"{other_key}: its classes are not those of {key}; give every class a folder with images in both"
+            )
         grids = [" x ".join(map(str, part.meta.grid)) for part in (own, other)]
         if grids[0] != grids[1]:
             raise UserError(f"{other_key}: has {grids[1]} codes, {key} {grids[0]}; encode both at one --size")

@@ -542,7 +542,7 @@ def test_swiglu(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0, "top_p": 0.9}])
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0, "top_p": 0.9}, {"grid": (2, 5)}])
 def test_images_of_the_kernels_are_those_of_the_plain_step(settings, device):
     """In float32; on a GPU as a graph, whose codes are those of the same kernels launched one by one."""
     transformer = small_transformer(tokens_per_side=4, vocab_size=64, kv_heads=2).to(device)

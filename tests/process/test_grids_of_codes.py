@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from support.training import checkpoint_tensors, largest_difference, scalars, tr
 
 import ibq
 from ibq.config import UserError, load_section
-from ibq.data.codes import CodeDataset
+from ibq.data.codes import CodeDataset, write_codes
 from ibq.data.images import ImageDataset
 from ibq.data.shards import open_images
 from ibq.data.transforms import to_unit_range
@@ -137,8 +138,8 @@ def test_a_run_that_was_stopped_goes_on_the_same(place, tmp_path):
 def test_two_ranks_have_the_same_batches(place, tmp_path, engine):
     none = [f"model.{name}_dropout=0" for name in ("residual", "ffn", "token", "class")]
     assert train(tmp_path / "one", *none) == 0
-    codes = [f"{{train: {place}/runs/grids/{name}/train, validation: {place}/runs/grids/{name}/val}}" for name in GRIDS]
-    argv = ["--config", CONFIG, *SMALL, *none, f"output={tmp_path}/two", f"data.sources=[{', '.join(codes)}]", *engine]
+    sources = SOURCES.replace("runs/", f"{place}/runs/")
+    argv = ["--config", CONFIG, *SMALL, *none, f"output={tmp_path}/two", sources, *engine]
     done = run_ranks(2, "ibq/train_ar.py", *argv)
     assert done.returncode == 0, done.stderr
     one, two = (scalars(tmp_path / name) for name in ("one", "two"))
@@ -171,6 +172,8 @@ def test_images_may_be_of_one_other_shape(place, tmp_path):
 
 # --- Bad input ---
 
+SOURCES = ", ".join(f"{{train: runs/grids/{name}/train, validation: runs/grids/{name}/val}}" for name in GRIDS)
+SOURCES = f"data.sources=[{SOURCES}]"
 OTHER = "data.sources=[{train: runs/grids/64x64/train, validation: runs/grids/32x48/val}]"
 ONE = "data.sources=[{train: runs/grids/32x48/train, validation: runs/grids/32x48/val}]"
 IMAGES = ["data.kind=images", "data.tokenizer=runs/quickstart/tokenizer", "data.sources=[]"]
@@ -195,6 +198,15 @@ def test_grids_that_do_not_fit_the_data(place, tmp_path, capsys, overrides, said
     assert train(tmp_path / "run", *overrides) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert said in line and not (tmp_path / "run").exists()
+
+
+def test_classes_that_are_not_those_of_the_training_codes(place, tmp_path, capsys):
+    """Of the second folder, whose labels would say something else."""
+    codes = CodeDataset("runs/grids/32x48/val")
+    meta = replace(codes.meta, classes=codes.meta.classes[::-1])
+    write_codes(tmp_path / "val", codes.codes(), codes.labels(), meta)
+    assert train(tmp_path / "run", SOURCES.replace("runs/grids/32x48/val", str(tmp_path / "val"))) == 2
+    assert "data.sources[1].validation: its classes are not those of data.sources[1].train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
