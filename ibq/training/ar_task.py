@@ -1,6 +1,6 @@
 """Stage 2: one step of the class-conditional autoregressive transformer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -73,10 +73,14 @@ class ARTask:
         self.transformer.eval()
         grids, device = self.transformer.config.code_grids, next(self.transformer.parameters()).device
         sums = torch.zeros(len(grids), 2, dtype=torch.float64, device=device)
+        idle = torch.zeros(1, *grids[0], dtype=torch.int64, device=device)
         with self.engine.averaged():
-            for inputs, classes in batches:
-                codes = self._codes(inputs)
-                nll = self.engine(codes, classes)  # [B, T]
+            for batch in _with_all_ranks(batches):
+                if batch is None:
+                    self.engine(idle, idle[:, 0, 0])
+                    continue
+                codes = self._codes(batch[0])
+                nll = self.engine(codes, batch[1])  # [B, T]
                 own = sums[grids.index(tuple(codes.shape[1:]))]
                 own += torch.stack([nll.double().sum(), sums.new_tensor(nll.numel())])
         self.transformer.train()
@@ -99,3 +103,12 @@ class ARTask:
     def save_pretrained(self, folder: Path, info: Mapping) -> None:
         """Write the averaged weights for `ibq.load_transformer`."""
         save_pretrained(folder, self.engine, info)
+
+
+def _with_all_ranks(batches: Iterable[Batch]) -> Iterator[Batch | None]:
+    """The batches, then None while other ranks still have some: a forward pass may gather weights from all of them."""
+    iterator = iter(batches)
+    batch = next(iterator, None)
+    while dist.largest(int(batch is not None)):
+        yield batch
+        batch = next(iterator, None)

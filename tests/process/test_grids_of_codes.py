@@ -130,13 +130,15 @@ def test_a_run_that_was_stopped_goes_on_the_same(place, tmp_path):
 @pytest.mark.parametrize(
     "engine",
     [
-        ["training.micro_batch=2"],
+        ["engine.kind=fsdp", "training.micro_batch=2"],
         ["engine.kind=fsdp", "engine.tensor_parallel=2", "engine.sequence_parallel=true"],
     ],
-    ids=["DDP", "sequence parallel"],
+    ids=["sharded", "sequence parallel"],
 )
 def test_two_ranks_have_the_same_batches(place, tmp_path, engine):
+    """And the same figures, though one has an image more than the other to validate on, and so a batch more."""
     none = [f"model.{name}_dropout=0" for name in ("residual", "ffn", "token", "class")]
+    none.append("training.validation_images=9")
     assert train(tmp_path / "one", *none) == 0
     sources = SOURCES.replace("runs/", f"{place}/runs/")
     argv = ["--config", CONFIG, *SMALL, *none, f"output={tmp_path}/two", sources, *engine]
