@@ -172,7 +172,9 @@ def _check_filled(buckets: Buckets, batch_size: int) -> None:
     total = len(buckets.of)
     for number, (shape, members) in enumerate(zip(buckets.shapes, buckets.members, strict=True)):
         if len(members) < max(batch_size, least := math.ceil(total / LEAST_SHARE)):
-            wanted = f"one batch of {batch_size:,}" if len(members) < batch_size else f"{least:,}, 1 of {LEAST_SHARE:,}"
+            wanted = (
+                f"one batch of {batch_size:,}" if len(members) < batch_size else f"{least:,}, 1 of {LEAST_SHARE:,},"
+            )
             raise UserError(
                 f"data.buckets[{number}]: {len(members):,} of {total:,} training pictures are nearest to "
                 f"{shape[0]} x {shape[1]}, and {wanted} are the least; leave it out, so that they go to others"

@@ -13,8 +13,9 @@ from torch import nn
 
 from ibq.ops.backend import missing_for_compile, require_compile
 
-# That PyTorch may make of one function before it gives up: shapes of the levels, with gradients and without.
-VARIANTS = 64
+# That PyTorch may make of one function before it gives up: shapes of the levels, with gradients and without, for each
+# shape of images.
+VARIANTS = 1_024
 
 
 def units_of(module: nn.Module) -> list[nn.Module]:
@@ -36,7 +37,8 @@ def compile_units(
         require_compile(device.type, "engine.compile", "set engine.compile=false")
     units = units_of(module) if setting else []
     if units:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        for limit in ("recompile_limit", "accumulated_recompile_limit"):
+            setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), VARIANTS))
         # A rotary table is complex; all that is compiled of it is to read it as pairs of real numbers.
         warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
     for unit in units:

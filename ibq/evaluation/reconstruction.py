@@ -176,10 +176,13 @@ def evaluate_reconstruction(
     totals = Totals(("psnr", "ssim", "l1", "thumbnail_psnr", *perceptual), device)
     moments = (Moments(POOL_DIM), Moments(POOL_DIM)) if inception is not None else ()
     kept = KeptImages(keep)
-    for images, count in in_blocks(batches, block):
+    spare = torch.zeros(1, 3, *[2 * tokenizer.downsampling] * 2, dtype=torch.uint8, device=device)
+    for images, count in on_all_ranks(in_blocks(batches, block), spare):
         codes = tokenizer.encode(to_unit_range(images))
-        usage.add(codes[:count])
         decoded = tokenizer.decode(codes)
+        if not count:
+            continue
+        usage.add(codes[:count])
         outputs = to_uint8(decoded)
         values = _figures(images, decoded.float(), outputs, tokenizer.downsampling, perceptual)
         totals.add({name: value[:count] for name, value in values.items()})
@@ -248,6 +251,15 @@ def in_blocks(batches: Iterable[tuple[Tensor, Tensor]], block: int | None) -> It
     for waiting in rest.values():
         if len(waiting):
             yield torch.cat([waiting, waiting[:1].expand(block - len(waiting), -1, -1, -1)]).contiguous(), len(waiting)
+
+
+def on_all_ranks(blocks: Iterator[tuple[Tensor, int]], spare: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """The blocks, and for a rank that has no more `spare` images, of which 0 count, until every rank is through.
+
+    A network whose weights the ranks share is called by all of them or waits for ever.
+    """
+    while dist.largest((block := next(blocks, (spare, 0)))[1]):
+        yield block
 
 
 def _figures(

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 import yaml
 from ibq import dist
 from ibq.api import load_tokenizer
-from ibq.config import UserError, dump_config
+from ibq.config import UserError, dump_config, load_config
+from ibq.data.buckets import bucketed, check_shapes
 from ibq.data.counts import count
 from ibq.data.images import ImageDataset, Subset
 from ibq.data.index import ImageIndex
-from ibq.data.loader import validation_batches
+from ibq.data.loader import by_shape, validation_batches
 from ibq.data.shards import ImageDataConfig
 from ibq.evaluation.features import RESIZING, Inception, load_inception, weights_at_hand
 from ibq.evaluation.image_sets import PixelHash
@@ -24,8 +26,10 @@ from ibq.evaluation.reconstruction import BLOCK, MIN_TOKENS_PER_CODE, Reconstruc
 from ibq.files import whole_file
 from ibq.models.perceptual import BACKBONES, build_lpips
 from ibq.models.tokenizer import Tokenizer
-from ibq.progress import progress_bar, say
+from ibq.models.tokenizer_config import SMALLEST_IMAGE
+from ibq.progress import bar_of, progress_bar, say
 from ibq.training.checkpoint import weights_hash
+from ibq.training.tokenizer_config import TokenizerRunConfig
 from tools.lib.options import add_device_options, add_image_options, autocast_of, open_images_of, say_left_out
 
 HELP = "PSNR, SSIM, LPIPS, rFID, codebook usage, perplexity and effective rank of a tokenizer"
@@ -38,6 +42,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--tokenizer", required=True, help="run folder, its `best` folder, or a published .ckpt file")
     add_image_options(parser)
+    add(
+        "--buckets",
+        nargs="+",
+        metavar="HxW",
+        help="heights and widths, such as 256x256 192x320: each picture at that of the nearest aspect ratio; `run`: "
+        "those of the tokenizer's run (default: squares)",
+    )
     add_device_options(parser)
     for net, name in LPIPS_OPTIONS.items():
         add(
@@ -60,10 +71,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, device: torch.device) -> dict:
     """Measure, print, and say what the figures depend on."""
     tokenizer = load_tokenizer(arguments.tokenizer, device=device)
-    perceptual = perceptual_of(arguments, device, tokenizer.config.resolution)
+    config = data_config(arguments, tokenizer)
+    sides = [min(shape) for shape in config.buckets] or [tokenizer.config.resolution]
+    perceptual = perceptual_of(arguments, device, min(sides))
     inception = inception_of(arguments, device)
-    images = dist.main_first(lambda: open_images_of(arguments, ImageDataConfig(train=arguments.images, labels=False)))
-    report, originals = reconstruct(tokenizer, perceptual, inception, images, arguments, device)
+    images = dist.main_first(lambda: open_images_of(arguments, config))
+    report, originals = reconstruct(tokenizer, perceptual, inception, images, config, arguments, device)
     if not report.metrics["images"]:
         raise UserError(
             f"{arguments.images}: none of its images can be used, as the notes say; mend them, or give others"
@@ -81,7 +94,9 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
         "codes_by_use": report.codes_by_use,
         "num_codes": tokenizer.quantizer.num_codes,
         "dim": tokenizer.quantizer.dim,
-        "tokens_per_image": tokenizer.config.tokens_per_side**2,
+        "tokens_per_image": round(int(report.histogram.sum()) / report.metrics["images"], 2)
+        if config.buckets
+        else tokenizer.config.tokens_per_side**2,
         "tokenizer": arguments.tokenizer,
         "tokenizer_sha256": weights_hash(tokenizer.state_dict()),
         "config": yaml.safe_load(dump_config(tokenizer.config)),
@@ -92,7 +107,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
         "pictures": {"images": pictures.to_json()},
         "seed": None,  # nothing is drawn
         "sampler": None,
-        "protocol": protocol(tokenizer, perceptual, inception),
+        "protocol": protocol(tokenizer, config, perceptual, inception),
         "inputs": {
             "tokenizer_sha256": weights_hash(tokenizer.state_dict()),
             "images_sha256": originals,
@@ -100,6 +115,36 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
             **{f"{name}_sha256": weights_hash(network.state_dict()) for name, network in perceptual.items()},
         },
     }
+
+
+def data_config(arguments: argparse.Namespace, tokenizer: Tokenizer) -> ImageDataConfig:
+    """Where the pictures are and which shapes they are brought to; UserError for impossible ones."""
+    if arguments.buckets == ["run"]:
+        shapes = _buckets_of_run(Path(arguments.tokenizer))
+    else:
+        found = [re.fullmatch(r"(\d+)x(\d+)", text) for text in arguments.buckets or ()]
+        if None in found:
+            raise UserError(
+                f"--buckets: {arguments.buckets[found.index(None)]!r} is no height and width; give such as 192x320, or "
+                "`run` alone"
+            )
+        shapes = tuple((int(match[1]), int(match[2])) for match in found)
+    try:
+        config = ImageDataConfig(train=arguments.images, labels=False, buckets=shapes)
+        check_shapes(shapes, tokenizer.downsampling, SMALLEST_IMAGE)
+    except ValueError as error:
+        raise UserError(f"--{str(error).removeprefix('data.')}") from error
+    return config
+
+
+def _buckets_of_run(folder: Path) -> tuple[tuple[int, int], ...]:
+    for place in (folder, folder.parent):  # of a run's `best` folder, the run
+        file = place / "config.yaml"
+        if file.is_file() and "data" in (yaml.safe_load(file.read_text()) or ()):
+            if buckets := load_config(TokenizerRunConfig, file).data.buckets:
+                return buckets
+            raise UserError(f"--buckets run: {file} has no data.buckets; name them, or leave the option out")
+    raise UserError(f"--buckets run: {str(folder)!r} is no folder of a run; name the buckets, such as 192x320")
 
 
 def perceptual_of(arguments: argparse.Namespace, device: torch.device, resolution: int) -> dict[str, nn.Module]:
@@ -145,11 +190,16 @@ def reconstruct(
     perceptual: Mapping[str, nn.Module],
     inception: Inception | None,
     images: ImageIndex,
+    config: ImageDataConfig,
     arguments: argparse.Namespace,
     device: torch.device,
 ) -> tuple[ReconstructionReport, str]:
     """Encode and decode all images, with a progress bar; also the hash of the originals."""
-    dataset = ImageDataset(images, tokenizer.config.resolution)
+    size = tokenizer.config.resolution
+    if config.buckets:
+        bar = bar_of("sizes", "image", least=10_000, disable=not dist.is_main())
+        size = dist.main_first(lambda: bucketed(images, config, bar))
+    dataset = ImageDataset(images, size)
     batches = validation_batches(
         share_of(dataset, BLOCK, dist.rank(), dist.world_size()),
         arguments.batch_size,
@@ -174,9 +224,10 @@ def reconstruct(
 
 
 def share_of(dataset: ImageDataset, block: int, rank: int, world_size: int) -> Subset:
-    """A rank's blocks of the images: the same blocks for every number of ranks."""
-    starts = range(0, len(dataset), block)[rank::world_size]
-    return Subset(dataset, [n for start in starts for n in range(start, min(start + block, len(dataset)))])
+    """A rank's blocks of the images: the same blocks, of one shape each, for every number of ranks."""
+    alike = by_shape(dataset, range(len(dataset)))
+    blocks = [numbers[start : start + block] for numbers in alike for start in range(0, len(numbers), block)]
+    return Subset(dataset, [number for numbers in blocks[rank::world_size] for number in numbers])
 
 
 def observed(batches: Iterable[tuple[Tensor, Tensor]], progress, digest: PixelHash) -> Iterator[tuple[Tensor, Tensor]]:
@@ -209,10 +260,12 @@ def print_histogram(codes_by_use: dict[str, int]) -> None:
         print(f"{occurrences:>20s} {codes:12,d} {'#' * math.ceil(40 * codes / most)}")
 
 
-def protocol(tokenizer: Tokenizer, perceptual: Mapping[str, nn.Module], inception: Inception | None) -> dict:
+def protocol(
+    tokenizer: Tokenizer, config: ImageDataConfig, perceptual: Mapping[str, nn.Module], inception: Inception | None
+) -> dict:
     """What the figures depend on besides the images."""
     found = {
-        "image_size": tokenizer.config.resolution,
+        "image_size": [list(shape) for shape in config.buckets] or tokenizer.config.resolution,
         "images": "centre crop, resized; reconstructions clamped and truncated to 8 bits",
         "images_at_once": BLOCK,
         "lpips": dict.fromkeys(perceptual, "v0.1"),
