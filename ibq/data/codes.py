@@ -56,8 +56,8 @@ class CodeDataConfig:
         if (self.train is None) == (not self.sources):
             raise ValueError("train: give either `train` or `sources`")
         if (self.validation is None) == (not self.sources):
-            problem = "required beside data.train" if self.train else "each of data.sources has its own; set it to null"
-            raise ValueError(f"validation: {problem}")
+            missing = "required and missing (null); add the folder of the validation codes"
+            raise ValueError(f"validation: {missing if self.train else 'each of sources has its own; set it to null'}")
         require_least(self, workers=0, streams=1)
 
     def places(self, part: Literal["train", "validation"]) -> dict[str, str]:

@@ -225,7 +225,7 @@ def test_bad_grids_of_a_sample(grid):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"train": "a"}, "data.validation: required beside"),
+        ({"train": "a"}, "data.validation: required and missing"),
         ({"train": "a", "validation": "b", "sources": [{"train": "c", "validation": "d"}]}, "data.train: give either"),
         ({"validation": "b", "sources": [{"train": "c", "validation": "d"}]}, "data.validation: .*null"),
         ({"sources": [{"train": "c"}]}, r"data.sources\[0\].validation: required"),
