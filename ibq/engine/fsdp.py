@@ -158,6 +158,7 @@ class FsdpEngine(TorchEngine):
     def _free_gathered(self) -> None:
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
+                module.unshard()  # takes in what was asked for ahead: `reshard` alone leaves it to the next pass
                 module.reshard()
 
 

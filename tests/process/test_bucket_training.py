@@ -95,10 +95,11 @@ def test_all_pictures_are_counted_and_measured(place):
 
 @pytest.mark.parametrize("name", [name for name in TOGETHER if name != "fsdp accumulated"])
 def test_two_ranks_train_as_one_process(together, name):
+    """Also behind a validation: FSDP2 once took a step on averaged weights that it had asked for ahead."""
     alone, found = scalars(together / "alone"), scalars(together / name)
     for series in ("loss/l1", "gan/discriminator", "gan/lecam", "quantizer/entropy", "validation/psnr"):
         for step, value in alone[series].items():
-            assert found[series][step] == pytest.approx(value, rel=1e-3, abs=1e-6), f"{series} at step {step}"
+            assert found[series][step] == pytest.approx(value, rel=1e-4, abs=1e-6), f"{series} at step {step}"
     tensors = checkpoint_tensors(together / "alone", STEPS)
     others = checkpoint_tensors(together / name, STEPS)
     weights = [key for key in tensors if "/weight/" in key]
