@@ -253,13 +253,13 @@ def generate(
 
     Image i is drawn with seed `seed` + i, or with `seed`[i], and depends on (weights, class, that seed, settings)
     alone, on a given device. `settings` are those of `ibq.sampler.SamplerConfig`: guidance_scale, temperature, top_k,
-    top_p, precision, ...; on a GPU it draws in bf16 and large blocks unless they say otherwise. `progress` is called
-    with (images done, images). Raises ValueError for classes or settings out of range.
+    top_p, precision, grid=(rows, columns of codes), ...; on a GPU it draws in bf16 and large blocks unless they say
+    otherwise. `progress` is called with (images done, images). Raises ValueError for classes or settings out of range.
     """
     config = settled_for(transformer, SamplerConfig(**settings))
     seeds = [seed + i for i in range(len(classes))] if isinstance(seed, numbers.Integral) else seed
-    side = transformer.config.tokens_per_side * tokenizer.downsampling
-    images, done = torch.empty(len(classes), tokenizer.config.in_channels, side, side, dtype=torch.uint8), 0
+    size = [side * tokenizer.downsampling for side in config.grid]
+    images, done = torch.empty(len(classes), tokenizer.config.in_channels, *size, dtype=torch.uint8), 0
     for block in pixels_of(sample_blocks(transformer, classes, seeds, config), tokenizer, config.precision):
         images[done : done + len(block)] = torch.from_numpy(block).permute(0, 3, 1, 2)
         done += len(block)

@@ -1,12 +1,13 @@
 """A transformer made ready for drawing codes: its weights in one precision, laid out for a number of rows."""
 
+import math
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibq.models.transformer import Condition, KVCache, Transformer, TransformerConfig
+from ibq.models.transformer import Condition, Grid, KVCache, Transformer, TransformerConfig
 from ibq.ops.backend import missing_for_compile
 from ibq.sampler import Precision, SamplerConfig, check_precision
 
@@ -17,12 +18,14 @@ MEMORY_SHARE = 0.5  # of a GPU, for what a block's images take: the rest is for 
 
 
 def settle(config: SamplerConfig, model: TransformerConfig | None, device: torch.device) -> SamplerConfig:
-    """The settings with what "auto" means for a model on a device.
+    """The settings with what "auto" means for a model on a device, and the grid of codes.
 
     The CPU has fp32 and 16 rows; a GPU bf16 and up to 256 rows, the largest power of two whose images take half of its
     memory. It does not depend on what else is there at the moment: the same command gives the same images again. The
-    model may be None where the rows are a number.
+    model may be None where the rows are a number, and the grid stays open then.
     """
+    if model is not None:
+        config = replace(config, grid=tuple(config.grid or model.code_grids[0]))
     on_gpu = device.type == "cuda"
     if config.precision == "auto":
         config = replace(config, precision="bf16" if on_gpu else "fp32")
@@ -36,9 +39,13 @@ def settle(config: SamplerConfig, model: TransformerConfig | None, device: torch
 
 
 def bytes_a_row(config: SamplerConfig, model: TransformerConfig) -> int:
-    """What an image takes while it is drawn: its keys and values, and what a draw makes of its logits."""
+    """What an image takes while it is drawn: its keys and values, and what a draw makes of its logits.
+
+    An image of the model's largest grid, so that all its grids are drawn with the same rows.
+    """
+    tokens = max(model.num_tokens, math.prod(config.grid or (1,)))
     sequences, width = 2 if config.guided else 1, DTYPES[config.precision].itemsize
-    cache = 2 * model.depth * model.num_kv_heads * model.num_tokens * model.head_dim * width
+    cache = 2 * model.depth * model.num_kv_heads * tokens * model.head_dim * width
     sorting = 24 if config.top_p < 1 else 0
     return sequences * (cache + 4 * model.vocab_size) + (24 + sorting) * model.vocab_size
 
@@ -64,9 +71,9 @@ class Decoder:
         """Everything that decoding needs of classes [rows]."""
         return self._transformer.condition(classes)
 
-    def new_cache(self) -> KVCache:
-        """An empty cache."""
-        return self._transformer.new_cache(self.rows, self.dtype, self.device)
+    def new_cache(self, grid: Grid | None = None) -> KVCache:
+        """An empty cache for a grid of codes (default: the model's first)."""
+        return self._transformer.new_cache(self.rows, self.dtype, self.device, grid=grid)
 
     def embed(self, codes: Tensor) -> Tensor:
         """What a step takes after these codes [rows]: [rows, C]."""

@@ -142,8 +142,8 @@ def _summary(model: nn.Module) -> str:
             f"{quantizer.dim} dimensions, one code for {config.downsampling} x {config.downsampling} pixels, "
             f"{numbers:,} parameters."
         )
-    side = config.tokens_per_side
-    return f"Draws {side} x {side} codes of one of {config.num_classes:,} classes; {numbers:,} parameters."
+    grids = " or ".join(f"{height} x {width}" for height, width in config.code_grids)
+    return f"Draws {grids} codes of one of {config.num_classes:,} classes; {numbers:,} parameters."
 
 
 def _use(model: nn.Module) -> str:

@@ -24,8 +24,8 @@ class SamplerConfig:
     and costs half. `temperature` 0 takes the likeliest code; `top_k` 0 and `top_p` 1.0 are off.
     `guidance_schedule` changes s over the codes of an image, see `scales`. `rows_per_block` images are decoded
     together, the last block padded: more is faster per image and takes more memory; another number may round
-    differently. `precision` is that of the weights. What "auto" means for these two follows from the device and the
-    model: `settle` of `ibq/decoding.py`.
+    differently. `precision` is that of the weights. `grid` may be any, also one that the model was not trained on.
+    What "auto" and no `grid` mean follows from the device and the model: `settle` of `ibq/decoding.py`.
     The help is that of the tools' options, see `tools/lib/options.py`.
     Errors: ValueError for values out of range, that begins with the field's name.
     """
@@ -54,6 +54,10 @@ class SamplerConfig:
         default="auto",
         metadata={"help": "of the networks (auto: bf16 on a GPU, fp32 on the CPU); the quantizer stays in fp32"},
     )
+    grid: tuple[int, int] | None = field(
+        default=None,
+        metadata={"help": "rows and columns of codes (default: the first that the model has)", "metavar": ("H", "W")},
+    )
 
     def __post_init__(self):
         if not 0.0 <= self.guidance_scale < math.inf:
@@ -75,6 +79,9 @@ class SamplerConfig:
         if self.rows_per_block != "auto" and self.rows_per_block < 1:
             raise ValueError(f"rows_per_block: {self.rows_per_block} is out of range; use at least 1")
         check_filter(self.top_k, self.top_p)
+        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
+            shown = " x ".join(map(str, self.grid))
+            raise ValueError(f"grid: {shown} is no number of rows and one of columns; use two numbers of at least 1")
         if self.precision != "auto":
             check_precision(self.precision)
 

@@ -4,6 +4,7 @@ A block of images is drawn with everything that a step reads and writes in its p
 position: on CUDA it is captured once as a graph and replayed for every code, and the host waits for nothing.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -34,6 +35,7 @@ def settled_for(transformer: Transformer | Decoder, config: SamplerConfig) -> Sa
         return settle(config, transformer.config, transformer.head.weight.device)
     own = {"rows_per_block": transformer.rows // (2 if config.guided else 1), "precision": transformer.precision}
     config = replace(config, **{name: value for name, value in own.items() if getattr(config, name) == "auto"})
+    config = settle(config, transformer.config, transformer.device)
     if (config.rows, config.precision) != (transformer.rows, transformer.precision):
         raise ValueError(
             f"rows_per_block: these settings take {config.rows} sequences in {config.precision}, but the decoder was "
@@ -79,15 +81,15 @@ def sample_blocks(
     Errors, when the first block is asked for: those of `sample_codes`.
     """
     _check_request(transformer, classes, seeds)
-    config, side = settled_for(transformer, config), transformer.config.tokens_per_side
+    config = settled_for(transformer, config)
     decoder = transformer if isinstance(transformer, Decoder) else decoder_for(transformer, config)
     if not len(classes):
-        yield torch.empty(0, side, side, dtype=torch.int64, device=decoder.device)
+        yield torch.empty(0, *config.grid, dtype=torch.int64, device=decoder.device)
     for start in range(0, len(classes), config.rows_per_block):
         part = slice(start, start + config.rows_per_block)
         for codes in _sample_steps(decoder, classes[part], seeds[part], config):  # noqa: B007
             pass
-        yield codes[: len(classes[part])].unflatten(1, (side, side)).clone()  # the next block is drawn in its place
+        yield codes[: len(classes[part])].unflatten(1, config.grid).clone()  # the next block is drawn in its place
 
 
 @torch.inference_mode()
@@ -105,11 +107,11 @@ def sample_rows(
     if not 0 < len(classes) <= config.rows_per_block:
         raise ValueError(f"classes: {len(classes)} images are not one block; give 1 to {config.rows_per_block}")
     decoder = transformer if isinstance(transformer, Decoder) else decoder_for(transformer, config)
-    side = decoder.config.tokens_per_side
+    width = config.grid[1]
     for count, codes in enumerate(_sample_steps(decoder, classes, seeds, config), start=1):
-        if count % side == 0:
+        if count % width == 0:
             with torch.inference_mode(False):
-                grown = codes[: len(classes), :count].cpu().unflatten(1, (-1, side)).clone()  # an ordinary tensor
+                grown = codes[: len(classes), :count].cpu().unflatten(1, (-1, width)).clone()  # an ordinary tensor
             yield grown
 
 
@@ -123,7 +125,7 @@ def _sample_steps(
         drawing = Drawing(decoder, config)
     try:
         drawing.begin(decoder, classes, seeds)
-        for position in range(decoder.config.num_tokens):
+        for position in range(drawing.codes.shape[1]):
             drawing.advance(decoder, position)
             yield drawing.codes
     finally:
@@ -150,18 +152,18 @@ def _check_request(transformer: Transformer | Decoder, classes: Sequence[int], s
 class Drawing:
     """The codes [rows, T] of one block after the other, all drawn with the same settings by the same decoder.
 
-    It belongs to the decoder, and so does not hold it: both are let go at once.
+    Of one grid, too, and so is its graph. It belongs to the decoder, and so does not hold it: both are let go at once.
     """
 
     def __init__(self, decoder: Decoder, config: SamplerConfig, graph: "type[StepGraph] | None" = None):
         self._kind_of_graph = graph or StepGraph
         self.config, self.rows = config, config.rows_per_block
-        device, tokens = decoder.device, decoder.config.num_tokens
+        device, tokens = decoder.device, math.prod(config.grid)
         self.codes = torch.zeros(self.rows, tokens, dtype=torch.int64, device=device)
         self._numbers = torch.zeros(self.rows, tokens, dtype=torch.float64, device=device)
         self._scales = torch.tensor(config.scales(tokens), device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._cache = decoder.new_cache()
+        self._cache = decoder.new_cache(config.grid)
         self._condition: Condition | None = None
         self._x: Tensor | None = None  # what the next step takes, [config.rows, C]
         self._graph: StepGraph | None = None

@@ -21,7 +21,7 @@ from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
 from ibq.models.tokenizer import Tokenizer
-from ibq.models.transformer import Transformer
+from ibq.models.transformer import Grid, Transformer, TransformerConfig
 from ibq.training.ar_config import ARRunConfig
 from ibq.training.ar_task import ARTask
 from ibq.training.checkpoint import weights_hash
@@ -100,9 +100,10 @@ def open_data(config: ARRunConfig, device: torch.device) -> tuple[RunData, Token
 
 
 def _open_codes(config: ARRunConfig, _device: torch.device) -> tuple[RunData, None]:
-    data = code_data(config.data, config.seed)
-    meta = data.validation_set.meta
-    _check_model(config, num_codes=meta.num_codes, tokens_per_side=meta.tokens_per_side, classes=data.classes)
+    data = code_data(config.data, config.seed, config.training.batch_size)
+    metas = [part.meta for part in (*data.stream.sets, *data.validation_sets)]
+    for num_codes in {meta.num_codes for meta in metas}:
+        _check_model(config, num_codes=num_codes, grids=[meta.grid for meta in metas], classes=data.classes)
     if config.data.tokenizer is not None and not config.data.allow_other_tokenizer:
         with naming("data.tokenizer"):
             wanted = weights_hash(load_tokenizer(config.data.tokenizer, device="cpu").state_dict())
@@ -117,26 +118,43 @@ def _open_codes(config: ARRunConfig, _device: torch.device) -> tuple[RunData, No
 def _open_images(config: ARRunConfig, device: torch.device) -> tuple[RunData, Tokenizer]:
     with naming("data.tokenizer"):
         tokenizer = load_tokenizer(config.data.tokenizer, device=device)
-    data = image_data(config.data, tokenizer.config.resolution, config.seed)
-    _check_model(
-        config,
-        num_codes=tokenizer.quantizer.num_codes,
-        tokens_per_side=tokenizer.config.tokens_per_side,
-        classes=data.classes,
-    )
+    grid = _grid_of_images(config.model, tokenizer)
+    height, width = (side * tokenizer.downsampling for side in grid)
+    data = image_data(config.data, (height, width), config.seed)
+    _check_model(config, num_codes=tokenizer.quantizer.num_codes, grids=[grid], classes=data.classes)
     data.provenance = {"tokenizer": weights_hash(tokenizer.state_dict())}
     data.allow_other = config.data.allow_other_tokenizer
     return data, tokenizer
 
 
-def _check_model(config: ARRunConfig, *, num_codes: int, tokens_per_side: int, classes: Sequence[str]) -> None:
+def _grid_of_images(model: TransformerConfig, tokenizer: Tokenizer) -> Grid:
+    """The codes that images are to have: those of the tokenizer's own resolution, unless the model names a grid."""
+    if model.grids is None:
+        return (tokenizer.tokens_per_side, tokenizer.tokens_per_side)
+    if len(model.grids) > 1:
+        raise UserError(
+            "model.grids: images are cut to one shape as they are read; for several, write codes with "
+            "tools/encode_shards.py --size, and give data.kind=codes and data.sources"
+        )
+    return model.grids[0]
+
+
+def _check_model(config: ARRunConfig, *, num_codes: int, grids: Sequence[Grid], classes: Sequence[str]) -> None:
     """UserError unless the model is made for such data."""
+    model, grids = config.model, [*dict.fromkeys(grids)]  # each once
     if not classes:
         raise UserError("data.sources: their classes differ; a transformer wants one numbering of classes for all")
-    found = {"vocab_size": num_codes, "tokens_per_side": tokens_per_side, "num_classes": len(classes)}
+    found = {"vocab_size": num_codes, "num_classes": len(classes)}
+    if model.grids is None and len(grids) == 1 and grids[0][0] == grids[0][1]:
+        found["tokens_per_side"] = grids[0][0]
+    elif set(model.code_grids) != set(grids):
+        wanted = str([list(grid) for grid in grids]).replace(" ", "")
+        known = ", ".join(f"{height} x {width}" for height, width in model.code_grids)
+        shown = ", ".join(f"{height} x {width}" for height, width in grids)
+        raise UserError(f"model.grids: is {known} but the data has {shown}; set model.grids={wanted}")
     for name, value in found.items():
-        if getattr(config.model, name) != value:
-            raise UserError(f"model.{name}: is {getattr(config.model, name)} but the data has {value}; set it so")
+        if getattr(model, name) != value:
+            raise UserError(f"model.{name}: is {getattr(model, name)} but the data has {value}; set it so")
 
 
 if __name__ == "__main__":

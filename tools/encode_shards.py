@@ -2,6 +2,8 @@
 
 python tools/encode_shards.py --tokenizer runs/tokenizer --images 'shards/train-*.tar' --output codes/train
 python tools/encode_shards.py ... --views 4 --flip          # the centre crop and three random views of each image
+python tools/encode_shards.py ... --size 512                # another size than the tokenizer was trained at
+python tools/encode_shards.py ... --size 192 320            # no squares: 192 pixels high, 320 wide
 torchrun --nproc-per-node 8 tools/encode_shards.py ... --ten-crop   # ten fixed views, shared by eight GPUs
 """
 
@@ -40,7 +42,16 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.progress import progress_bar, say
 from ibq.training.checkpoint import weights_hash
 from ibq.training.run import set_up_torch
-from tools.lib.options import add_device_options, add_image_options, autocast_of, check_least, device_of, open_images_of
+from tools.lib.options import (
+    add_device_options,
+    add_image_options,
+    add_size_option,
+    autocast_of,
+    check_least,
+    device_of,
+    grid_of_size,
+    open_images_of,
+)
 
 DESCRIPTION_FILE = "plan.json"  # by the name that earlier runs gave it
 DESCRIPTION_FORMAT = 1
@@ -66,6 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--tokenizer", required=True, help="run folder, its `best` folder, or a published .ckpt file")
     add_image_options(parser)
+    add_size_option(parser, "the square that the tokenizer was trained at")
     add_device_options(parser)
     add("--output", required=True, type=Path, help="folder for the codes; all processes must see it")
     add("--views", type=int, help="views of each image: the centre crop, and others with a random crop (default: 1)")
@@ -98,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_torch(training=False)
     device = dist.setup(arguments.device)
     tokenizer = load_tokenizer(arguments.tokenizer, device=device)
-    job = Job(tokenizer, dist.main_first(lambda: open_usable(arguments)), arguments)
+    grid = grid_of_size(arguments.size or [tokenizer.config.resolution], tokenizer.config)
+    job = Job(tokenizer, dist.main_first(lambda: open_usable(arguments)), arguments, grid)
     with explained(arguments.output):
         if dist.on_main(lambda: prepare(job, fresh=arguments.fresh)):
             check_same(job)
@@ -154,6 +167,13 @@ class Job:
     tokenizer: Tokenizer
     index: ImageIndex
     arguments: argparse.Namespace
+    grid: tuple[int, int]  # rows and columns of codes of an image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        height, width = (side * self.tokenizer.config.downsampling for side in self.grid)
+        return height, width
 
     @property
     def folder(self) -> Path:
@@ -198,7 +218,7 @@ class Job:
             "images": self.index.fingerprint(),
             "image_count": len(self.index),
             "classes": len(self.index.classes),
-            "resolution": self.tokenizer.config.resolution,
+            "resolution": self.size[0] if self.size[0] == self.size[1] else [*self.size],
             "precision": arguments.precision,
             "views": len(self.views),
             "ten_crop": arguments.ten_crop,
@@ -213,7 +233,7 @@ class Job:
         """The meta data, as far as they are known from the start."""
         return CodesMeta(
             num_codes=self.tokenizer.quantizer.num_codes,
-            tokens_per_side=self.tokenizer.config.tokens_per_side,
+            grid=self.grid,
             classes=self.index.classes,
             tokenizer=self.description["tokenizer"],
             views=len(self.views),
@@ -317,15 +337,15 @@ def encode_shard(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes [rows, tokens] and labels [rows] of one shard; batches start anew, so nothing depends on other shards."""
     number, device = shard // job.chunks, next(job.tokenizer.parameters()).device
-    view, size = job.views[number], job.tokenizer.config.resolution
-    dataset = ImageDataset(job.index, size, augment=view, seed=job.arguments.seed + number, store=store)
+    view = job.views[number]
+    dataset = ImageDataset(job.index, job.size, augment=view, seed=job.arguments.seed + number, store=store)
 
     def report(samples: Sequence[BadSample]) -> None:
         left_out.report(samples, first_view=number == 0)
         advance(len(samples))
 
     # They stay on the device until the shard is whole: to fetch every batch would let the device wait.
-    codes = [torch.empty(0, job.meta.tokens_per_side**2, dtype=torch.int32, device=device)]
+    codes = [torch.empty(0, job.meta.num_tokens, dtype=torch.int32, device=device)]
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
     for images, classes in validation_batches(
         Subset(dataset, job.images(shard)),

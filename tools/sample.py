@@ -39,7 +39,7 @@ from ibq.training.metrics import Stopwatch
 from ibq.training.provenance import git_state
 from ibq.training.run import set_up_torch
 from tools.lib import ROOT, cores
-from tools.lib.options import add_device_option, add_settings, device_of, settings_of
+from tools.lib.options import add_device_option, add_settings, add_size_option, device_of, grid_of_size, settings_of
 from tools.lib.sample import files
 
 PIECE = 256  # images, or what is the next multiple of a block
@@ -66,12 +66,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     amount.add_argument("--count", type=int, help="images per class (default: 8)")
     amount.add_argument("--total", type=int, help="images in all, equally many of every class")
     add_settings(parser, SamplerConfig)
+    add_size_option(parser, "as --grid says")
     add("--seed", type=int, default=0)
     add("--files", choices=["png", "shards", "none"], help=f"beside the .npz (default: png up to {MOST_PNG:,} images)")
     add("--fresh", action="store_true", help="start over: remove what this tool has written to OUTPUT before")
     add_device_option(parser)
     add("--compile", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.size is not None and arguments.grid is not None:
+        raise UserError("--size: says the same as --grid, in pixels; leave one of them out")
     if arguments.compile:
         say("note: --compile is not needed any more: on a GPU every step is a CUDA graph of fused kernels")
     return arguments
@@ -140,12 +143,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformer = load_transformer(arguments.transformer, device=device)
     hashes = {"tokenizer": weights_hash(tokenizer.state_dict()), "transformer": weights_hash(transformer.state_dict())}
     check_pair(arguments, tokenizer, transformer, hashes["tokenizer"])
+    if arguments.size is not None:
+        sampler = replace(sampler, grid=grid_of_size(arguments.size, tokenizer.config))
+    own_grid = sampler.grid is None
     sampler = settle(sampler, transformer.config, device)
     # One number of rows for all, also where the GPUs have not the same memory.
     sampler = replace(sampler, rows_per_block=-dist.largest(-sampler.rows_per_block))
     request = request_of(arguments, sampler.rows_per_block, transformer.config.num_classes)
     form = arguments.files or ("png" if len(request.labels) <= MOST_PNG else "shards")
-    description = {**hashes, "sampler": asdict(sampler), "labels_sha256": weights_hash(_as_tensors(request))}
+    settings = asdict(sampler)
+    if own_grid:
+        del settings["grid"]  # sets that were drawn before there was a choice have none
+    description = {**hashes, "sampler": settings, "labels_sha256": weights_hash(_as_tensors(request))}
     description |= {"sampler_version": SAMPLER_VERSION, "images": len(request.labels), "piece": request.piece}
     processes = cores() // dist.local_world_size()
     with explained(sampler), files.Writers(arguments.output, form, processes) as writers:

@@ -1,8 +1,8 @@
 """Code shards: an image set as codes of a tokenizer, memory-mapped.
 
 A folder holds `codes-00000.npy` [rows, tokens] (uint16, or uint32 above 65,536 codes) and `labels-00000.npy` [rows],
-any number of such pairs, and `meta.json`, written last: it says that the rest is whole. With several views per image
-all images come in the first view, then all in the second, and so on.
+any number of such pairs, and `meta.json`, written last: it says that the rest is whole, and which grid of codes the
+images have. With several views per image all images come in the first view, then all in the second, and so on.
 """
 
 import json
@@ -27,19 +27,44 @@ CHECKED_WHEN_OPENED = 2**26  # larger sets are checked batch by batch
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodeSourceConfig:
+    """One of several sets of codes, such as those of one grid."""
+
+    train: str
+    validation: str
+    weight: float = 1.0  # share of the steps, relative to the other sets'
+
+    def __post_init__(self):
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight: must be positive, got {self.weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CodeDataConfig:
     """Folders written by tools/encode_shards.py."""
 
     kind: Literal["codes"] = "codes"
-    train: str
-    validation: str  # required: figures on the training codes would look like validation
+    train: str | None = None  # a folder; give either this and `validation`, or `sources`
+    validation: str | None = None  # required: figures on the training codes would look like validation
+    sources: tuple[CodeSourceConfig, ...] = ()  # several folders, whose grids may differ: every step is of one of them
     tokenizer: str | None = None  # what the codes must have been made with: a run folder or .ckpt
     allow_other_tokenizer: bool = False  # train on codes of another tokenizer all the same
     workers: int = 0
     streams: int = 192  # the order is the same for every number of ranks that divides this
 
     def __post_init__(self):
+        if (self.train is None) == (not self.sources):
+            raise ValueError("train: give either `train` or `sources`")
+        if (self.validation is None) == (not self.sources):
+            missing = "required and missing (null); add the folder of the validation codes"
+            raise ValueError(f"validation: {missing if self.train else 'each of sources has its own; set it to null'}")
         require_least(self, workers=0, streams=1)
+
+    def places(self, part: Literal["train", "validation"]) -> dict[str, str]:
+        """Key -> folder."""
+        if not self.sources:
+            return {f"data.{part}": getattr(self, part)}
+        return {f"data.sources[{i}].{part}": getattr(source, part) for i, source in enumerate(self.sources)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +72,26 @@ class CodesMeta:
     """What a folder of codes holds and which tokenizer made it."""
 
     num_codes: int
-    tokens_per_side: int
+    grid: tuple[int, int]  # rows and columns of codes of an image
     classes: list[str]
     tokenizer: str  # SHA-256 of the tokenizer's weights
     views: int = 1  # augmented views of each image, one row each
     rows: list[int] = field(default_factory=list)  # of each pair of files
     made_by: dict = field(default_factory=dict)  # settings of the encoder, for the record
+
+    @property
+    def num_tokens(self) -> int:
+        """Codes of an image."""
+        return math.prod(self.grid)
+
+
+def read_codes_meta(folder: Path) -> CodesMeta:
+    """The meta data of a folder; OSError, ValueError or TypeError where they are damaged."""
+    found = {**json.loads((folder / META_FILE).read_text())}
+    if "tokens_per_side" in found:  # of folders written when all pictures were squares
+        found["grid"] = [found.pop("tokens_per_side")] * 2
+    height, width = found.pop("grid", (None, None))
+    return CodesMeta(**found, grid=(height, width))
 
 
 def code_files(folder: Path, number: int) -> tuple[Path, Path]:
@@ -101,14 +140,14 @@ def _check_range(what: str, values: np.ndarray, limit: int) -> None:
 
 
 class CodeDataset(torch.utils.data.Dataset):
-    """(codes int64 [T], label) for a row; `codes` and `labels` give rows as arrays."""
+    """(codes int64 [h, w], label) for a row; `codes` and `labels` give rows as arrays."""
 
     def __init__(self, folder: str | Path):
         self.folder = folder = Path(folder)
         if not (folder / META_FILE).exists():
             raise UserError(f"no codes in {str(folder)!r}: write them with tools/encode_shards.py")
         try:
-            self.meta = CodesMeta(**json.loads((folder / META_FILE).read_text()))
+            self.meta = read_codes_meta(folder)
             files = [code_files(folder, number) for number in range(len(self.meta.rows))]
             self._codes = [np.load(codes, mmap_mode="r", allow_pickle=False) for codes, _ in files]
             self._labels = np.concatenate([np.load(labels, allow_pickle=False) for _, labels in files])
@@ -118,7 +157,7 @@ class CodeDataset(torch.utils.data.Dataset):
         self._ends = np.cumsum(self.meta.rows)
 
     def _check(self) -> None:
-        tokens = self.meta.tokens_per_side**2
+        tokens = self.meta.num_tokens
         expected = [(rows, tokens) for rows in self.meta.rows]
         if [part.shape for part in self._codes] != expected or len(self._labels) != sum(self.meta.rows):
             raise ValueError("they do not fit their meta data")
@@ -135,7 +174,7 @@ class CodeDataset(torch.utils.data.Dataset):
         chosen = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         if len(self._codes) == 1:
             return self._codes[0][chosen]
-        found = np.empty((len(chosen), self.meta.tokens_per_side**2), self._codes[0].dtype)
+        found = np.empty((len(chosen), self.meta.num_tokens), self._codes[0].dtype)
         parts = np.searchsorted(self._ends, chosen, side="right")
         for part in np.unique(parts).tolist():
             here = parts == part
@@ -147,36 +186,43 @@ class CodeDataset(torch.utils.data.Dataset):
         return self._labels
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list]:
-        """(codes int64 [B, T], labels int64 [B], what had to be left out: nothing)."""
+        """(codes int64 [B, h, w], labels int64 [B], what had to be left out: nothing)."""
         codes = self.codes(rows)
         if codes.size and codes.max() >= self.meta.num_codes:
             raise UserError(
                 f"codes in {str(self.folder)!r}: code {codes.max()} is not one of the {self.meta.num_codes:,} of the "
                 "meta data; write them again"
             )
-        return torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(self._labels[rows].astype(np.int64)), []
+        codes = torch.from_numpy(codes.astype(np.int64)).unflatten(1, self.meta.grid)
+        return codes, torch.from_numpy(self._labels[rows].astype(np.int64)), []
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         codes, labels, _ = self.batch([row])
         return codes[0], int(labels[0])
 
-    def order(self, seed: int, streams: int) -> StreamOrder:
-        """The order in which training takes the rows."""
+    def order(self, seed: int, streams: int, name: int = 0) -> StreamOrder:
+        """The order in which training takes the rows; `name` tells several sets of one run apart."""
         return StreamOrder(
             np.ones(len(self), np.int64),
             seed=seed,
             streams=streams,
             window=CODE_WINDOW,
+            name=name,
             identity={"rows": self.meta.rows},
         )
 
 
 class CodeStream:
-    """(codes int64 [B, T], labels [B], bad samples: none) for a list of positions of an order."""
+    """(codes int64 [B, h, w], labels [B], bad samples: none) for a list of positions of an order.
 
-    def __init__(self, dataset: CodeDataset, order: Order):
-        self.dataset, self.order = dataset, order
+    Positions of one step, which all are of one set, see `BucketedOrder`.
+    """
+
+    def __init__(self, sets: Sequence[CodeDataset], order: Order):
+        self.sets, self.order = list(sets), order
 
     def batch(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list]:
         """The rows that stand at these positions."""
-        return self.dataset.batch([self.order.locate(position).number for position in positions])
+        found = [self.order.locate(position) for position in positions]
+        assert len({location.source for location in found}) == 1, "a batch has one grid"
+        return self.sets[found[0].source].batch([location.number for location in found])

@@ -59,7 +59,7 @@ def transformer_of(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 
 def transformer_state(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The transformer's part of the reference's checkpoint; ValueError where its code has no such model."""
-    require_settings(config, {"rope_base": 10000.0}, "SEED-Voken")
+    require_settings(config, {"rope_base": 10000.0, "grids": None}, "SEED-Voken")
     return {reference_transformer_name(name): value for name, value in tensors.items()}
 
 
@@ -71,7 +71,7 @@ def transformer_config_from_reference(arguments: Mapping[str, Any]) -> Transform
     """
     tokens = argument(arguments, "block_size")
     if math.isqrt(tokens) ** 2 != tokens:
-        raise ValueError(f"block_size: {tokens} is not a square; only square code grids are supported")
+        raise ValueError(f"block_size: {tokens} is not a square, as the reference's codes are")
     if arguments.get("drop_path_rate", 0.0):
         raise ValueError("drop_path_rate: stochastic depth is not supported; set it to 0")
     given = {ours: arguments[theirs] for theirs, ours in TRANSFORMER_ARGUMENTS.items() if theirs in arguments}

@@ -74,6 +74,14 @@ class TokenizerConfig:
         """Tokens along a side at the nominal resolution."""
         return self.resolution // self.downsampling
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of codes of an image of so many pixels; ValueError if its sides do not divide."""
+        factor = self.downsampling
+        if height % factor or width % factor or min(height, width) < 1:
+            near = [max(round(side / factor), 1) * factor for side in (height, width)]
+            raise ValueError(f"{height} x {width} pixels are no multiples of {factor}; use {near[0]} x {near[1]}")
+        return height // factor, width // factor
+
     def has_attention(self, level: int) -> bool:
         """Whether the level (0 = full resolution) has attention blocks."""
         return self.resolution // 2**level in self.attention_resolutions

@@ -7,6 +7,7 @@ without the prefix `transformer.` and with `class_emb.weight` for `class_emb.emb
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +20,7 @@ from ibq.initial import Initial
 from ibq.models.transformer_blocks import Attention, Block, FeedForward, Head, HeadNorm, embedding, linear, rotary_table
 from ibq.ops.dropout import dropout
 
+Grid = tuple[int, int]  # rows and columns of codes
 INIT_STD = 0.02
 FFN_MULTIPLE = 256
 
@@ -29,12 +31,15 @@ class TransformerConfig:
 
     `heads` defaults to `depth`, `width` to 64 x `depth`, `kv_heads` to the number of heads (fewer: groups of
     heads share keys and values), `condition_dim` to the width; the resolved numbers are the properties
-    `num_heads`, `model_width`, `num_kv_heads`. Errors: ValueError for sizes that do not fit together.
+    `num_heads`, `model_width`, `num_kv_heads`. `grids` take the place of `tokens_per_side` for pictures that
+    are no squares, or of several shapes; no weight depends on them. Errors: ValueError for sizes that do not fit
+    together.
     """
 
     vocab_size: int = 16384
     num_classes: int = 1000
     tokens_per_side: int = 16
+    grids: tuple[Grid, ...] | None = None  # [[rows, columns], ...]
     depth: int = 16
     heads: int | None = None
     width: int | None = None
@@ -55,6 +60,8 @@ class TransformerConfig:
         for name in ("vocab_size", "num_classes", "tokens_per_side", "depth", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not positive; use at least 1")
+        if self.grids is not None:
+            _check_grids(self.grids)
         for name in ("heads", "width", "kv_heads", "condition_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -108,9 +115,29 @@ class TransformerConfig:
         return -(-int(8 * self.model_width / 3) // FFN_MULTIPLE) * FFN_MULTIPLE
 
     @property
+    def code_grids(self) -> tuple[Grid, ...]:
+        """Rows and columns of codes of the images that it is for; the first is drawn unless another is asked for."""
+        return self.grids or ((self.tokens_per_side, self.tokens_per_side),)
+
+    @property
     def num_tokens(self) -> int:
-        """Codes per image, T."""
-        return self.tokens_per_side**2
+        """Codes per image, T; those of the largest grid, where there are several."""
+        return max(height * width for height, width in self.code_grids)
+
+    @property
+    def common_tokens(self) -> int:
+        """The largest number that divides every grid's codes: T, where there is one grid."""
+        return math.gcd(*(height * width for height, width in self.code_grids))
+
+
+def _check_grids(grids: Sequence[Grid]) -> None:
+    if not grids:
+        raise ValueError("grids: is empty; give [[rows, columns], ...], or leave it out for a square")
+    for height, width in grids:
+        if min(height, width) < 1:
+            raise ValueError(f"grids: {height} x {width} codes are none; use at least 1 row and 1 column")
+    if len(set(grids)) < len(grids):
+        raise ValueError("grids: one is there twice; give each once")
 
 
 @dataclass(frozen=True)
@@ -119,6 +146,7 @@ class KVCache:
 
     keys: Tensor
     values: Tensor
+    grid: Grid
 
     @property
     def layers(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -169,7 +197,7 @@ class Transformer(nn.Module):
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), linear(width, 6 * width, bias=True))
         self.head_nm = HeadNorm(width)
         self.head = Head(width, config.vocab_size)
-        self._rotary_tables: dict[tuple, Tensor] = {}
+        self._rotary_tables: dict[tuple, Tensor] = {}  # of the grids that were met
         self._initialize()
 
     def units(self) -> list[nn.Module]:
@@ -209,18 +237,19 @@ class Transformer(nn.Module):
         return Initial(std=INIT_STD)
 
     def forward(self, codes: Tensor, classes: Tensor) -> Tensor:
-        """Negative log likelihood of every code in nats, codes [B, T], classes [B] -> [B, T] float32.
+        """Negative log likelihood of every code in nats, codes [B, h, w], classes [B] -> [B, T] float32.
 
+        Any grid will do, as no weight depends on it; codes [B, T] are taken for those of the model's grid that has T.
         In training mode dropout is active and a class becomes `null_class` with probability `class_dropout`.
         Errors: ValueError for wrong shapes or types and, on the CPU only (elsewhere the check would wait for
         the device), for codes and classes out of range.
         """
         hidden = self._hidden(codes, classes).flatten(0, 1)
         nll = self.head(hidden, codes.flatten().long())
-        return nll.view(codes.shape).clone()  # not a view: engines put hooks on the output
+        return nll.view(len(codes), -1).clone()  # not a view: engines put hooks on the output
 
     def logits(self, codes: Tensor, classes: Tensor) -> Tensor:
-        """Logits [B, T, V]: those at i predict code i. Modes and errors as in `forward`."""
+        """Logits [B, T, V]: those at i predict code i. Codes, modes and errors as in `forward`."""
         return self.head(self._hidden(codes, classes))
 
     def condition(self, classes: Tensor) -> Condition:
@@ -231,12 +260,17 @@ class Transformer(nn.Module):
         blocks = tuple(block.modulation(condition).unbind(1) for block in self.blocks)
         return Condition(embedding, blocks, self.head_nm.modulation(embedding).unbind(1))
 
-    def new_cache(self, rows: int, dtype: torch.dtype | None = None, device=None) -> KVCache:
-        """An empty cache for `rows` sequences; precision and device default to those of the weights."""
-        cfg, weight = self.config, self.tok_emb.weight
-        shape = (cfg.depth, rows, cfg.num_kv_heads, cfg.num_tokens, cfg.head_dim)
+    def new_cache(
+        self, rows: int, dtype: torch.dtype | None = None, device=None, *, grid: Grid | None = None
+    ) -> KVCache:
+        """An empty cache for `rows` sequences of a grid of codes (default: the model's first).
+
+        Precision and device default to those of the weights.
+        """
+        cfg, weight, grid = self.config, self.tok_emb.weight, grid or self.config.code_grids[0]
+        shape = (cfg.depth, rows, cfg.num_kv_heads, math.prod(grid), cfg.head_dim)
         dtype, device = dtype or weight.dtype, weight.device if device is None else device
-        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)), grid)
 
     def decode_step(self, codes: Tensor | None, condition: Condition, cache: KVCache, position: int) -> Tensor:
         """Logits [R, V] of the code at `position`; `codes` [R] are those at position - 1, None at position 0.
@@ -244,10 +278,11 @@ class Transformer(nn.Module):
         Positions must come in order, as every call adds one to the cache. Call `eval()` first: dropout would
         be active in training mode. Errors: ValueError for a position out of range or without its codes.
         """
-        if (codes is None) != (position == 0) or not 0 <= position < self.config.num_tokens:
+        tokens = math.prod(cache.grid)
+        if (codes is None) != (position == 0) or not 0 <= position < tokens:
             raise ValueError(
                 f"position: {position} {'without' if codes is None else 'with'} codes; give no codes at "
-                f"position 0 and the previous codes at positions 1 to {self.config.num_tokens - 1}"
+                f"position 0 and the previous codes at positions 1 to {tokens - 1}"
             )
         return self.decode(condition.embedding if codes is None else self.tok_emb(codes), condition, cache, position)
 
@@ -256,7 +291,7 @@ class Transformer(nn.Module):
 
         A position [1] on the device runs Triton's kernels between the products, the same at every position.
         """
-        fused, rope, update, gate = isinstance(position, Tensor), self._rope(x), None, None
+        fused, rope, update, gate = isinstance(position, Tensor), self._rope(x, cache.grid), None, None
         for block, modulation, *cached in zip(self.blocks, condition.blocks, *cache.layers, strict=True):
             gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
             x, normed = block.attention_norm.after(x, update, gate, scale1, shift1, fused=fused)
@@ -267,20 +302,20 @@ class Transformer(nn.Module):
 
     def _hidden(self, codes: Tensor, classes: Tensor) -> Tensor:
         """Hidden states [B, T, C] before the head."""
-        self._check_codes(codes)
+        grid = self._grid_of(codes)
         self._check_classes(classes, len(codes))
         if self.training and self.config.class_dropout > 0:
             dropped = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
             classes = classes.masked_fill(dropped, self.null_class)
         embedding = self.class_emb(classes)  # [B, C]
-        x = self._blocks(codes, embedding)
+        x = self._blocks(codes.flatten(1), grid, embedding)
         return self.head_nm(x, self.head_nm.modulation(embedding))
 
-    def _blocks(self, codes: Tensor, embedding: Tensor) -> Tensor:
-        """The residual stream after the last block, [B, T, C]."""
+    def _blocks(self, codes: Tensor, grid: Grid, embedding: Tensor) -> Tensor:
+        """The residual stream after the last block, [B, T, C], for codes [B, T] of a grid."""
         x = torch.cat([embedding[:, None], self.tok_emb(codes[:, :-1])], dim=1)
         x = dropout(x, self.config.token_dropout, self.training)
-        rope = self._rope(x)[: self.config.num_tokens]
+        rope = self._rope(x, grid)[: x.shape[1]]
         condition = self._block_condition(embedding)
         for block in self.blocks:
             x = block(x, condition, rope)
@@ -292,27 +327,31 @@ class Transformer(nn.Module):
             return embedding
         return self.shared_ada_lin(embedding).unflatten(-1, (6, -1))
 
-    def _rope(self, like: Tensor) -> Tensor:
-        """The rotary table on the device of `like`, in float32 or, for float64, in float64.
+    def _rope(self, like: Tensor, grid: Grid) -> Tensor:
+        """The rotary table of a grid on the device of `like`, in float32 or, for float64, in float64.
 
         Not a buffer: `module.to(bfloat16)` would round it and meta-device construction would lose it.
         """
-        key = (like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+        key = (grid, like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
         if key not in self._rotary_tables:
-            cfg = self.config
             with torch.inference_mode(False):  # a table made while sampling must serve training too
-                table = rotary_table(cfg.tokens_per_side, cfg.head_dim, cfg.rope_base)
-                self._rotary_tables[key] = table.to(like.device, key[1].to_complex())
+                table = rotary_table(grid, self.config.head_dim, self.config.rope_base)
+                self._rotary_tables[key] = table.to(like.device, key[-1].to_complex())
         return self._rotary_tables[key]
 
-    def _check_codes(self, codes: Tensor) -> None:
-        if codes.ndim != 2 or codes.shape[1] != self.config.num_tokens:
+    def _grid_of(self, codes: Tensor) -> Grid:
+        """The grid of codes [B, h, w], or [B, T] where one of the model's alone has T; ValueError for others."""
+        grids = [tuple(codes.shape[1:])]
+        if codes.ndim == 2:
+            grids = [grid for grid in self.config.code_grids if math.prod(grid) == codes.shape[1]]
+        if codes.ndim not in (2, 3) or len(grids) != 1 or 0 in grids[0]:
+            known = " or ".join(f"{height} x {width}" for height, width in self.config.code_grids)
             raise ValueError(
-                f"codes: shape {tuple(codes.shape)}, expected [B, {self.config.num_tokens}] "
-                f"({self.config.tokens_per_side} x {self.config.tokens_per_side} codes in raster order); "
-                "flatten the code grid, or set tokens_per_side to that of the tokenizer"
+                f"codes: shape {tuple(codes.shape)}, expected [B, h, w], or [B, {self.config.num_tokens}] ({known} "
+                "codes in raster order); give the code grid, or set tokens_per_side or grids to those of the codes"
             )
         _check_indices("codes", codes, self.config.vocab_size, "vocab_size must be the tokenizer's num_codes")
+        return grids[0]
 
     def _check_classes(self, classes: Tensor, rows: int | None = None) -> None:
         if classes.ndim != 1 or rows not in (None, len(classes)):

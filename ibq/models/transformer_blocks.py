@@ -26,17 +26,19 @@ KEPT = [
 _KEEP_PRODUCTS = partial(create_selective_checkpoint_contexts, KEPT)
 
 
-def rotary_table(tokens_per_side: int, head_dim: int, base: float) -> Tensor:
-    """Rotation of every channel pair as a complex number, [1 + T, head_dim / 2] complex128.
+def rotary_table(grid: tuple[int, int], head_dim: int, base: float) -> Tensor:
+    """Rotation of every channel pair as a complex number, [1 + T, head_dim / 2] complex128, T tokens of h x w.
 
     The first half of the pairs turns with the row of the token, the second half with its column (2-D RoPE as
-    in LlamaGen, arXiv 2406.06525). Row 0 belongs to the class and is zero: its query and key vanish.
+    in LlamaGen, arXiv 2406.06525). Row 0 belongs to the class and is zero: its query and key vanish. Rows and columns
+    count from 0 whatever the grid: a larger one has the positions of a smaller one, and further ones.
     """
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float64, device="cpu") / (head_dim // 2)
-    steps = torch.arange(tokens_per_side, dtype=torch.float64, device="cpu")
-    angles = torch.outer(steps, base**-exponents)  # [side, head_dim / 4]
-    rows = angles[:, None].expand(-1, tokens_per_side, -1)
-    columns = angles[None].expand(tokens_per_side, -1, -1)
+    height, width = grid
+    steps = torch.arange(max(grid), dtype=torch.float64, device="cpu")
+    angles = torch.outer(steps, base**-exponents)  # [longer side, head_dim / 4]
+    rows = angles[:height, None].expand(-1, width, -1)
+    columns = angles[None, :width].expand(height, -1, -1)
     grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [T, head_dim / 2]
     table = torch.polar(torch.ones_like(grid), grid)
     return torch.cat([torch.zeros_like(table[:1]), table])

@@ -39,8 +39,13 @@ class Stage(ABC):
     """What the planner must know of a stage."""
 
     config: TransformerConfig | TokenizerConfig
-    num_tokens: int  # per image
+    num_tokens: int  # per image, of the largest where there are several shapes: time and memory are those of it alone
     measured_mfu: float  # share of a GPU's dense bf16 rate; of one H100: see tools/lib/bench/README.md
+
+    @property
+    def common_tokens(self) -> int:
+        """What sequence parallelism must divide."""
+        return self.num_tokens
 
     @abstractmethod
     def parameters(self) -> dict[str, int]:
@@ -83,6 +88,11 @@ class TransformerStage(Stage):
     def num_tokens(self) -> int:
         """Codes of an image."""
         return self.config.num_tokens
+
+    @property
+    def common_tokens(self) -> int:
+        """See `Stage`."""
+        return self.config.common_tokens
 
     def parameters(self) -> dict[str, int]:
         """See `Stage`."""
@@ -211,7 +221,7 @@ def layouts(stage: Stage, machine: Machine) -> Iterator[Layout]:
     yield Layout(kind="fsdp", offload_optimizer="cpu", **common)
     for tensor in tensor_divisors(stage, machine):
         yield Layout(kind="fsdp", tensor=tensor, **common)
-        if stage.num_tokens % tensor == 0:
+        if stage.common_tokens % tensor == 0:
             yield Layout(kind="fsdp", tensor=tensor, sequence=True, **common)
 
 

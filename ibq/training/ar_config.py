@@ -68,6 +68,6 @@ class ARRunConfig:
         """How many ranks share each matrix, and so see the same data; UserError where the model cannot be split so."""
         ranks, model = getattr(self.engine, "tensor_parallel", 1), self.model
         if ranks > 1:
-            tokens = model.num_tokens if self.engine.sequence_parallel else None
+            tokens = model.common_tokens if self.engine.sequence_parallel else None
             check_tensor_parallel(ranks, heads=model.num_heads, kv_heads=model.num_kv_heads, tokens=tokens)
         return ranks

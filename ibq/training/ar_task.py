@@ -1,6 +1,6 @@
 """Stage 2: one step of the class-conditional autoregressive transformer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,14 +25,15 @@ class ARTask:
         self.engines = {"transformer": engine}
         self.engine, self.hyper, self.tokenizer = engine, hyper, tokenizer
         self.transformer: Transformer = engine.module
+        self._images = self._tokens = 0  # of this rank since they were last asked for
 
     @torch.no_grad()
     def _codes(self, inputs: Tensor) -> Tensor:
-        """Codes [B, T] of a batch of codes [B, T] or of uint8 images [B, 3, H, W]."""
+        """Codes [B, h, w] of a batch of codes [B, h, w] or of uint8 images [B, 3, H, W]."""
         if self.tokenizer is None:
             return inputs
         with self.engine.autocast():
-            return self.tokenizer.encode(to_unit_range(inputs)).flatten(1)
+            return self.tokenizer.encode(to_unit_range(inputs))
 
     def step(self, step: int, batches: list[Batch], stopwatch: Stopwatch) -> StepOutcome:
         """Train on the micro-batches (codes or images, labels) of one step."""
@@ -47,6 +48,7 @@ class ARTask:
                 with stopwatch.part("backward"):
                     self.engine.backward(loss)
             total += loss.detach() / len(batches)
+            self._images, self._tokens = self._images + len(codes), self._tokens + codes.numel()
         with stopwatch.part("optimizer"):
             result = self.engine.step(hyper)
         metrics = {
@@ -58,22 +60,38 @@ class ARTask:
         return StepOutcome(metrics=metrics, skipped=result.skipped)
 
     def interval_metrics(self, step: int) -> dict[str, float]:
-        """Tokens per image, for the rates."""
-        return {"tokens_per_image": self.transformer.config.tokens_per_side**2}
+        """Tokens per image, for the rates: every rank has had the same grids."""
+        images, tokens, self._images, self._tokens = self._images, self._tokens, 0, 0
+        return {"tokens_per_image": tokens / images} if images else {}
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> Validation:
-        """Mean NLL in nats a token over the whole validation set with averaged weights; the score is its negative."""
+        """Mean NLL in nats a token over the whole validation set with averaged weights; the score is its negative.
+
+        Of several grids also each one's own, `nll_ROWSxCOLUMNS`.
+        """
         self.transformer.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=next(self.transformer.parameters()).device)
+        grids, device = self.transformer.config.code_grids, next(self.transformer.parameters()).device
+        sums = torch.zeros(len(grids), 2, dtype=torch.float64, device=device)
+        idle = torch.zeros(1, *grids[0], dtype=torch.int64, device=device)
         with self.engine.averaged():
-            for inputs, classes in batches:
-                nll = self.engine(self._codes(inputs), classes)  # [B, T]
-                sums += torch.stack([nll.double().sum(), sums.new_tensor(nll.numel())])
+            for batch in _with_all_ranks(batches):
+                if batch is None:
+                    self.engine(idle, idle[:, 0, 0])
+                    continue
+                codes = self._codes(batch[0])
+                nll = self.engine(codes, batch[1])  # [B, T]
+                own = sums[grids.index(tuple(codes.shape[1:]))]
+                own += torch.stack([nll.double().sum(), sums.new_tensor(nll.numel())])
         self.transformer.train()
-        total, count = dist.sum_over_data(sums).tolist()
+        rows = dist.sum_over_data(sums)
+        total, count = rows.sum(0).tolist()
         nll = total / max(count, 1)
-        return Validation(metrics={"nll": nll, "tokens": count}, score=-nll)
+        metrics = {"nll": nll, "tokens": count}
+        if len(grids) > 1:
+            for (height, width), (own_total, own_count) in zip(grids, rows.tolist(), strict=True):
+                metrics[f"nll_{height}x{width}"] = own_total / max(own_count, 1)
+        return Validation(metrics=metrics, score=-nll)
 
     def rank_tensors(self) -> dict[str, Tensor]:
         """Nothing is kept per rank."""
@@ -85,3 +103,12 @@ class ARTask:
     def save_pretrained(self, folder: Path, info: Mapping) -> None:
         """Write the averaged weights for `ibq.load_transformer`."""
         save_pretrained(folder, self.engine, info)
+
+
+def _with_all_ranks(batches: Iterable[Batch]) -> Iterator[Batch | None]:
+    """The batches, then None while other ranks still have some: a forward pass may gather weights from all of them."""
+    iterator = iter(batches)
+    batch = next(iterator, None)
+    while dist.largest(int(batch is not None)):
+        yield batch
+        batch = next(iterator, None)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ibq import dist
 from ibq.config import UserError
 from ibq.data.buckets import Buckets, PicturesByBucket, bucketed
-from ibq.data.codes import CodeDataConfig, CodeDataset, CodeStream
+from ibq.data.codes import CodeDataConfig, CodeDataset, CodesMeta, CodeStream
 from ibq.data.counts import BadSample, PictureCount, count
 from ibq.data.images import (
     ArrivalOrder,
@@ -23,8 +24,9 @@ from ibq.data.images import (
 )
 from ibq.data.index import ImageIndex
 from ibq.data.loader import Report, training_batches, validation_batches
-from ibq.data.order import Batching, MixedOrder, Order, StreamOrder
+from ibq.data.order import Batching, BucketedOrder, MixedOrder, Order, StreamOrder
 from ibq.data.shards import ImageDataConfig, class_lists, expand_place, is_unindexed, read_index, split_sources
+from ibq.data.transforms import Size, sides_of
 from ibq.progress import bar_of, say
 from ibq.training.checkpoint import TrainingState
 
@@ -35,7 +37,7 @@ class RunData:
 
     stream: ImageStream | CodeStream
     order: Order
-    validation_set: "ConcatenatedSets | CodeDataset"
+    validation_sets: "Sequence[ConcatenatedSets] | Sequence[CodeDataset]"  # each of pictures of one shape
     classes: list[str]
     validation_classes: list[str]
     workers: int
@@ -47,7 +49,7 @@ class RunData:
     device: torch.device | None = None
     validation_limit: int | None = None
 
-    def bind(self, batch_size: int, micro_batch: int, validation_limit: int | None, device: torch.device) -> None:
+    def bind(self, batch_size: Size, micro_batch: int, validation_limit: int | None, device: torch.device) -> None:
         """Set how the data is batched. ValueError that begins with the setting if it can't be."""
         size = self.order.size
         if size is not None and size < batch_size:
@@ -77,27 +79,29 @@ class RunData:
         )
 
     def validation(self, report: Report) -> Iterator[tuple[Tensor, Tensor]]:
-        """The validation set once, over all ranks."""
-        return validation_batches(
-            self.validation_set,
-            self.batching.micro_batch,
-            rank=dist.data_rank(),
-            world_size=dist.data_world_size(),
-            workers=self.workers,
-            device=self.device,
-            limit=self.validation_limit,
-            report=report,
-        )
+        """The validation sets once, over all ranks; with a limit the first so many of each."""
+        for part in self.validation_sets:
+            yield from validation_batches(
+                part,
+                self.batching.micro_batch,
+                rank=dist.data_rank(),
+                world_size=dist.data_world_size(),
+                workers=self.workers,
+                device=self.device,
+                limit=self.validation_limit,
+                report=report,
+            )
 
     def check_validation(self) -> None:
         """UserError on every rank if no validation picture can be used; it looks no further than the first good one."""
-        if isinstance(self.validation_set, BatchSource):
-            dist.on_main(self._first_good)
+        for part in self.validation_sets:
+            if isinstance(part, BatchSource):
+                dist.on_main(partial(self._first_good, part))
 
-    def _first_good(self) -> None:
-        numbers, first = range(len(self.validation_set))[: self.validation_limit], None
+    def _first_good(self, part: "ConcatenatedSets") -> None:
+        numbers, first = range(len(part))[: self.validation_limit], None
         for number in numbers:
-            *_, bad = self.validation_set.batch([number])
+            *_, bad = part.batch([number])
             if not bad:
                 return
             first = first or bad[0]
@@ -112,14 +116,14 @@ class RunData:
         Used is what the batches are drawn from, seen yet or not. Of shards that are read in the order in which they
         arrive, other processes alone know how many pictures they hold: they are not counted.
         """
-        if not isinstance(self.validation_set, ConcatenatedSets):
+        if not isinstance(self.validation_sets[0], ConcatenatedSets):
             return {}
         sets = list(self.stream.sets) if isinstance(self.stream.sets, list) else []
         counts = {}
         for number, part in enumerate(sets):
             name = "data.train" if len(sets) == 1 else f"data.sources[{number}].train"
             counts[name] = count(part.index, bad=bad)
-        return counts | self.validation_set.count_pictures(self.validation_limit, bad_validation)
+        return counts | self.validation_sets[0].count_pictures(self.validation_limit, bad_validation)
 
     def resume_position(self, saved: TrainingState) -> int:
         """Where a run goes on: where it was, or at the next epoch if its data or their order are others now."""
@@ -142,8 +146,8 @@ class RunData:
 # --- Images ---
 
 
-def image_data(config: ImageDataConfig, size: int, seed: int, batch_size: int | None = None) -> RunData:
-    """The images of a config at `size` pixels, or in its buckets, of which each step of `batch_size` takes one.
+def image_data(config: ImageDataConfig, size: Size, seed: int, batch_size: int | None = None) -> RunData:
+    """The images of a config at a size, or in its buckets, of which each step of `batch_size` takes one.
 
     Rank 0 indexes them first, with a progress bar.
     """
@@ -156,12 +160,12 @@ def image_data(config: ImageDataConfig, size: int, seed: int, batch_size: int | 
     return RunData(
         stream=stream,
         order=order,
-        validation_set=_validation_set(config, validation, size),
+        validation_sets=[_validation_set(config, validation, size)],
         classes=_common_classes(train),
         validation_classes=_common_classes(validation),
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
-        pixels_per_image=size**2,
+        pixels_per_image=math.prod(sides_of(size)),
     )
 
 
@@ -180,7 +184,7 @@ def _bucketed_data(
     return RunData(
         stream=ImageStream([dataset], order),
         order=order,
-        validation_set=_validation_set(config, [validation], sizes[1]),
+        validation_sets=[_validation_set(config, [validation], sizes[1])],
         classes=train.classes,
         validation_classes=validation.classes,
         workers=config.workers,
@@ -198,7 +202,7 @@ def _say_buckets(buckets: Buckets) -> None:
         say(f"buckets (height x width): {', '.join(parts)}")
 
 
-def _image_stream(config: ImageDataConfig, train: Sequence[ImageIndex], size: int, seed: int):
+def _image_stream(config: ImageDataConfig, train: Sequence[ImageIndex], size: Size, seed: int):
     store = config.store(train)
     sets = [
         ImageDataset(index, size, augment=config.augment, seed=seed, in_memory=config.in_memory, store=store)
@@ -236,7 +240,7 @@ def _say_problems(index: ImageIndex) -> None:
         )
 
 
-def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size: int | Buckets) -> "ConcatenatedSets":
+def _validation_set(config: ImageDataConfig, indexes: Sequence[ImageIndex], size: Size | Buckets) -> "ConcatenatedSets":
     store = config.store(indexes)
     return ConcatenatedSets([ImageDataset(i, size, in_memory=config.in_memory, store=store) for i in indexes])
 
@@ -283,13 +287,13 @@ class ConcatenatedSets(BatchSource):
         return labels, bad
 
 
-def _common_classes(indexes: Sequence[ImageIndex]) -> list[str]:
+def _common_classes(indexes: Sequence[ImageIndex] | Sequence[CodesMeta]) -> list[str]:
     """The class names of all sets; none where they differ: then labels say nothing."""
     classes = indexes[0].classes
     return classes if all(index.classes == classes for index in indexes) else []
 
 
-def _images_in_order(config: ImageDataConfig, size: int, seed: int) -> RunData:
+def _images_in_order(config: ImageDataConfig, size: Size, seed: int) -> RunData:
     """Shards without index, read one after the other."""
     if config.validation is None:
         raise UserError("data.validation: needed with data.unindexed=in_order, as nothing can be held out unseen")
@@ -313,12 +317,12 @@ def _images_in_order(config: ImageDataConfig, size: int, seed: int) -> RunData:
     return RunData(
         stream=ImageStream(sets, order),
         order=order,
-        validation_set=_validation_set(config, validation, size),
+        validation_sets=[_validation_set(config, validation, size)],
         classes=classes,
         validation_classes=validation[0].classes,
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
-        pixels_per_image=size**2,
+        pixels_per_image=math.prod(sides_of(size)),
     )
 
 
@@ -333,28 +337,59 @@ def _report(place: str) -> Callable[[int, int], None]:
 # --- Codes ---
 
 
-def code_data(config: CodeDataConfig, seed: int) -> RunData:
-    """The codes of a config. UserError if training and validation were made with different tokenizers."""
-    sets = {}
-    for name in ("train", "validation"):
+def code_data(config: CodeDataConfig, seed: int, batch_size: Size) -> RunData:
+    """The codes of a config. UserError if they were made with different tokenizers, or validation does not match."""
+    train, validation = (_open_codes(config.places(part)) for part in ("train", "validation"))
+    first = next(iter(train.values()))
+    if not config.allow_other_tokenizer:
+        _check_same_tokenizer(first, train | validation)
+    _check_pairs(train, validation)
+    orders = [part.order(seed, config.streams, name=number) for number, part in enumerate(train.values())]
+    order = orders[0]
+    if len(orders) > 1:
         try:
-            sets[name] = CodeDataset(getattr(config, name))
-        except UserError as error:
-            raise UserError(f"data.{name}: {error}") from error
-    train, validation = sets["train"], sets["validation"]
-    if validation.meta.tokenizer != train.meta.tokenizer and not config.allow_other_tokenizer:
-        raise UserError(
-            "data.validation: made with another tokenizer than data.train; encode both again, or set "
-            "data.allow_other_tokenizer=true"
-        )
-    order = train.order(seed, config.streams)
+            weights = [source.weight for source in config.sources]
+            order = BucketedOrder(orders, weights, batch_size=batch_size, seed=seed)
+        except ValueError as error:
+            raise UserError(f"data.sources: {error}") from error
     return RunData(
-        stream=CodeStream(train, order),
+        stream=CodeStream([*train.values()], order),
         order=order,
-        validation_set=validation,
-        classes=train.meta.classes,
-        validation_classes=validation.meta.classes,
+        validation_sets=[*validation.values()],
+        classes=_common_classes([part.meta for part in train.values()]),
+        validation_classes=max((part.meta.classes for part in validation.values()), key=len),
         workers=config.workers,
-        provenance={"tokenizer": train.meta.tokenizer},
+        provenance={"tokenizer": first.meta.tokenizer},
         allow_other=config.allow_other_tokenizer,
     )
+
+
+def _open_codes(places: Mapping[str, str]) -> dict[str, CodeDataset]:
+    sets = {}
+    for key, place in places.items():
+        try:
+            sets[key] = CodeDataset(place)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+    return sets
+
+
+def _check_same_tokenizer(first: CodeDataset, sets: Mapping[str, CodeDataset]) -> None:
+    for key, part in sets.items():
+        if part.meta.tokenizer != first.meta.tokenizer:
+            raise UserError(
+                f"{key}: made with another tokenizer than {next(iter(sets))}; encode both again, or set "
+                "data.allow_other_tokenizer=true"
+            )
+
+
+def _check_pairs(train: Mapping[str, CodeDataset], validation: Mapping[str, CodeDataset]) -> None:
+    """UserError unless validation has the classes and the grid of what it goes with."""
+    for (key, own), (other_key, other) in zip(train.items(), validation.items(), strict=True):
+        if other.meta.classes != own.meta.classes[: len(other.meta.classes)]:
+            raise UserError(
+                f"{other_key}: its classes are not those of {key}; give every class a folder with images in both"
+            )
+        grids = [" x ".join(map(str, part.meta.grid)) for part in (own, other)]
+        if grids[0] != grids[1]:
+            raise UserError(f"{other_key}: has {grids[1]} codes, {key} {grids[0]}; encode both at one --size")

@@ -56,6 +56,8 @@ def models(tmp_path_factory):
         transformer = Transformer(parse_config(TransformerConfig, TRANSFORMER | {"vocab_size": codes}))
         torch.nn.init.normal_(transformer.head.weight, std=0.5)
         write_best(folder / name / "best", transformer)
+    shapes = TransformerConfig(**{**vars(transformer.config), "vocab_size": CODES, "grids": ((SIDE, SIDE), (2, 5))})
+    write_best(folder / "shapes" / "best", Transformer(shapes))
     (folder / "transformer" / "classes.json").write_text(json.dumps(NAMES))
     return folder
 
@@ -343,8 +345,12 @@ def test_what_the_page_has(models, monkeypatch):
     from tools.lib.demo import page as demo_page
 
     given = ["--tokenizer", str(models / "tokenizer"), "--device", "cpu"]
+    several = demo_page.build(demo_models.open_models(demo.parse([*given, "--transformer", str(models / "shapes")])))
+    assert "transformer of 8 x 8 or 2 x 5 tokens" in json.dumps(several.get_config_file())
     both = demo_models.open_models(demo.parse([*given, "--transformer", str(models / "transformer")]))
     page = demo_page.build(both)
+    offered = [[block.visible for block in p.blocks.values() if block.elem_id == "grid"] for p in (several, page)]
+    assert offered == [[True], [False]], "only where there is a choice"
     named = {block.elem_id for block in page.blocks.values()}
     assert {"upload", "generate", "class"} <= named
     heavy = [event for event in page.fns.values() if event.concurrency_id == "model"]
@@ -367,19 +373,21 @@ def test_bad_settings_get_a_message(models, values, words):
     assert picture is None and text.startswith("These settings do not work") and words in text
 
 
-def test_bf16_draws_what_tools_sample_draws(models, tmp_path):
+@pytest.mark.parametrize(("name", "grid", "rows"), [("transformer", (), SIDE), ("shapes", ("2 x 5",), 2)])
+def test_bf16_draws_what_tools_sample_draws(models, tmp_path, name, grid, rows):
     from tools.lib.demo import page as demo_page
 
-    given = ["--tokenizer", str(models / "tokenizer"), "--transformer", str(models / "transformer"), "--device", "cpu"]
+    given = ["--tokenizer", str(models / "tokenizer"), "--transformer", str(models / name), "--device", "cpu"]
     given += ["--precision", "bf16", "--rows", "2"]
     show = demo_page.generator(demo_models.open_models(demo.parse(given)))
-    *earlier, (last, text) = show(2, 2, 5, 1.0, 1.0, 10, 0.95)
-    assert len(earlier) == SIDE - 1 and earlier[2][1] == "Row 3 of 8 …"
+    *earlier, (last, text) = show(2, 2, 5, 1.0, 1.0, 10, 0.95, *grid)
+    assert len(earlier) == rows - 1 and earlier[0][1] == f"Row 1 of {rows} …"
     (command,) = re.findall(r"```\npython (.*)\n```", text)
     result = run_script(*shlex.split(command.replace("samples", str(tmp_path))), "--device", "cpu")
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as found:
-        assert np.array_equal(apart(last, 2, 32).permute(0, 2, 3, 1).numpy(), found["arr_0"])
+        drawn = torch.from_numpy(found["arr_0"]).permute(0, 3, 1, 2)
+    assert drawn.shape[2:] == (4 * rows, 20 if grid else 32) and np.array_equal(views.sheet(drawn), last)
 
 
 # --- In the browser ---

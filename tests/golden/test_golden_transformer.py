@@ -110,7 +110,7 @@ def test_loss_and_gradients(case, dtype):
 def test_rotary_table(case):
     config = transformer_config_from_reference(golden_json(case)["params"])
     assert config.head_dim == golden_json(case)["head_dim"]
-    table = rotary_table(config.tokens_per_side, config.head_dim, config.rope_base)
+    table = rotary_table(config.code_grids[0], config.head_dim, config.rope_base)
     expected = golden_tensors(case)["rope_table"]
     # The reference computes angles in float32: up to half a unit in the last place of the largest angle.
     tolerance = max(1e-6, config.tokens_per_side * torch.finfo(torch.float32).eps)

@@ -21,7 +21,7 @@ from ibq.models.transformer_blocks import Attention, RMSNorm, rotary_table
 from ibq.ops import textbook
 from ibq.ops.index_backprop import index_backprop
 from ibq.sampler import SamplerConfig
-from ibq.sampling import Drawing, sample_codes
+from ibq.sampling import Drawing, sample_codes, settled_for
 
 pytest.importorskip("triton", reason="triton is installed with the CUDA builds of torch only")
 from ibq.ops import (
@@ -517,7 +517,7 @@ def test_attention_of_a_new_position(heads, kv_heads, head_dim, dtype, device):
     """Position after position over a cache of more than one tile; the kernels' has nothing in it but NaN before."""
     side = 9
     attention = Attention(heads * head_dim, heads, kv_heads, 0.0)
-    table = rotary_table(side, head_dim, 10_000.0).to(device, torch.complex64)
+    table = rotary_table((side, side), head_dim, 10_000.0).to(device, torch.complex64)
     shape = (2, kv_heads, side**2, head_dim)
     plain, fused = ([torch.full(shape, old, dtype=dtype, device=device) for _ in range(2)] for old in (0.0, torch.nan))
     qkv = normal(side**2, 2, (heads + 2 * kv_heads) * head_dim, dtype=dtype, device=device)
@@ -542,19 +542,19 @@ def test_swiglu(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0, "top_p": 0.9}])
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0, "top_p": 0.9}, {"grid": (2, 5)}])
 def test_images_of_the_kernels_are_those_of_the_plain_step(settings, device):
     """In float32; on a GPU as a graph, whose codes are those of the same kernels launched one by one."""
     transformer = small_transformer(tokens_per_side=4, vocab_size=64, kv_heads=2).to(device)
     config = SamplerConfig(rows_per_block=2, precision="fp32", **settings)
     plain, fused = (Decoder(transformer, "fp32", config.rows) for _ in range(2))
     plain.fused, fused.fused = False, True
-    fused.drawing = Drawing(fused, config, graph=None if device == "cuda" else NoGraph)
+    fused.drawing = Drawing(fused, settled_for(fused, config), graph=None if device == "cuda" else NoGraph)
     request = [1, 2, 3], [5, 6, 7]
     assert torch.equal(sample_codes(fused, *request, config), sample_codes(plain, *request, config))
     if device == "cuda":
         launched = Decoder(transformer, "fp32", config.rows)
-        launched.drawing = Drawing(launched, config, graph=NoGraph)
+        launched.drawing = Drawing(launched, settled_for(launched, config), graph=NoGraph)
         assert torch.equal(sample_codes(launched, *request, config), sample_codes(fused, *request, config))
 
 
@@ -571,7 +571,7 @@ def test_nothing_in_a_block_waits_for_the_device():
     transformer = small_transformer(tokens_per_side=4, vocab_size=64).to("cuda")
     config = SamplerConfig(rows_per_block=2, precision="bf16", top_p=0.9, top_k=20)
     decoder = Decoder(transformer, "bf16", config.rows)
-    drawing = decoder.drawing = Drawing(decoder, config)
+    drawing = decoder.drawing = Drawing(decoder, settled_for(decoder, config))
     with torch.inference_mode():
         drawing.begin(decoder, [1, 2], [3, 4])  # captures
         torch.cuda.set_sync_debug_mode("error")

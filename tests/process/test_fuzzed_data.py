@@ -126,8 +126,8 @@ def check_training(config: ImageDataConfig, expected: Content | None, named: boo
     classes = data.classes if config.labels else None
     assert not named or not classes or classes == expected.classes
     samples, lost = len(expected.rows) + expected.unusable, len(expected.rows) + expected.unusable - len(good(expected))
-    validation = data.validation_set.batch(range(len(data.validation_set)))
-    held_out = len(data.validation_set) if config.validation is None else 0
+    validation = data.validation_sets[0].batch(range(len(data.validation_sets[0])))
+    held_out = len(data.validation_sets[0]) if config.validation is None else 0
     training = data.stream.batch(range(samples - held_out))
     replaced = {sample.position for sample in training[2]}
     own = [row for position, row in enumerate(drawn(training, classes)) if position not in replaced]

@@ -63,9 +63,7 @@ def write_code_folder(folder: Path, count: int = 40, tokenizer: str = "test") ->
     labels = np.arange(count) % CLASSES
     # Learnable: a class uses a third of the codes.
     codes = (rng.integers(0, CODES // CLASSES, (count, SIDE**2)) + labels[:, None] * (CODES // CLASSES)) % CODES
-    meta = CodesMeta(
-        num_codes=CODES, tokens_per_side=SIDE, classes=[str(i) for i in range(CLASSES)], tokenizer=tokenizer
-    )
+    meta = CodesMeta(num_codes=CODES, grid=(SIDE, SIDE), classes=[str(i) for i in range(CLASSES)], tokenizer=tokenizer)
     write_codes(folder, codes, labels, meta)
 
 

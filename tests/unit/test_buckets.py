@@ -221,7 +221,7 @@ def test_bad_pictures_are_replaced_within_their_bucket_and_the_count_balances(tm
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_takes_every_picture_once_at_its_shape(whole, world_size, workers):
-    validation = image_data(config_of(whole), 16, 0, 8).validation_set
+    validation = image_data(config_of(whole), 16, 0, 8).validation_sets[0]
     seen = []
     for rank in range(world_size):
         for images, _ in validation_batches(

@@ -239,20 +239,20 @@ def test_codes_come_back(tmp_path, num_codes, dtype):
     codes = rng.integers(0, num_codes, (6, 9))
     codes[0, 0] = num_codes - 1
     labels = rng.integers(0, 1000, 6)
-    meta = CodesMeta(num_codes=num_codes, tokens_per_side=3, classes=["a"] * 1000, tokenizer="hash", views=2)
+    meta = CodesMeta(num_codes=num_codes, grid=(3, 3), classes=["a"] * 1000, tokenizer="hash", views=2)
     write_codes(tmp_path / "codes", codes, labels, meta)
     dataset = CodeDataset(tmp_path / "codes")
     assert dataset.meta == replace(meta, rows=[6]) and len(dataset) == 6
     assert np.load(tmp_path / "codes" / "codes-00000.npy").dtype == dtype
     for i in range(6):
         row, label = dataset[i]
-        assert row.dtype == torch.int64 and row.tolist() == codes[i].tolist() and label == labels[i]
+        assert row.dtype == torch.int64 and row.tolist() == codes[i].reshape(3, 3).tolist() and label == labels[i]
 
 
 def test_codes_that_are_missing_or_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="encode_shards"):
         CodeDataset(tmp_path)
-    meta = CodesMeta(num_codes=8, tokens_per_side=3, classes=["a"], tokenizer="hash")
+    meta = CodesMeta(num_codes=8, grid=(3, 3), classes=["a"], tokenizer="hash")
     write_codes(tmp_path, np.zeros((4, 4), int), np.zeros(4, int), meta)
     with pytest.raises(UserError, match="do not fit"):
         CodeDataset(tmp_path)
@@ -262,7 +262,7 @@ def test_codes_that_are_missing_or_do_not_fit(tmp_path):
 def test_codes_out_of_range(tmp_path, monkeypatch, code, label):
     """The cast to 16 bits would make code 4,464 of code 70,000."""
     monkeypatch.setattr("ibq.data.codes.CHECKED_AT_ONCE", 5)
-    meta = CodesMeta(num_codes=8, tokens_per_side=2, classes=["a"], tokenizer="hash")
+    meta = CodesMeta(num_codes=8, grid=(2, 2), classes=["a"], tokenizer="hash")
     codes, labels = np.zeros((6, 4), int), np.zeros(6, int)
     write_codes(tmp_path, codes, labels, meta)
     codes[3, 2], labels[5] = code, label

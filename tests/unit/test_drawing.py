@@ -37,7 +37,7 @@ def test_operators_of_a_code(monkeypatch):
     shape = TransformerConfig(depth=16, width=64, heads=16, vocab_size=128, num_classes=10, tokens_per_side=4)
     config = SamplerConfig(rows_per_block=2, precision="fp32", temperature=0.9)
     decoder = decoder_for(Transformer(shape), config)
-    drawing = Drawing(decoder, config)
+    drawing = Drawing(decoder, settled_for(decoder, config))
     recorder = Recorder()
     as_one(monkeypatch, RMSNorm, "after", recorder)
     as_one(monkeypatch, Attention, "_attend", recorder)
@@ -106,7 +106,7 @@ def test_a_step_that_is_replayed_is_the_plain_one(variant, settings, monkeypatch
     expected = sample_codes(transformer, *request, config)
     decoder = decoder_for(transformer, config)
     decoder.fused = True
-    decoder.drawing = Drawing(decoder, config, graph=Recording)
+    decoder.drawing = Drawing(decoder, settled_for(decoder, config), graph=Recording)
     assert torch.equal(sample_codes(decoder, *request, config), expected)
     assert len(decoder.drawing._graph.calls) > 0
 
@@ -166,7 +166,7 @@ def test_a_step_that_cannot_be_captured_is_launched(capsys):
     decoder = decoder_for(transformer, config)
     config = settled_for(decoder, config)
     decoder.fused = True
-    decoder.drawing = Drawing(decoder, config, graph=NotCaptured)
+    decoder.drawing = Drawing(decoder, settled_for(decoder, config), graph=NotCaptured)
     codes = sample_codes(decoder, [1, 2, 3], [5, 6, 7], config)
     assert torch.equal(codes, sample_codes(transformer, [1, 2, 3], [5, 6, 7], config)) and not decoder.fused
     said = capsys.readouterr().err

@@ -348,7 +348,7 @@ def test_sources_are_mixed(tmp_path):
     share = (images == torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)).all(dim=(1, 2, 3))
     assert share.float().mean() == pytest.approx(0.75, abs=1e-6)
     train, validation = split_sources(config)
-    assert len(train) == 2 and len(validation) == 1 and len(data.validation_set) == 8
+    assert len(train) == 2 and len(validation) == 1 and len(data.validation_sets[0]) == 8
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -373,18 +373,18 @@ def test_validation_takes_every_sample_once(shards, world_size):
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (4, 1)])
 def test_codes_come_in_the_same_order(tmp_path, world_size, workers):
-    meta = CodesMeta(num_codes=99, tokens_per_side=2, classes=["a"] * CLASSES, tokenizer="hash", rows=[20, 7, 13])
+    meta = CodesMeta(num_codes=99, grid=(2, 2), classes=["a"] * CLASSES, tokenizer="hash", rows=[20, 7, 13])
     for number, rows in enumerate(meta.rows):
         first = sum(meta.rows[:number])
         codes = np.repeat(np.arange(first, first + rows)[:, None], 4, axis=1)
         write_code_shard(tmp_path, number, codes, np.arange(first, first + rows) % CLASSES, meta)
     write_codes_meta(tmp_path, meta)
     dataset = CodeDataset(tmp_path)
-    stream = CodeStream(dataset, dataset.order(seed=1, streams=8))
+    stream = CodeStream([dataset], dataset.order(seed=1, streams=8))
     expected = batches(stream, 0, 10)
     assert_same_batches(of_ranks(stream, 0, 10, world_size, workers), expected)
     assert_same_batches(of_ranks(stream, 32, 6, world_size, workers), expected[4:])
-    first_epoch = torch.cat([codes for codes, _ in expected[:5]])
+    first_epoch = torch.cat([codes.flatten(1) for codes, _ in expected[:5]])
     assert sorted(first_epoch[:, 0].tolist()) == list(range(40)), "across the borders of the files"
     assert (first_epoch == first_epoch[:, :1]).all()
     assert torch.equal(torch.cat([labels for _, labels in expected[:5]]), first_epoch[:, 0] % CLASSES)

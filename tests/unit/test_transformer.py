@@ -283,9 +283,9 @@ def test_default_sizes_follow_from_the_depth():
 BAD_INPUTS = [
     (
         lambda codes, classes: (codes[:, :-1], classes),
-        r"codes: shape \(3, 15\), expected \[B, 16\].*tokens_per_side",
+        r"codes: shape \(3, 15\), expected \[B, h, w\], or \[B, 16\] \(4 x 4.*tokens_per_side",
     ),
-    (lambda codes, classes: (codes.view(3, 4, 4), classes), r"codes: shape .*flatten the code grid"),
+    (lambda codes, classes: (codes.view(3, 1, 4, 4), classes), r"codes: shape .*give the code grid"),
     (lambda codes, classes: (codes.float(), classes), r"codes: dtype torch.float32; convert"),
     (lambda codes, classes: (codes + 50, classes), r"codes: values .*vocab_size"),
     (lambda codes, classes: (codes - 50, classes), r"codes: values .*vocab_size"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ibq.data.counts import BadSample
     from ibq.data.index import ImageIndex
     from ibq.data.shards import ImageDataConfig
+    from ibq.models.tokenizer_config import TokenizerConfig
 
 # PyTorch is imported where it is needed: --help and mistakes in the options should not wait for it.
 Settings = TypeVar("Settings")
@@ -104,6 +105,22 @@ def add_image_options(parser: argparse.ArgumentParser, *, required: bool = True)
     add("--validation-every", type=int, default=10, help="--split: every so many-th image is held out")
     add("--batch-size", type=int, default=32)
     add("--workers", type=int, default=2, help="processes that decode images; 0 decodes in this one")
+
+
+def add_size_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """The size of images."""
+    what = f"height and width of the images in pixels; one number: a square (default: {default})"
+    parser.add_argument("--size", type=int, nargs="+", metavar=("H", "W"), help=what)
+
+
+def grid_of_size(size: Sequence[int], tokenizer: "TokenizerConfig") -> tuple[int, int]:
+    """Rows and columns of codes of images of --size; UserError where it is none."""
+    if len(size) > 2:
+        raise UserError(f"--size: expected height and width, or one number, got {len(size)}")
+    try:
+        return tokenizer.grid_of(size[0], size[-1])
+    except ValueError as error:
+        raise UserError(f"--size: {error}") from error
 
 
 def open_images_of(arguments: argparse.Namespace, config: "ImageDataConfig | None" = None) -> "ImageIndex":

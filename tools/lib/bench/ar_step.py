@@ -124,7 +124,7 @@ class PlainStep:
         embedding = model.class_emb(torch.where(dropped, model.null_class, classes))
         x = torch.cat([embedding[:, None], model.tok_emb(codes[:, :-1])], dim=1)
         x = F.dropout(x, config.token_dropout)
-        rope = torch.view_as_real(model._rope(x)[: config.num_tokens])
+        rope = torch.view_as_real(model._rope(x, config.code_grids[0])[: config.num_tokens])
         for block in model.blocks:
             x = self._block(block, x, embedding, rope)
         scale, shift = model.head_nm.ada_lin(embedding).unflatten(-1, (2, -1))[:, :, None].unbind(1)

@@ -124,7 +124,7 @@ def make_shards(folder: Path, count: int) -> None:
 def make_codes(folder: Path) -> None:
     """Codes of as many tokens as an image of 256 pixels has."""
     rng = np.random.default_rng(0)
-    meta = CodesMeta(num_codes=CODES, tokens_per_side=16, classes=list(map(str, range(CLASSES))), tokenizer="none")
+    meta = CodesMeta(num_codes=CODES, grid=(16, 16), classes=list(map(str, range(CLASSES))), tokenizer="none")
     write_codes(folder, rng.integers(0, CODES, (CODE_ROWS, TOKENS)), rng.integers(0, CLASSES, CODE_ROWS), meta)
 
 
@@ -218,7 +218,7 @@ def our_codes(folder: Path) -> Iterator[int]:
     batching = Batching(batch_size=CODE_BATCH, micro_batch=CODE_BATCH, streams=192)
     steps = len(dataset) // CODE_BATCH
     device = torch.device("cpu")
-    for micro_batches in training_batches(CodeStream(dataset, order), batching, 0, steps, workers=0, device=device):
+    for micro_batches in training_batches(CodeStream([dataset], order), batching, 0, steps, workers=0, device=device):
         yield sum(len(codes) for codes, _ in micro_batches)
 
 

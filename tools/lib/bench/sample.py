@@ -96,7 +96,7 @@ class TextbookSampler:
         return codes
 
     def _step(self, x: Tensor, embedding: Tensor, keys: Tensor, values: Tensor, mask: Tensor, position: int) -> Tensor:
-        rope = self.model._rope(x)[position : position + 1]
+        rope = self.model._rope(x, self.model.config.code_grids[0])[position : position + 1]
         for number, block in enumerate(self.model.blocks):
             parts = block.modulation(self.model._block_condition(embedding))[:, :, None].unbind(1)
             gamma1, gamma2, scale1, scale2, shift1, shift2 = parts

@@ -157,11 +157,9 @@ def _write_codes(folder: Path, config: str, sizes: Sequence[str]) -> None:
 
     model = load_section(TransformerConfig, config, "model", [size.removeprefix("model.") for size in sizes])
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, model.vocab_size, (ROWS, model.tokens_per_side**2))
+    codes = rng.integers(0, model.vocab_size, (ROWS, model.num_tokens))
     names = [str(number) for number in range(model.num_classes)]
-    meta = CodesMeta(
-        num_codes=model.vocab_size, tokens_per_side=model.tokens_per_side, classes=names, tokenizer="random"
-    )
+    meta = CodesMeta(num_codes=model.vocab_size, grid=model.code_grids[0], classes=names, tokenizer="random")
     write_codes(folder, codes, rng.integers(0, model.num_classes, ROWS), meta)
 
 

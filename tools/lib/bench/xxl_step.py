@@ -14,13 +14,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ibq.config import UserError, load_section
-from ibq.data.codes import META_FILE, CodesMeta, code_files, write_codes
+from ibq.data.codes import code_files, read_codes_meta, write_codes
 from ibq.models.transformer import TransformerConfig
 from ibq.progress import progress_bar, say
 from ibq.scaling.transformer import transformer_parameters
@@ -114,12 +115,12 @@ def _make_codes(folder: Path, model: TransformerConfig, images: int) -> None:
         "--images", str(IMAGES / "val-*.tar"), "--output", str(folder / "encoded"),
     )  # fmt: skip
     encoded = folder / "encoded"
-    meta = json.loads((encoded / META_FILE).read_text())
-    meta["classes"] += [f"unused {number}" for number in range(model.num_classes - len(meta["classes"]))]
+    meta = read_codes_meta(encoded)
+    unused = [f"unused {number}" for number in range(model.num_classes - len(meta.classes))]
     codes, labels = (np.load(file) for file in code_files(encoded, 0))
     # The same images at every step: so few steps show a falling loss only on what they have seen.
     chosen = np.linspace(0, len(codes) - 1, images).astype(int)
-    write_codes(folder / "codes", codes[chosen], labels[chosen], CodesMeta(**meta))
+    write_codes(folder / "codes", codes[chosen], labels[chosen], replace(meta, classes=meta.classes + unused))
 
 
 def _train(arguments: argparse.Namespace, last: int, after: int = 0) -> list[dict]:

@@ -133,7 +133,7 @@ def _found_names(transformer: Path) -> Iterator[list[str]]:
 def _names_of_data(config: Path) -> list[str]:
     """Names that the training data of a run have; nothing is fetched for them."""
     data = unwrap(parse_yaml(config.read_text(), lambda line: str(config)))["data"]
-    place = data["train"]
+    place = data["train"] or data["sources"][0]["train"]
     if is_url(place):
         return []
     place = place if Path(place).parent.exists() else str(ROOT / place)

@@ -9,6 +9,7 @@ from pathlib import Path
 import gradio as gr
 
 from ibq.config import UserError
+from ibq.models.transformer import Grid
 from ibq.pixels import decode_in_blocks
 from ibq.sampler import SamplerConfig
 from ibq.sampling import sample_rows
@@ -60,8 +61,13 @@ def _headline(models: Models) -> str:
     text = f"### ibq · {quantizer.num_codes:,} codes of {quantizer.dim} dimensions"
     if models.transformer is None:
         return f"{text}\nNo transformer: to generate images, start the page with `--transformer` as well."
-    side = models.transformer.config.tokens_per_side
-    return f"{text} · transformer of {side} x {side} tokens"
+    return f"{text} · transformer of {' or '.join(grids_of(models))} tokens"
+
+
+def grids_of(models: Models) -> dict[str, Grid | None]:
+    """What is shown -> the grid of codes that the transformer knows; the first, which is drawn anyway, is None."""
+    grids = models.transformer.config.code_grids
+    return {f"{height} x {width}": (height, width) if number else None for number, (height, width) in enumerate(grids)}
 
 
 # --- Reconstruction ---
@@ -154,10 +160,12 @@ def reconstructor(models: Models) -> Callable:
 def generation_tab(models: Models) -> None:
     """Settings, and images that appear row by row."""
     config, most = models.transformer.config, models.defaults.rows_per_block
-    choices = views.class_choices(models.names, config.num_classes)
+    choices, grids = views.class_choices(models.names, config.num_classes), [*grids_of(models)]
     with gr.Row():
         with gr.Column(scale=1):
             label = gr.Dropdown(choices, value=0, label="Class", elem_id="class")
+            shown = len(grids) > 1
+            grid = gr.Dropdown(grids, value=grids[0], label="Rows x columns of codes", elem_id="grid", visible=shown)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             count = gr.Slider(1, most, value=min(IMAGES, most), step=1, label="Images", elem_id="count")
             guidance = gr.Slider(1, 10, value=GUIDANCE, step=0.1, label="Guidance (1: off)", elem_id="guidance")
@@ -174,7 +182,7 @@ def generation_tab(models: Models) -> None:
             message = gr.Markdown(elem_id="generate-message")
     event = start.click(
         generator(models),
-        [label, count, seed, guidance, temperature, top_k, top_p],
+        [label, count, seed, guidance, temperature, top_k, top_p, grid],
         [picture, message],
         show_progress="minimal",
         show_progress_on=message,  # the picture should stay in sight
@@ -185,7 +193,7 @@ def generation_tab(models: Models) -> None:
 
 
 def generator(models: Models) -> Callable:
-    """(class, images, seed, guidance, temperature, top-k, top-p) -> (picture, message) after every row of codes."""
+    """(class, images, seed, guidance, temperature, top-k, top-p, grid) -> (picture, message) after every row."""
 
     def show(*values):
         if None in values:
@@ -202,11 +210,12 @@ def generator(models: Models) -> Callable:
     return show
 
 
-def _grow(models: Models, label, count, seed, guidance, temperature, top_k, top_p) -> Iterator[tuple]:
+def _grow(models: Models, label, count, seed, guidance, temperature, top_k, top_p, grid="") -> Iterator[tuple]:
     settings = {"guidance_scale": float(guidance), "temperature": float(temperature)}
-    sampler = replace(models.defaults, **settings, top_k=int(top_k), top_p=float(top_p))
+    settings |= {"top_k": int(top_k), "top_p": float(top_p), "grid": grids_of(models).get(grid)}
+    sampler = replace(models.defaults, **settings)
     decoder = models.decoder(sampler)
-    count, seed, side = int(count), int(seed), decoder.config.tokens_per_side
+    count, seed, side = int(count), int(seed), (sampler.grid or decoder.config.code_grids[0])[0]
     started, decoding = time.monotonic(), 0.0
     for codes in sample_rows(decoder, [int(label)] * count, range(seed, seed + count), sampler):
         drawing, rows = time.monotonic() - started - decoding, codes.shape[1]

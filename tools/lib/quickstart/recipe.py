@@ -305,7 +305,7 @@ def train_transformer(quickstart: Quickstart) -> None:
         f"data.train={codes / 'train'}",
         f"data.validation={codes / 'validation'}",
         f"model.vocab_size={meta.num_codes}",
-        f"model.tokens_per_side={meta.tokens_per_side}",
+        f"model.tokens_per_side={meta.grid[0]}",
         f"model.num_classes={len(meta.classes)}",
         f"output={quickstart.output / 'transformer'}",
     ]

@@ -76,7 +76,7 @@ def code_nlls(output: Path) -> dict[str, float]:
     return {
         "val_nll": best["metrics"]["nll"],
         "unigram_nll": unigram_nll(plain_codes(output), meta.num_codes),
-        "bigram_nll": bigram_nll(train.codes(), validation.codes(), meta.num_codes, meta.tokens_per_side),
+        "bigram_nll": bigram_nll(train.codes(), validation.codes(), meta.num_codes, meta.grid[1]),
     }
 
 
@@ -94,7 +94,7 @@ def write_page(output: Path, metrics: dict, training: ImageIndex) -> None:
         metrics=metrics,
         originals=originals,
         reconstructions=torch.from_numpy(pictures["reconstructions"]),
-        thumbnails=thumbnail(originals, CodeDataset(output / "codes" / "train").meta.tokens_per_side),
+        thumbnails=thumbnail(originals, CodeDataset(output / "codes" / "train").meta.grid[0]),
         classes=training.classes,
         samples={label: images[numbers] for label, numbers in per_class.items()},
         nearest={label: neighbours[numbers] for label, numbers in per_class.items()},
