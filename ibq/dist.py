@@ -1,7 +1,7 @@
 """Rank, world size and the few collectives the project needs; everything works without a launcher."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -179,6 +179,16 @@ def largest(value: int) -> int:
     tensor = torch.tensor(value, dtype=torch.int64)
     torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
     return int(tensor)
+
+
+def with_all_ranks(items: Iterable[T]) -> Iterator[T | None]:
+    """This rank's items, then None until every rank is through with its own.
+
+    A network whose weights the ranks share is called by all of them, or they wait for ever.
+    """
+    iterator = iter(items)
+    while largest(int((item := next(iterator, None)) is not None)):
+        yield item
 
 
 def gather_texts(text: str) -> list[str]:

@@ -177,7 +177,8 @@ def evaluate_reconstruction(
     moments = (Moments(POOL_DIM), Moments(POOL_DIM)) if inception is not None else ()
     kept = KeptImages(keep)
     spare = torch.zeros(1, 3, *[2 * tokenizer.downsampling] * 2, dtype=torch.uint8, device=device)
-    for images, count in on_all_ranks(in_blocks(batches, block), spare):
+    for own in dist.with_all_ranks(in_blocks(batches, block)):
+        images, count = own or (spare, 0)
         codes = tokenizer.encode(to_unit_range(images))
         decoded = tokenizer.decode(codes)
         if not count:
@@ -251,15 +252,6 @@ def in_blocks(batches: Iterable[tuple[Tensor, Tensor]], block: int | None) -> It
     for waiting in rest.values():
         if len(waiting):
             yield torch.cat([waiting, waiting[:1].expand(block - len(waiting), -1, -1, -1)]).contiguous(), len(waiting)
-
-
-def on_all_ranks(blocks: Iterator[tuple[Tensor, int]], spare: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """The blocks, and for a rank that has no more `spare` images, of which 0 count, until every rank is through.
-
-    A network whose weights the ranks share is called by all of them or waits for ever.
-    """
-    while dist.largest((block := next(blocks, (spare, 0)))[1]):
-        yield block
 
 
 def _figures(

@@ -1,6 +1,6 @@
 """Stage 2: one step of the class-conditional autoregressive transformer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ class ARTask:
         sums = torch.zeros(len(grids), 2, dtype=torch.float64, device=device)
         idle = torch.zeros(1, *grids[0], dtype=torch.int64, device=device)
         with self.engine.averaged():
-            for batch in _with_all_ranks(batches):
+            for batch in dist.with_all_ranks(batches):
                 if batch is None:
                     self.engine(idle, idle[:, 0, 0])
                     continue
@@ -103,12 +103,3 @@ class ARTask:
     def save_pretrained(self, folder: Path, info: Mapping) -> None:
         """Write the averaged weights for `ibq.load_transformer`."""
         save_pretrained(folder, self.engine, info)
-
-
-def _with_all_ranks(batches: Iterable[Batch]) -> Iterator[Batch | None]:
-    """The batches, then None while other ranks still have some: a forward pass may gather weights from all of them."""
-    iterator = iter(batches)
-    batch = next(iterator, None)
-    while dist.largest(int(batch is not None)):
-        yield batch
-        batch = next(iterator, None)

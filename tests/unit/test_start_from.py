@@ -228,6 +228,11 @@ def test_rotary_tables_follow_the_resolution(places):
     module, _ = started(found, run)
     assert module(torch.zeros(1, 36, dtype=torch.long), torch.tensor([0])).shape == (1, 36)
     assert "4 x 4 tokens become 6 x 6" in table(found.rows)
+    run = transformer_run(grids=[[4, 4], [2, 6]])
+    found = fit(places / "transformer", run, resolution="other")
+    module, _ = started(found, run)
+    assert module(torch.zeros(1, 2, 6, dtype=torch.long), torch.tensor([0])).shape == (1, 12)
+    assert "4 x 4 tokens become 4 x 4 and 2 x 6" in table(found.rows)
 
 
 # --- What is refused ---
@@ -264,6 +269,11 @@ TRANSFORMERS = {
     "classes": ({"num_classes": 9}, {}, r"class_emb.weight is \[4, 32\] instead of \[10, 32\].*start_from.classes=new"),
     "codes": ({"vocab_size": 64}, {"classes": "new"}, r"tok_emb.weight is \[32, 32\] .*of another tokenizer"),
     "tokens": ({"tokens_per_side": 8}, {}, "start_from.resolution=other"),
+    "grids": (
+        {"grids": [[4, 8]]},
+        {},
+        r"grids is unset there and \[\[4,8\]\] here; set model.grids=null, or start_from",
+    ),
     "depth": ({"depth": 3}, {}, "blocks.2.* is not there .*set model.depth=2"),
     "width": ({"width": 64}, {}, r"tok_emb.weight is \[32, 32\] instead of \[32, 64\]"),
     "heads": ({"heads": 4}, {}, "model.heads is 2 there and 4 here; set model.heads=2"),

@@ -15,7 +15,7 @@ from ibq.training.start_from.places import Source
 TRAINING_ONLY = {"beta", "beta_weighs", "entropy_temperature", "entropy_group", "selection_temperature", "logits"}
 TRAINING_ONLY |= {"sample_entropy_weight", "batch_entropy_weight", "init", "init_scale"}
 SIZES = ("model.quantizer.num_codes", "model.quantizer.dim")
-RESOLUTIONS = ("model.resolution", "model.tokens_per_side")
+RESOLUTIONS = ("model.resolution", "model.grids", "model.tokens_per_side")
 Settings = dict[str, Any]  # key in a run's config -> value
 
 
@@ -23,9 +23,10 @@ def settings_of(config: TokenizerConfig | TransformerConfig) -> Settings:
     """Every setting on which a model's tensors, or what they mean, depend."""
     if isinstance(config, TransformerConfig):
         names = {"width": "model_width", "heads": "num_heads", "kv_heads": "num_kv_heads"}
-        same = ("vocab_size", "num_classes", "tokens_per_side", "depth", "shared_adaln", "rope_base")
+        same = ("vocab_size", "num_classes", "depth", "shared_adaln", "rope_base", "grids")
         names |= dict(zip(same, same, strict=True))
-        return {f"model.{name}": getattr(config, attribute) for name, attribute in names.items()}
+        found = {f"model.{name}": getattr(config, attribute) for name, attribute in names.items()}
+        return found | {"model.tokens_per_side": None if config.grids else config.tokens_per_side}
     same = ("network", "in_channels", "channels", "channel_multipliers", "res_blocks", "latent_channels", "norm_groups")
     found = {f"model.{name}": getattr(config, name) for name in (*same, "resolution")}
     levels = range(len(config.channel_multipliers))
@@ -97,11 +98,13 @@ def _refusal(source: Source, module: nn.Module, key: str, values: tuple[Any, Any
 
 
 def _written(value: Any) -> str:
-    return str([*value]).replace(" ", "") if isinstance(value, tuple) else "unset" if value is None else str(value)
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_written, value))}]"
+    return "unset" if value is None else str(value)
 
 
 def _remedy(key: str, there: str) -> str:
-    as_there = f"set {key}={there}"
+    as_there = f"set {key}={'null' if there == 'unset' else there}"
     if key in SIZES:
         return f"{as_there}, or start_from.codebook=rows, kmeans or new"
     if key.startswith("model.quantizer."):

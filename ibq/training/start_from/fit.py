@@ -15,7 +15,7 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.ops.codebook import directions, resized_codebook
 from ibq.training.start_from.config import TokenizerStartConfig, TransformerStartConfig
-from ibq.training.start_from.differences import SIZES, require_allowed
+from ibq.training.start_from.differences import RESOLUTIONS, SIZES, require_allowed
 from ibq.training.start_from.places import Moments, Source
 
 Became = Literal["taken", "made", "new", "left"]
@@ -99,9 +99,12 @@ def fit_transformer(source: Source, config: Any, start: TransformerStartConfig, 
     if start.classes == "new":
         made = {CLASSES: f"{config.model.num_classes} new classes; that of no class is kept"}
     rows = _rows_of(module, source, made, {})
-    if "model.tokens_per_side" in differ:
-        there, here = differ["model.tokens_per_side"]
-        rows.append(Row(part="rotary tables", became="new", note=f"{there} x {there} tokens become {here} x {here}"))
+    if differ.keys() & {*RESOLUTIONS}:
+        there, here = (
+            " and ".join(f"{rows} x {columns}" for rows, columns in model.code_grids)
+            for model in (source.config, config.model)
+        )
+        rows.append(Row(part="rotary tables", became="new", note=f"{there} tokens become {here}"))
 
     def make(_device: torch.device) -> dict[str, Value]:
         if not made:
