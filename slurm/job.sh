@@ -22,7 +22,8 @@ ibq_run() {
     exec python launchers/lib/submit.py "$0" "${ibq_arguments[@]}" -- "$@"
   fi
   # A save that takes longer than the lead of Slurm's warning is said in the log.
-  ibq_lead="$(sed -n 's/^#SBATCH --signal=[^@]*@\([0-9][0-9]*\).*/\1/p' "$0")"
-  [ -z "$ibq_lead" ] || export IBQ_WARNING_S="$ibq_lead"
+  while read -r ibq_line; do
+    [[ "$ibq_line" =~ ^#SBATCH\ --signal=[^@]*@([0-9]+) ]] && export IBQ_WARNING_S="${BASH_REMATCH[1]}"
+  done <"$0"
   exec python -u "$IBQ_CODE/launchers/job.py" -- "$@"
 }

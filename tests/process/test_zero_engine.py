@@ -247,7 +247,7 @@ def outcome(runs: Path, name: str) -> dict:
 def deviations(runs: Path, name: str, world: int = 2) -> dict[str, float]:
     """Largest relative differences from the reference; a skipped step has no norm."""
     found, expected = outcome(runs, name), reference(name)
-    rows = expected["rows"][-len(found["rows"]) :]
+    rows = expected["rows"][len(expected["rows"]) - len(found["rows"]) :]
     pairs = list(zip(found["rows"], rows, strict=True))
     state = worker.assemble(runs, name, world)
     return {

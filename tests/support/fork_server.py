@@ -131,7 +131,8 @@ if __name__ == "__main__":
     control.send(b"ready")
     request = serve(control)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has the tests ignore
+    for number in (signal.SIGQUIT, signal.SIGHUP):  # which the background and nohup have the tests ignore
+        signal.signal(number, signal.SIG_DFL)
     source, name = become(request, path)
     main = types.ModuleType("__main__")
     if name != "<string>":

@@ -173,7 +173,7 @@ def start_script(
 
 def hear_signals() -> None:
     """In a new process: of a terminal, what `nohup` and shells in the background have the tests ignore."""
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
