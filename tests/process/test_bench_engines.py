@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 # Large enough that what an engine holds of the model is more than what a process varies by.
 MODEL = """
 data: {train: x, validation: x}
-model: {vocab_size: 1024, num_classes: 10, tokens_per_side: 4, depth: 4, width: 512, heads: 8}
+model: {vocab_size: 1024, num_classes: 10, tokens_per_side: 4, depth: 4, width: 768, heads: 12}
 """
 STEPS = 2  # timed ones; three come before
 

@@ -251,8 +251,8 @@ def deviations(runs: Path, name: str, world: int = 2) -> dict[str, float]:
     pairs = list(zip(found["rows"], rows, strict=True))
     state = worker.assemble(runs, name, world)
     return {
-        "loss": max(relative(ours[0], theirs[0]) for ours, theirs in pairs),
-        "norm": max(relative(ours[1], theirs[1]) for ours, theirs in pairs if not ours[2]),
+        "loss": max((relative(ours[0], theirs[0]) for ours, theirs in pairs), default=0.0),
+        "norm": max((relative(ours[1], theirs[1]) for ours, theirs in pairs if not ours[2]), default=0.0),
         "validation": max(relative(found[part], expected[part]) for part in ("raw", "averaged")),
         **{part: largest_difference(state[part], expected["state"][part], floor=1e-2) for part in ("weight", "ema")},
     }
