@@ -146,6 +146,8 @@ def _override_layer(overrides: Sequence[str]) -> Node:
         if not equals or not all(names):
             problem = "a part of the key is empty" if equals else "there is no '='"
             raise config_error(COMMAND_LINE, text, f"{problem}; write key.path=value")
+        if not value.strip():  # a variable of the shell, perhaps, that is not set: no wish for YAML's null
+            raise config_error(COMMAND_LINE, key.strip(), "there is no value; write null for none")
         node = parse_yaml(value, lambda line: COMMAND_LINE, key.strip())
         for name in reversed(names):
             node = Node({name: node}, COMMAND_LINE)

@@ -53,6 +53,17 @@ def stage_of(config: Any, tokenizer: TokenizerConfig | None = None) -> Stage:
             return TokenizerStage(config.model, losses)
 
 
+def at_largest_bucket(stage: Stage, config: Any) -> Stage:
+    """A tokenizer's stage at a square of as many pixels as its largest bucket has, attention at the same levels."""
+    if not isinstance(stage, TokenizerStage) or not config.data.buckets:
+        return stage
+    model, pixels = stage.config, max(height * width for height, width in config.data.buckets)
+    side = math.ceil(math.sqrt(pixels) / model.downsampling) * model.downsampling
+    levels = [level for level in range(len(model.channel_multipliers)) if model.has_attention(level)]
+    attention = tuple(side // 2**level for level in levels)
+    return replace(stage, config=replace(model, resolution=side, attention_resolutions=attention))
+
+
 def training_of(config: Any, micro_batch: int, device: Device = "cuda") -> Training:
     """What of a run's settings matters for its size."""
     return Training(
@@ -97,7 +108,7 @@ def resolve_micro_batch(config: Any, device: torch.device, *, fresh: bool, token
     share = share_of_rank(config.training.batch_size, dist.data_world_size())
     room = Room.of(device, dist.local_world_size())
     with _named():
-        stage = stage_of(config, tokenizer)
+        stage = at_largest_bucket(stage_of(config, tokenizer), config)
         layout = _layout(config, stage, device)
         training = training_of(config, 1, device.type)
         fits = micro_batch_within(stage, layout, training, room.used)

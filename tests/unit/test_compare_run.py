@@ -115,6 +115,20 @@ def test_a_run_becomes_a_reference(run, tmp_path, capsys):
     assert [path.name for path in own.iterdir()] == ["mine.seed-1.json"]
 
 
+def test_a_run_from_weights_with_frozen_parts_becomes_a_reference(run, tmp_path, capsys):
+    settings = {"optimizer__groups": {"encoder.*": "frozen", "quant*": 0.5}, "start_from": "my/weights"}
+    settings |= {"codebook_start__kmeans": False, "codebook_start__warmup_steps": 0}
+    folder, to = run(**settings), ["--references", str(tmp_path / "mine")]
+    compare_run.main([str(folder), "--add", "tuned", *to])
+    assert "my/weights" not in (tmp_path / "mine" / "tuned.seed-1.json").read_text()
+    compare_run.main([str(folder), *to])
+    assert "tuned" in capsys.readouterr().out
+    for other in ({"optimizer__groups": {"encoder.*": "frozen"}}, {"start_from": None}):
+        folder = run(**settings | other)
+        with pytest.raises(UserError, match=next(iter(other)).replace("__", "[.]")):
+            compare_run.main([str(folder), *to])
+
+
 def test_a_reference_is_thin():
     rows = [{"step": step, "loss/total": 1 / step, "seconds/step": 2.0} for step in range(1, 1001)]
     rows += [{"step": 1000, "validation/psnr": 20.123456789}]

@@ -217,7 +217,7 @@ def test_values_are_converted_by_declared_type(tmp_path, override, name, expecte
         ("steps=true", "steps: expected int, got true; write a whole number"),
         ("steps=3.5", "steps: expected int, got float 3.5"),
         ("steps='16'", "steps: expected int, got str '16'"),
-        ("steps=", "steps: expected int, got null"),
+        ("steps=", "steps: there is no value"),
         ("steps=1.5e0", "steps: expected int"),
         ("steps=.inf", "steps: expected int"),
         ("learning_rate=true", "learning_rate: expected float, got true; write a number"),
@@ -352,6 +352,7 @@ def test_files_that_inherit_each_other(tmp_path, chain):
     [
         ("steps", "command line: steps: there is no '='; write key.path=value"),
         ("=3", "command line: =3: a part of the key is empty; write key.path=value"),
+        ("extra=", "command line: extra: there is no value; write null for none"),
         ("model..width=3", "command line: model..width=3: a part of the key is empty"),
         ("tags=[a", "command line: tags: not valid YAML: while parsing a flow sequence"),
         ("model={width: 1, width: 2}", "command line: model.width: duplicate key, first given"),

@@ -1,6 +1,7 @@
 """The choice of `training.micro_batch: auto`, and how it is refused."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,18 @@ def test_the_choice_divides_fits_and_grows_with_memory(file, engine):
         assert all(bytes_needed(stage, layout, training, size) > gib * GIB for size in larger)
     assert all(small <= large for small, large in itertools.pairwise(chosen))
     assert chosen[0] == 0 and len(set(chosen)) >= 4, "memories were tried between which the choice changes"
+
+
+def test_the_largest_bucket_counts(place, monkeypatch):
+    size = ("model.resolution=16", "model.attention_resolutions=[8]")
+    square = config_of(place, "tokenizer", *size)
+    wide = config_of(place, "tokenizer", *size, "data.buckets=[[16,16],[32,128]]")
+    same = stage_of(config_of(place, "tokenizer", "model.resolution=64", "model.attention_resolutions=[32]"))
+    assert micro_batch.at_largest_bucket(stage_of(wide), wide) == same
+    layout, training = layout_of(wide.engine, same, Machine(gpu=GPUS["h100"], gpus=1)), training_of(wide, 1, "cpu")
+    room = Room(held=math.inf, used=bytes_needed(same, layout, training, 2), on="")
+    monkeypatch.setattr(Room, "of", lambda *_: room)
+    assert (resolved(square), resolved(wide)) == (8, 2)
 
 
 def test_a_frozen_tokenizer_takes_memory_too():

@@ -27,7 +27,9 @@ SAID = ("precision", "statistics", "training.max_steps", "training.epochs", "tra
         "training.validation_images", "schedule.warmup_steps", "codebook_start.warmup_steps",
         "loss.gan.start_step")  # fmt: skip
 # Places on the machine of a run: a reference only says that there is one.
-PLACES = ("output", "data.train", "data.validation", "data.tokenizer", "data.cache_folder", "loss.perceptual.weights")
+PLACES = ("output", "data.train", "data.validation", "data.tokenizer", "data.cache_folder", "loss.perceptual.weights",
+          "start_from", "start_from.place")  # fmt: skip
+GROUPS = "optimizer.groups"  # one setting: its keys are patterns, which have dots of their own
 SAMPLES = "samples an epoch"  # stands for the data, whose name says little
 ABSENT = "-"
 LEFT_OUT = re.compile(r"seconds/|images_per_second|tokens_per_second|peak_memory_gib|data/bad_samples|bad_steps")
@@ -164,7 +166,7 @@ def _flat_config(mapping: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and above + key != GROUPS:
             yield from _leaves(value, f"{above}{key}.")
         else:
             yield above + key, value
@@ -203,7 +205,11 @@ def _below(key: str, keys: Sequence[str]) -> bool:
 
 
 def _equal(key: str, one: Any, other: Any) -> bool:
-    """Of a count of samples, 0.1% may be the rounding of a reference."""
+    """Of a count of samples, 0.1% may be the rounding of a reference; of a place, a reference says only that it is."""
+    if key in PLACES and ABSENT in (one, other):
+        return bool(one) == bool(other)
+    if key == GROUPS and one and other:
+        return [*one.items()] == [*other.items()]  # the first pattern that matches counts
     if key == SAMPLES and one and other:
         return math.isclose(one, other, rel_tol=1e-3)
     return one == other
