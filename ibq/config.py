@@ -5,6 +5,7 @@ the trees are laid over each other, and the result is converted by the declared 
 is one line that names the file (with its line) or the command line, the key, and what to do about it.
 """
 
+import builtins
 import dataclasses
 import difflib
 import math
@@ -410,4 +411,14 @@ def _described(declared: Any) -> str:
         return " or ".join(str(choice) for choice in typing.get_args(declared))
     if len(_options(declared)) > 1:
         return " or ".join(_described(option) for option in _options(declared))
-    return declared.__name__ if dataclasses.is_dataclass(declared) else str(declared)
+    if dataclasses.is_dataclass(declared):
+        return declared.__name__
+    elements = [_described(inner) for inner in typing.get_args(declared) if inner is not Ellipsis]
+    match typing.get_origin(declared):
+        case builtins.dict:
+            return "a mapping"
+        case builtins.tuple if Ellipsis not in typing.get_args(declared):
+            return f"[{', '.join(elements)}]"
+        case builtins.tuple | builtins.list:
+            return f"a list of {elements[0]}"
+    return str(declared)
