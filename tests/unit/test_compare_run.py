@@ -129,6 +129,15 @@ def test_a_run_from_weights_with_frozen_parts_becomes_a_reference(run, tmp_path,
             compare_run.main([str(folder), *to])
 
 
+def test_sources_are_compared_but_for_their_places():
+    here, there = ([{"train": f"{place}/t", "validation": f"{place}/v", "weight": 2.0}] for place in ("/a", "/b"))
+    kept = references._without_places("data.sources", here)
+    assert kept == [{"train": "-", "validation": "-", "weight": 2.0}]
+    assert references._equal("data.sources", here, there) and references._equal("data.sources", kept, there)
+    assert not references._equal("data.sources", kept, [there[0] | {"weight": 1.0}])
+    assert not references._equal("data.sources", kept, None)
+
+
 def test_a_reference_is_thin():
     rows = [{"step": step, "loss/total": 1 / step, "seconds/step": 2.0} for step in range(1, 1001)]
     rows += [{"step": 1000, "validation/psnr": 20.123456789}]

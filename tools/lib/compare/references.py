@@ -30,6 +30,7 @@ SAID = ("precision", "statistics", "training.max_steps", "training.epochs", "tra
 PLACES = ("output", "data.train", "data.validation", "data.tokenizer", "data.cache_folder", "loss.perceptual.weights",
           "start_from", "start_from.place")  # fmt: skip
 GROUPS = "optimizer.groups"  # one setting: its keys are patterns, which have dots of their own
+SOURCES = "data.sources"  # a list, whose items have places
 SAMPLES = "samples an epoch"  # stands for the data, whose name says little
 ABSENT = "-"
 LEFT_OUT = re.compile(r"seconds/|images_per_second|tokens_per_second|peak_memory_gib|data/bad_samples|bad_steps")
@@ -118,7 +119,7 @@ def add_reference(run: TrainedRun, name: str, folder: Path, others: Sequence[Tra
     for other in others:
         if other.name == name and (differing := differences(run, other)):
             raise UserError(f"--add: the runs of {name} have another config: {shown(differing)}; give another name")
-    config = {key: ABSENT if key in PLACES and value else value for key, value in run.config.items() if key != SAMPLES}
+    config = {key: _without_places(key, value) for key, value in run.config.items() if key != SAMPLES}
     said = {"name": name, "origin": dict(run.origin), "config": _nested(config)}
     lines = ",\n  ".join(json.dumps(row) for row in thinned(run.rows))
     try:
@@ -126,6 +127,13 @@ def add_reference(run: TrainedRun, name: str, folder: Path, others: Sequence[Tra
     except OSError as error:
         raise UserError(f"--references: {folder} cannot be written ({error}); give another folder") from error
     return file
+
+
+def _without_places(key: str, value: Any) -> Any:
+    """A setting as a reference has it."""
+    if key == SOURCES and value:
+        return [source | {name: ABSENT for name in ("train", "validation") if source.get(name)} for source in value]
+    return ABSENT if key in PLACES and value else value
 
 
 def thinned(rows: Rows) -> list[dict[str, float]]:
@@ -208,6 +216,8 @@ def _equal(key: str, one: Any, other: Any) -> bool:
     """Of a count of samples, 0.1% may be the rounding of a reference; of a place, a reference says only that it is."""
     if key in PLACES and ABSENT in (one, other):
         return bool(one) == bool(other)
+    if key == SOURCES:
+        return _without_places(key, one) == _without_places(key, other)
     if key == GROUPS and one and other:
         return [*one.items()] == [*other.items()]  # the first pattern that matches counts
     if key == SAMPLES and one and other:
