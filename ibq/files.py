@@ -55,15 +55,29 @@ def append_line(path: Path, row: Mapping) -> None:
             raise
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a JSONL file, none where there is no file; a damaged line, as a kill leaves it, is left out."""
+    return _rows_of(path.read_text(errors="replace")) if path.is_file() else []
+
+
+def _rows_of(text: str) -> list[dict]:
+    rows = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            if isinstance(row := json.loads(line), dict):
+                rows.append(row)
+    return rows
+
+
 def keep_lines(path: Path, wanted: Callable[[dict], bool]) -> list[dict]:
     """Keep only the wanted rows of a JSONL file, and return them; a damaged line is dropped."""
     if not path.exists():
         return []
     text = path.read_text(errors="replace")
     rows = []
-    for line in text.splitlines():
+    for row in _rows_of(text):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if wanted(row := json.loads(line)):
+            if wanted(row):
                 rows.append(row)
     kept = "".join(json.dumps(row) + "\n" for row in rows)
     if kept != text:

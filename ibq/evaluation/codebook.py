@@ -1,6 +1,5 @@
 """What a codebook looks like beside the latents that look for codes in it: why one collapses, and whether one has."""
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ibq.data.transforms import to_unit_range
 from ibq.evaluation.reconstruction import CodeUsage
+from ibq.files import read_lines
 from ibq.quantizers import IBQConfig, Quantizer
 
 ROWS, COLUMNS = 256, 16_384  # of a tile of the products of codes with codes
@@ -213,13 +213,8 @@ LOGGED = {
 def last_logged(folder: Path) -> dict[str, float]:
     """The last of each of the LOGGED figures in a run's metrics.jsonl, and their `step`; {} without any."""
     found: dict[str, float] = {}
-    path = folder / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-            figures = {name: float(row[name]) for name in LOGGED if name in row}  # what is not finite is a text there
-        except ValueError:  # half-written, as a kill leaves it
-            continue
-        if figures:
+    for row in read_lines(folder / "metrics.jsonl"):
+        # What is not finite is a text there.
+        if figures := {name: float(row[name]) for name in LOGGED if name in row}:
             found |= figures | {"step": row["step"]}
     return found

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import yaml
 from ibq import dist
 from ibq.config import UserError, require_least
 from ibq.data.counts import BadSample
@@ -113,7 +112,7 @@ def train(
                 start.begin(task, folder, device)
             run.origin = start.origin
         with start_up.part("log"):
-            log.open(log_config, yaml.safe_load(config_text))
+            log.open(log_config, config_text)
         if dist.is_main():
             write_text(folder / "config.yaml", config_text)
         if state.step < total_steps or state.validation_pending:

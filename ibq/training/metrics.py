@@ -39,9 +39,9 @@ class RunLog:
         self._summary: dict[str, float] = {}
         self._logger: MetricLogger
 
-    def open(self, config: LogConfig, run_config: Mapping) -> None:
-        """Go on with the log where the checkpoint is; `run_config` is told to writers that show it."""
-        self._logger = MetricLogger(self.folder, open_writers(config, self.folder, self._state.step, run_config))
+    def open(self, config: LogConfig, config_text: str) -> None:
+        """Go on with the log where the checkpoint is; the run's `config_text` is told to writers that show it."""
+        self._logger = MetricLogger(self.folder, open_writers(config, self.folder, self._state.step, config_text))
         self._since, self._started = self._state.step, time.perf_counter()
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ class RunData:
     device: torch.device | None = None
     validation_limit: int | None = None
 
-    def bind(self, batch_size: Size, micro_batch: int, validation_limit: int | None, device: torch.device) -> None:
+    def bind(self, batch_size: int, micro_batch: int, validation_limit: int | None, device: torch.device) -> None:
         """Set how the data is batched. ValueError that begins with the setting if it can't be."""
         size = self.order.size
         if size is not None and size < batch_size:
@@ -337,7 +337,7 @@ def _report(place: str) -> Callable[[int, int], None]:
 # --- Codes ---
 
 
-def code_data(config: CodeDataConfig, seed: int, batch_size: Size) -> RunData:
+def code_data(config: CodeDataConfig, seed: int, batch_size: int) -> RunData:
     """The codes of a config. UserError if they were made with different tokenizers, or validation does not match."""
     train, validation = (_open_codes(config.places(part)) for part in ("train", "validation"))
     first = next(iter(train.values()))

@@ -7,11 +7,11 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+import yaml
 from ibq.files import write_text
 from ibq.progress import say
 from ibq.training.writers import Values, WandbConfig
@@ -53,8 +53,8 @@ class WandbWriter:
     it was told of are left out. Where the server does not answer at the start, it writes into the folder, as offline.
     """
 
-    def __init__(self, folder: Path, config: WandbConfig, run_config: Mapping):
-        self._folder, self._config, self._run_config = folder, config, run_config
+    def __init__(self, folder: Path, config: WandbConfig, config_text: str):
+        self._folder, self._config, self._config_text = folder, config, config_text
         self._notes = folder / FILES[1]
         told = json.loads(self._notes.read_text()) if self._notes.exists() else {}
         self._id, self._told = told.get("id") or uuid.uuid4().hex[:12], told.get("step", -1)
@@ -125,7 +125,7 @@ class WandbWriter:
             dir=str(self._folder),
             resume="allow",
             mode=mode,
-            config=dict(self._run_config),
+            config=yaml.safe_load(self._config_text),
             settings=self._wandb.Settings(
                 silent=True, console="off", disable_code=True, init_timeout=REACH_S, finish_timeout=CLOSE_S / 2
             ),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ibq import dist
 from ibq.config import UserError
-from ibq.extras import need
+from ibq.extras import install, need
 from ibq.files import append_line, keep_lines
 from ibq.meeting import place
 
@@ -54,7 +54,7 @@ class LogConfig:
         if "wandb" not in self.writers:
             return
         if find_spec("wandb") is None:
-            raise UserError("log.writers: wandb is not installed; pip install 'ibq[wandb]', or take it out")
+            raise UserError(f"log.writers: wandb is not installed; {install('wandb')}, or take it out")
         if self.wandb.mode == "online" and ((own := place()) is None or own.rank == 0):
             from ibq.training.wandb_writer import has_key
 
@@ -73,7 +73,7 @@ class Writer(Protocol):
         """Nothing follows; takes a bounded time."""
 
 
-def open_writers(config: LogConfig, folder: Path, start_step: int, run_config: Mapping) -> list[Writer]:
+def open_writers(config: LogConfig, folder: Path, start_step: int, config_text: str) -> list[Writer]:
     """The JSONL file and the config's writers, to go on after `start_step`; none on other ranks than 0.
 
     What an interrupted run wrote after its last checkpoint is about to be written again.
@@ -88,7 +88,7 @@ def open_writers(config: LogConfig, folder: Path, start_step: int, run_config: M
             case "wandb":
                 from ibq.training.wandb_writer import WandbWriter
 
-                writers.append(WandbWriter(folder, config.wandb, run_config))
+                writers.append(WandbWriter(folder, config.wandb, config_text))
     return writers
 
 

@@ -67,7 +67,7 @@ def test_what_is_missing_is_said_before_anything_is_written(tmp_path, monkeypatc
     assert train_here("tokenizer", argv) == 2
     key, package = capsys.readouterr().err.splitlines()
     assert "log.wandb.mode" in key and "wandb login" in key and "offline" in key
-    assert "log.writers" in package and "pip install 'ibq[wandb]'" in package
+    assert "log.writers" in package and "python -m pip install -e '.[wandb]'" in package
     assert not (tmp_path / "run").exists()
 
 
@@ -93,7 +93,7 @@ def test_a_run_is_told_and_goes_on_under_its_id(tmp_path):
 
 def test_steps_that_come_again_are_told_once(tmp_path):
     for told in ([2, 4, 6], [4, 6, 8]):  # killed after step 6, and gone on from the checkpoint of step 2
-        writer = wandb_writer.WandbWriter(tmp_path, OFFLINE, {})
+        writer = wandb_writer.WandbWriter(tmp_path, OFFLINE, "{}")
         for step in told:
             writer.write(step, {"loss/total": float(step)})
         writer.close()
@@ -107,7 +107,7 @@ def test_steps_that_come_again_are_told_once(tmp_path):
 def test_a_server_that_does_not_answer_is_told_of_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wandb_writer, "REACH_S", 1.0)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    writer = wandb_writer.WandbWriter(tmp_path, WandbConfig(), {})
+    writer = wandb_writer.WandbWriter(tmp_path, WandbConfig(), "{}")
     writer.write(1, {"loss/total": 1.0, "pictures": torch.zeros(3, 8, 8, dtype=torch.uint8)})
     writer.close()
     said = capsys.readouterr().err
@@ -118,7 +118,7 @@ def test_a_server_that_does_not_answer_is_told_of_once(tmp_path, monkeypatch, ca
 
 
 def test_it_reports_nothing_to_its_makers(tmp_path):
-    writer = wandb_writer.WandbWriter(tmp_path, OFFLINE, {})
+    writer = wandb_writer.WandbWriter(tmp_path, OFFLINE, "{}")
     writer.close()
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"
 

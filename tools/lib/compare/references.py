@@ -1,6 +1,5 @@
 """Runs and what is kept of them for comparisons: config, curves and where they come from."""
 
-import contextlib
 import json
 import math
 import platform
@@ -12,7 +11,7 @@ from typing import Any
 
 from ibq.config import ConfigError, UserError, config_to_dict, parse_config
 from ibq.config_yaml import read_layers, unwrap
-from ibq.files import write_text
+from ibq.files import read_lines, write_text
 
 # Settings that leave the curves as they are, but for rounding and luck; a key stands for all below it.
 FREE = ("output", "seed", "device", "usage_alarm", "engine", "heartbeat", "checkpoint", "log",
@@ -70,7 +69,7 @@ def read_run(folder: Path) -> TrainedRun:
         raise UserError(f"{folder}: has no config.yaml; give the folder of a run, its `output`")
     (layer,) = read_layers(file)
     config = _flat_config(unwrap(layer), str(file))
-    rows = _rows(folder / "metrics.jsonl")
+    rows = read_lines(folder / "metrics.jsonl")
     if not any("loss/total" in row for row in rows):
         raise UserError(f"{folder / 'metrics.jsonl'}: no loss is logged yet; wait for `training.log_every` steps")
     return TrainedRun(name=folder.name, config=config | _samples(config, rows), rows=rows, origin=_origin(folder))
@@ -80,7 +79,7 @@ def _origin(folder: Path) -> dict[str, Any]:
     """Where a run comes from, as its last start says, and the processor if that was this machine."""
     from ibq.training import provenance
 
-    starts = _rows(folder / provenance.FILE)
+    starts = read_lines(folder / provenance.FILE)
     if not starts:
         return {}
     kept = ("time", "revision", "edited", "torch", "device", "ranks")
@@ -150,14 +149,6 @@ def thinned(rows: Rows) -> list[dict[str, float]]:
 
 def _rounded(value: float | str) -> float | str:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
-
-
-def _rows(file: Path) -> list[dict]:
-    rows = []
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError):  # half a line of a run that goes on
-            rows.append(json.loads(line))
-    return rows
 
 
 # --- Configs ---

@@ -1,7 +1,6 @@
 """How a training of the quickstart keeps to its time: its steps are timed as they come, and their number corrected."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ibq.config import UserError
+from ibq.files import read_lines
 from tools.lib import ROOT
 
 MEASURE_S = 4.0  # seconds of steps that say how many will fit
@@ -149,11 +149,8 @@ def watch(
 
 def last_step(folder: Path) -> int:
     """The last step that a training has told of; 0 where there is none."""
-    path = folder / "metrics.jsonl"
-    for line in reversed(path.read_text().splitlines() if path.exists() else []):
-        with contextlib.suppress(ValueError):  # half a line
-            return json.loads(line)["step"]
-    return 0
+    rows = read_lines(folder / "metrics.jsonl")
+    return rows[-1]["step"] if rows else 0
 
 
 def saved_step(folder: Path) -> int:
