@@ -16,12 +16,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-DotPrecision = Literal["ieee", "tf32x3", "tf32", "bfloat16"]
+# "torch": PyTorch multiplies, in float32, and kernels read its table of products.
+DotPrecision = Literal["ieee", "tf32x3", "tf32", "bfloat16", "torch"]
+
 
 WORKSPACE_BYTES = 64 * 2**20  # one buffer of logit gradients; large enough that launches cost nothing beside the work
 WORKSPACE_ROWS = 4096
 ALIGNMENT = 16  # elements; Triton uses wide loads for strides that are known to be multiples of it
-PROGRAMS_PER_PROCESSOR = 2  # how many programs each streaming multiprocessor should get before work is left unsplit
+# How many programs each streaming multiprocessor should get before work is left unsplit: of those that multiply, and of
+# those that only read, which need more of them to keep the memory busy.
+PROGRAMS_PER_PROCESSOR, READERS_PER_PROCESSOR = 2, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +53,16 @@ class Tile:
 # holds two halves of each operand: short inner steps there. The inner step of a precision is the same for one product
 # and for two, so that logits are added up in the same order everywhere. tests/gpu/test_triton_compile.py holds every
 # entry to the registers and the shared memory of compute capabilities 8.0 and 9.0.
+TABLE_TILE = Tile(rows=32, columns=128, inner=16, warps=8, stages=1)  # a warp has whole rows of it: sums stay within it
 ONE_PRODUCT_TILES: dict[DotPrecision, Tile] = {
+    "torch": TABLE_TILE,
     "ieee": Tile(rows=64, columns=64, inner=16, warps=8, stages=2),
     "tf32x3": Tile(rows=128, columns=64, inner=16, warps=8, stages=3),
     "tf32": Tile(rows=128, columns=64, inner=32, warps=8, stages=4),
     "bfloat16": Tile(rows=128, columns=64, inner=64, warps=8, stages=4),
 }
 TWO_PRODUCT_TILES: dict[DotPrecision, Tile] = {
+    "torch": TABLE_TILE,
     "ieee": Tile(rows=64, columns=32, inner=16, warps=4, stages=2),
     "tf32x3": Tile(rows=64, columns=32, inner=16, warps=4, stages=3),
     "tf32": Tile(rows=64, columns=64, inner=32, warps=8, stages=3),
@@ -160,8 +167,11 @@ def product_kernel(
 
 
 def kernel_precision(dot_precision: DotPrecision) -> str:
-    """`input_precision` of tl.dot, always given: Triton's own default on GPUs is tf32. bfloat16 operands ignore it."""
-    return "ieee" if dot_precision == "bfloat16" else dot_precision
+    """`input_precision` of tl.dot, always given: Triton's own default on GPUs is tf32. bfloat16 operands ignore it.
+
+    Or "table", where there is nothing to multiply.
+    """
+    return {"bfloat16": "ieee", "torch": "table"}.get(dot_precision, dot_precision)
 
 
 def padded(matrix: Tensor) -> Tensor:
@@ -177,13 +187,15 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def split_evenly(length: int, step: int, programs: int, device: torch.device) -> tuple[int, int]:
+def split_evenly(
+    length: int, step: int, programs: int, device: torch.device, per_processor: int = PROGRAMS_PER_PROCESSOR
+) -> tuple[int, int]:
     """(number of splits, length of a split): enough splits of whole steps that `programs` x splits fill the device.
 
     A function of shapes and device alone, so that the order of additions never varies between runs.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, max(programs, 1))
+    wanted = triton.cdiv(per_processor * processors, max(programs, 1))
     steps = triton.cdiv(length, step)
     steps_per_split = triton.cdiv(steps, min(wanted, steps))
     return triton.cdiv(steps, steps_per_split), steps_per_split * step

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibq.ops.triton_common import on_device, split_evenly
+from ibq.ops.triton_common import READERS_PER_PROCESSOR, on_device, split_evenly
 
 TILE_ELEMENTS = 4096  # pixels x channels of a program's tile
 WARPS = 8
@@ -56,8 +56,9 @@ def channel_sums_kernel(
     if OF_GRADIENT:
         scale = tl.load(scale_ptr + image * channels + column, mask=exists, other=0.0)
         shift = tl.load(shift_ptr + image * channels + column, mask=exists, other=0.0)
-    first = tl.zeros([COLUMNS], dtype=tl.float32)
-    second = tl.zeros([COLUMNS], dtype=tl.float32)
+    # Added up place by place: a sum over the rows in each turn would make the warps wait for each other.
+    first = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    second = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(begin, end, ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < end)[:, None] & exists[None, :]
@@ -65,13 +66,13 @@ def channel_sums_kernel(
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         value = x
         if OF_GRADIENT:
-            grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)  # none beyond the end: no share
             value = through_silu(grad, x, scale[None, :], shift[None, :])
-        first += tl.sum(value, axis=0)
-        second += tl.sum(value * x, axis=0)
+        first += value
+        second += value * x
     out = (image * splits + split) * 2 * channels + column
-    tl.store(sums_ptr + out, first, mask=exists)
-    tl.store(sums_ptr + out + channels, second, mask=exists)
+    tl.store(sums_ptr + out, tl.sum(first, axis=0), mask=exists)
+    tl.store(sums_ptr + out + channels, tl.sum(second, axis=0), mask=exists)
 
 
 @triton.jit
@@ -219,7 +220,7 @@ def _channel_sums(x: Tensor, grad: Tensor | None = None, found: Normalization | 
     """[B, splits, 2, C]: see the kernel."""
     batch, channels, height, width = x.shape
     tile, pixels = _tile(channels), height * width
-    splits, length = split_evenly(pixels, tile["ROWS"], batch, x.device)
+    splits, length = split_evenly(pixels, tile["ROWS"], batch, x.device, READERS_PER_PROCESSOR)
     sums = torch.empty(batch, splits, 2, channels, device=x.device)
     scale, shift = (sums, sums) if found is None else (found.scale, found.shift)
     with on_device(x):

@@ -5,14 +5,19 @@ With logits l = tokens . codebook^T, p = softmax(l / selection_temperature) carr
 P = softmax(l / temperature) the entropies.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ibq.ops.float32_product import Float32Product
 from ibq.ops.index_backprop_tiles import ForwardStatistics
 from ibq.ops.triton_common import (
     ONE_PRODUCT_TILES,
+    PROGRAMS_PER_PROCESSOR,
+    READERS_PER_PROCESSOR,
     TWO_PRODUCT_TILES,
     DotPrecision,
     Tile,
@@ -25,6 +30,44 @@ from ibq.ops.triton_common import (
     two_dot_tiles,
     workspace,
 )
+
+TABLE_BYTES = 512 * 2**20  # of one table of tokens x codes
+MIN_TABLE_ROWS = 16
+
+
+@triton.jit
+def logits_tile(
+    a_ptr, b_ptr, first_code, a_rows, b_rows, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile [ROWS, COLUMNS] of a . b^T from `first_code` on, or of a table that holds this product, rows of `width`.
+
+    `a_ptr` is that of the tile's first row, `b_ptr` that of the first code of all.
+    """
+    first = tl.cast(first_code, tl.int64)
+    if PRECISION == "table":
+        row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        exists = (row < a_rows)[:, None] & (column < b_rows)[None, :]
+        place = tl.cast(row, tl.int64)[:, None] * width + first + column[None, :]
+        tile = tl.load(a_ptr + place, mask=exists, other=0.0)
+    else:
+        tile = dot_tile(a_ptr, b_ptr + first * width, a_rows, b_rows, width, ROWS, COLUMNS, INNER, PRECISION)
+    return tile
+
+
+@triton.jit
+def two_logits_tiles(
+    first_ptr, second_ptr, b_ptr, first_code, a_rows, b_rows, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Two of them, for the same codes."""
+    if PRECISION == "table":
+        one = logits_tile(first_ptr, b_ptr, first_code, a_rows, b_rows, width, ROWS, COLUMNS, INNER, PRECISION)
+        other = logits_tile(second_ptr, b_ptr, first_code, a_rows, b_rows, width, ROWS, COLUMNS, INNER, PRECISION)
+    else:
+        b_ptr += tl.cast(first_code, tl.int64) * width
+        one, other = two_dot_tiles(first_ptr, second_ptr, b_ptr, a_rows, b_rows, width, ROWS, COLUMNS, INNER, PRECISION)
+    return one, other
 
 
 @triton.jit
@@ -51,8 +94,8 @@ def statistics_kernel(
     weighted = tl.zeros([ROWS], dtype=tl.float32)
     for first_code in range(begin, end, COLUMNS):
         codes_left = end - first_code
-        logits = dot_tile(
-            tokens_ptr + first_token * width, codebook_ptr + tl.cast(first_code, tl.int64) * width,
+        logits = logits_tile(
+            tokens_ptr + first_token * width, codebook_ptr, first_code,
             num_tokens - first_token, codes_left, width, ROWS, COLUMNS, INNER, PRECISION,
         )  # fmt: skip
         inside = (column < codes_left)[None, :]
@@ -92,20 +135,19 @@ def usage_kernel(
     split = tl.program_id(1)
     begin = split * split_length
     end = tl.minimum(begin + split_length, num_tokens)
-    usage = tl.zeros([COLUMNS], dtype=tl.float32)
+    usage = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for first_token in range(begin, end, ROWS):
         row = tl.arange(0, ROWS)
         inside = row < end - first_token
-        logits = dot_tile(
-            tokens_ptr + tl.cast(first_token, tl.int64) * width, codebook_ptr + first_code * width,
+        logits = logits_tile(
+            tokens_ptr + tl.cast(first_token, tl.int64) * width, codebook_ptr, first_code,
             end - first_token, num_codes - first_code, width, ROWS, COLUMNS, INNER, PRECISION,
         )  # fmt: skip
         top = tl.load(top_ptr + first_token + row, mask=inside, other=0.0)
         log_sum = tl.load(log_sum_ptr + first_token + row, mask=inside, other=float("inf"))  # exp(-inf): no weight
-        soft = tl.exp((logits - top[:, None]) * inverse_temperature - log_sum[:, None])
-        usage += tl.sum(soft, axis=0)
+        usage += tl.exp((logits - top[:, None]) * inverse_temperature - log_sum[:, None])
     code = first_code + tl.arange(0, COLUMNS)
-    tl.store(usage_ptr + tl.cast(split, tl.int64) * num_codes + code, usage, mask=code < num_codes)
+    tl.store(usage_ptr + tl.cast(split, tl.int64) * num_codes + code, tl.sum(usage, axis=0), mask=code < num_codes)
 
 
 @triton.jit
@@ -135,10 +177,9 @@ def centres_kernel(
     for first_code in range(begin, end, COLUMNS):
         codes_left = end - first_code
         tile_tokens = tokens_ptr + first_token * width
-        tile_codes = codebook_ptr + tl.cast(first_code, tl.int64) * width
         if HAS_LATENTS:
-            logits, pull = two_dot_tiles(
-                tile_tokens, grad_latents_ptr + first_token * width, tile_codes,
+            logits, pull = two_logits_tiles(
+                tile_tokens, grad_latents_ptr + first_token * width, codebook_ptr, first_code,
                 num_tokens - first_token, codes_left, width, ROWS, COLUMNS, INNER, PRECISION,
             )  # fmt: skip
             below = logits - top[:, None]
@@ -146,8 +187,8 @@ def centres_kernel(
             selection = tl.where((column < codes_left)[None, :], selection, 0.0)  # a missing code's logit is 0
             latents_centre += tl.sum(selection * pull, axis=1)
         else:
-            logits = dot_tile(
-                tile_tokens, tile_codes,
+            logits = logits_tile(
+                tile_tokens, codebook_ptr, first_code,
                 num_tokens - first_token, codes_left, width, ROWS, COLUMNS, INNER, PRECISION,
             )  # fmt: skip
             below = logits - top[:, None]
@@ -169,7 +210,7 @@ def logit_gradients_kernel(
     HAS_LATENTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits of one chunk of tokens and codes [N, K], whole tiles of it: zeros outside.
+    """Gradient of the logits of one chunk of tokens and codes [N, K]; whole tiles of a workspace, with zeros outside.
 
     Grid: token tiles, code tiles.
     """
@@ -179,11 +220,10 @@ def logit_gradients_kernel(
     code = first_code + tl.arange(0, COLUMNS)
     inside = token < num_tokens
     tile_tokens = tokens_ptr + tl.cast(first_token, tl.int64) * width
-    tile_codes = codebook_ptr + tl.cast(first_code, tl.int64) * width
     top = tl.load(top_ptr + token, mask=inside, other=0.0)
     if HAS_LATENTS:
-        logits, pull = two_dot_tiles(
-            tile_tokens, grad_latents_ptr + tl.cast(first_token, tl.int64) * width, tile_codes,
+        logits, pull = two_logits_tiles(
+            tile_tokens, grad_latents_ptr + tl.cast(first_token, tl.int64) * width, codebook_ptr, first_code,
             num_tokens - first_token, num_codes - first_code, width, ROWS, COLUMNS, INNER, PRECISION,
         )  # fmt: skip
         below = logits - top[:, None]
@@ -192,8 +232,8 @@ def logit_gradients_kernel(
         selection = tl.exp(below * inverse_selection_temperature - log_selection[:, None])
         gradient = selection * (pull - centre[:, None]) * inverse_selection_temperature
     else:
-        logits = dot_tile(
-            tile_tokens, tile_codes,
+        logits = logits_tile(
+            tile_tokens, codebook_ptr, first_code,
             num_tokens - first_token, num_codes - first_code, width, ROWS, COLUMNS, INNER, PRECISION,
         )  # fmt: skip
         below = logits - top[:, None]
@@ -205,43 +245,69 @@ def logit_gradients_kernel(
     usage_centre = tl.load(usage_centre_ptr + token, mask=inside, other=0.0)
     slope = grad_usage[None, :] - usage_centre[:, None] - grad_entropy[:, None] * (log_soft + sample_entropy[:, None])
     gradient += tl.exp(log_soft) * slope * inverse_temperature
-    gradient = tl.where(inside[:, None] & (code < num_codes)[None, :], gradient, 0.0)
-    tl.store(out_ptr + token[:, None] * out_stride + code[None, :], gradient.to(out_ptr.dtype.element_ty))
+    exists = inside[:, None] & (code < num_codes)[None, :]
+    place = out_ptr + token[:, None] * out_stride + code[None, :]
+    if PRECISION == "table":  # which it may take the place of
+        tl.store(place, gradient, mask=exists)
+    else:
+        tl.store(place, tl.where(exists, gradient, 0.0).to(out_ptr.dtype.element_ty))
 
 
+@torch.no_grad()
 def forward(
     tokens: Tensor, codebook: Tensor, *, temperature: float, selection_temperature: float, dot_precision: DotPrecision
 ) -> ForwardStatistics:
     """Statistics of the softmax of tokens [N, D] over a codebook [K, D], both float32 and contiguous.
 
-    `dot_precision` is that of the logits: "ieee", "tf32x3" or "tf32", or "bfloat16" for operands rounded to bfloat16
-    (products are always added up in float32).
+    `dot_precision` is that of the logits: "ieee", "tf32x3" or "tf32", "bfloat16" for operands rounded to bfloat16
+    (products are always added up in float32), or "torch" for tables of float32 products that PyTorch makes.
     """
-    num_tokens, num_codes = tokens.shape[0], codebook.shape[0]
-    tile, precision = ONE_PRODUCT_TILES[dot_precision], kernel_precision(dot_precision)
-    operands = _operands(dot_precision, tokens, codebook)
-    width = operands[0].shape[1]
+    settings = codebook, temperature, selection_temperature, dot_precision
     with on_device(tokens):
-        token_tiles = triton.cdiv(num_tokens, tile.rows)
-        splits, split_length = split_evenly(num_codes, tile.columns, token_tiles, tokens.device)
-        codes = torch.empty(splits, num_tokens, dtype=torch.int32, device=tokens.device)
-        partial = tokens.new_empty(4, splits, num_tokens)
-        statistics_kernel[(token_tiles, splits)](
-            *operands, codes, *partial, num_tokens, num_codes, width, split_length,
-            1 / selection_temperature, 1 / temperature, PRECISION=precision, **tile.options(),
-        )  # fmt: skip
-        merged = _merge(codes, *partial, temperature, selection_temperature)
-
-        code_tiles = triton.cdiv(num_codes, tile.columns)
-        splits, split_length = split_evenly(num_tokens, tile.rows, code_tiles, tokens.device)
-        sums = tokens.new_empty(splits, num_codes)
-        usage_kernel[(code_tiles, splits)](
-            *operands, merged.top, merged.log_sum_entropy, sums, num_tokens, num_codes, width, split_length,
-            1 / temperature, PRECISION=precision, **tile.options(),
-        )  # fmt: skip
-        return merged._replace(usage=sums.sum(dim=0) / num_tokens)
+        if dot_precision != "torch":
+            operands = _operands(dot_precision, tokens, codebook)
+            merged, usage = _forward(*operands, *settings)
+            return merged._replace(usage=usage / len(tokens))
+        found, usage, product = [], 0.0, Float32Product(codebook)
+        for strip, (logits,) in _tables(tokens, codebook, 1):
+            merged, own = _forward(product(tokens[strip], out=logits), logits, *settings)
+            found.append(merged)
+            usage = usage + own
+        parts = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        return ForwardStatistics(*parts)._replace(usage=usage / len(tokens))
 
 
+def _forward(
+    a: Tensor,
+    b: Tensor,
+    codebook: Tensor,
+    temperature: float,
+    selection_temperature: float,
+    dot_precision: DotPrecision,
+) -> tuple[ForwardStatistics, Tensor]:
+    """Statistics of tokens, and the sum [K] of P over them; logits are a . b^T, or `a` if it is a table of them."""
+    (num_tokens, width), num_codes = a.shape, len(codebook)
+    tile, readers = ONE_PRODUCT_TILES[dot_precision], _programs(dot_precision)
+    constants = {"PRECISION": kernel_precision(dot_precision), **tile.options()}
+    token_tiles, code_tiles = triton.cdiv(num_tokens, tile.rows), triton.cdiv(num_codes, tile.columns)
+    splits, split_length = split_evenly(num_codes, tile.columns, token_tiles, a.device, readers)
+    codes = torch.empty(splits, num_tokens, dtype=torch.int32, device=a.device)
+    partial = torch.empty(4, splits, num_tokens, device=a.device)
+    statistics_kernel[(token_tiles, splits)](
+        a, b, codes, *partial, num_tokens, num_codes, width, split_length,
+        1 / selection_temperature, 1 / temperature, **constants,
+    )  # fmt: skip
+    merged = _merge(codes, *partial, temperature, selection_temperature)
+    splits, split_length = split_evenly(num_tokens, tile.rows, code_tiles, a.device, readers)
+    sums = torch.empty(splits, num_codes, device=a.device)
+    usage_kernel[(code_tiles, splits)](
+        a, b, merged.top, merged.log_sum_entropy, sums, num_tokens, num_codes, width, split_length,
+        1 / temperature, **constants,
+    )  # fmt: skip
+    return merged, sums.sum(dim=0)
+
+
+@torch.no_grad()
 def backward(
     tokens: Tensor,
     codebook: Tensor,
@@ -277,30 +343,75 @@ def backward(
     grad_usage = (grad_usage / num_tokens).float().contiguous()
     statistics = statistics._replace(sample_entropy=statistics.sample_entropy.float())
     inverse = 1 / selection_temperature, 1 / temperature
+    gradients = grad_latents, grad_sample_entropy, grad_usage
     with on_device(tokens):
-        centres = _centres(tokens, codebook, statistics, grad_latents, grad_usage, inverse, dot_precision)
-        per_token = (*statistics[1:5], *centres, grad_sample_entropy)
-        buffer = workspace(num_tokens, num_codes, tokens.dtype, tokens.device)
-        for token in range(0, num_tokens, buffer.shape[0]):
-            rows = slice(token, token + buffer.shape[0])
-            for code in range(0, num_codes, buffer.shape[1]):
-                columns = slice(code, code + buffer.shape[1])
-                chunk = buffer[: len(tokens[rows]), : len(codebook[columns])]
-                _logit_gradients(
-                    chunk, tokens[rows], codebook[columns], None if grad_latents is None else grad_latents[rows],
-                    [values[rows] for values in per_token], grad_usage[columns], inverse, dot_precision,
-                )  # fmt: skip
-                add_product(grad_tokens[rows], chunk, codebook[columns], dot_precision=dot_precision)
-                if for_codebook:
-                    add_product(
-                        grad_codebook[columns], chunk, tokens[rows], transposed=True, dot_precision=dot_precision
-                    )
+        by = _backward_by_tables if dot_precision == "torch" else _backward_by_tiles
+        by(tokens, codebook, statistics, *gradients, inverse, dot_precision, grad_tokens, grad_codebook)
     return grad_tokens[:, :width].contiguous(), grad_codebook[:, :width].contiguous()
+
+
+def _backward_by_tiles(
+    tokens, codebook, statistics, grad_latents, grad_sample_entropy, grad_usage, inverse, dot_precision,
+    grad_tokens, grad_codebook,
+) -> None:  # fmt: skip
+    """Add up gradients, the logits' own passing through a workspace; none of the codebook if that is empty."""
+    (num_tokens, _), num_codes = tokens.shape, len(codebook)
+    centres = _centres(tokens, codebook, statistics, grad_latents, grad_usage, inverse, dot_precision)
+    per_token = (*statistics[1:5], *centres, grad_sample_entropy)
+    buffer = workspace(num_tokens, num_codes, tokens.dtype, tokens.device)
+    for token in range(0, num_tokens, buffer.shape[0]):
+        rows = slice(token, token + buffer.shape[0])
+        for code in range(0, num_codes, buffer.shape[1]):
+            columns = slice(code, code + buffer.shape[1])
+            chunk = buffer[: len(tokens[rows]), : len(codebook[columns])]
+            _logit_gradients(
+                chunk, tokens[rows], codebook[columns], None if grad_latents is None else grad_latents[rows],
+                [values[rows] for values in per_token], grad_usage[columns], inverse, dot_precision,
+            )  # fmt: skip
+            add_product(grad_tokens[rows], chunk, codebook[columns], dot_precision=dot_precision)
+            if len(grad_codebook):
+                add_product(grad_codebook[columns], chunk, tokens[rows], transposed=True, dot_precision=dot_precision)
+
+
+def _backward_by_tables(
+    tokens, codebook, statistics, grad_latents, grad_sample_entropy, grad_usage, inverse, dot_precision,
+    grad_tokens, grad_codebook,
+) -> None:  # fmt: skip
+    """The same by tables of PyTorch's products, in one of which the logits become their gradients."""
+    product = Float32Product(codebook)
+    for strip, (logits, *others) in _tables(tokens, codebook, 1 if grad_latents is None else 2):
+        product(tokens[strip], out=logits)
+        pulls = product(grad_latents[strip], out=others[0]) if others else None
+        own = ForwardStatistics(*(values if values is None else values[strip] for values in statistics[:5]), None)
+        centres = _centres(logits, codebook, own, pulls, grad_usage, inverse, dot_precision)
+        per_token = [*own[1:5], *centres, grad_sample_entropy[strip]]
+        _logit_gradients(logits, logits, codebook, pulls, per_token, grad_usage, inverse, dot_precision)
+        torch.mm(logits, codebook, out=grad_tokens[strip])
+        if len(grad_codebook):
+            grad_codebook.addmm_(logits.t(), tokens[strip])
+
+
+def _tables(tokens: Tensor, codebook: Tensor, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of tokens [n, D], each with so many tables [n, K]; the memory of all slices' tables is the same.
+
+    The forward and the backward pass are cut alike: products of equal shapes give equal logits, to the last bit.
+    """
+    size = min(len(tokens), max(MIN_TABLE_ROWS, TABLE_BYTES // (4 * len(codebook))))
+    buffers = [tokens.new_empty(size, len(codebook)) for _ in range(count)]
+    for start in range(0, len(tokens), size):
+        strip = slice(start, min(start + size, len(tokens)))
+        yield strip, [buffer[: strip.stop - start] for buffer in buffers]
+
+
+def _programs(dot_precision: DotPrecision) -> int:
+    return READERS_PER_PROCESSOR if dot_precision == "torch" else PROGRAMS_PER_PROCESSOR
 
 
 def _operands(dot_precision: DotPrecision, *matrices: Tensor) -> list[Tensor]:
     """The matrices as the kernels multiply them: padded, and for bfloat16 rounded once rather than in every tile."""
     assert all(matrix.dtype == torch.float32 and matrix.is_contiguous() for matrix in matrices)
+    if dot_precision == "torch":
+        return list(matrices)
     return [padded(matrix.bfloat16() if dot_precision == "bfloat16" else matrix) for matrix in matrices]
 
 
@@ -338,7 +449,8 @@ def _centres(
     (num_tokens, width), num_codes = tokens.shape, codebook.shape[0]
     tile = _backward_tile(grad_latents, dot_precision)
     token_tiles = triton.cdiv(num_tokens, tile.rows)
-    splits, split_length = split_evenly(num_codes, tile.columns, token_tiles, tokens.device)
+    readers = _programs(dot_precision)
+    splits, split_length = split_evenly(num_codes, tile.columns, token_tiles, tokens.device, readers)
     partial = torch.zeros(2, splits, num_tokens, device=tokens.device)
     centres_kernel[(token_tiles, splits)](
         tokens, codebook, tokens if grad_latents is None else grad_latents,

@@ -31,6 +31,7 @@ from ibq.ops.triton_common import GRADIENT_TILES, ONE_PRODUCT_TILES, TWO_PRODUCT
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 SHARED_LIMIT_KIB = {80: 163, 90: 227}  # per block: A100, H100 (CUDA C++ programming guide, compute capabilities)
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bfloat16")
+TABLES = ("statistics", "usage", "centres", "logit gradients")  # kernels that read a table of products as well
 # Arguments that the launchers keep to multiples of 16: padded widths, chunk borders, lengths of splits.
 MULTIPLES_OF_16 = {"width", "columns", "split_length", "out_stride", "a_stride", "chunk_start"}
 OPERANDS = {"tokens_ptr", "codebook_ptr", "grad_latents_ptr", "hidden_ptr", "weight_ptr", "a_ptr", "b_ptr"}
@@ -178,7 +179,7 @@ def problems(usage: Usage, capability: int) -> list[str]:
 
 
 def variants(kernel: Kernel) -> Iterator[tuple[str, int, Usage]]:
-    for precision in PRECISIONS:
+    for precision in (*PRECISIONS, *(["torch"] if kernel.name.startswith(TABLES) else [])):
         for capability in SHARED_LIMIT_KIB:
             yield precision, capability, compiled(kernel, precision, capability)
 
@@ -200,7 +201,7 @@ def test_no_spills_and_enough_shared_memory(kernel):
         line = row(kernel, precision, capability, usage)
         print(line)
         assert not problems(usage, capability), f"{line}: {problems(usage, capability)}"
-        assert (usage.instruction == "fma") == (precision == "ieee"), line
+        assert (usage.instruction == "fma") == (precision in ("ieee", "torch")), line
 
 
 @pytest.mark.parametrize("kernel", kernels()[:2] + kernels()[-2:], ids=lambda kernel: kernel.name)

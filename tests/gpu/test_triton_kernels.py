@@ -41,6 +41,8 @@ DEVICES = ["cpu"] if INTERPRETED else [CUDA]
 # The interpreter computes with numpy, which warns of the NaN and of the unused numbers that a GPU passes over.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 EPSILON = torch.finfo(torch.float32).eps
+# Float32 products by the kernels, and by PyTorch into tables that they read.
+FLOAT32 = pytest.mark.parametrize("products", ["ieee", "torch"])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
@@ -189,10 +191,11 @@ def logit_floor(exact: dict, temperature: float) -> float:
 @pytest.mark.parametrize(
     "tokens, codes, width", [(1, 17, 4), (37, 1000, 16), (130, 300, 48), (130, 17, 256), (37, 100, 30)]
 )
-def test_index_backprop(tokens, codes, width, temperature, device):
+@FLOAT32
+def test_index_backprop(products, tokens, codes, width, temperature, device):
     case = random_case(tokens, codes, width, scale=3.0, device=device)
     exact = written_out(case, torch.float64, temperature, 1.0)
-    results = by_kernels(case, temperature, 1.0, "ieee")
+    results = by_kernels(case, temperature, 1.0, products)
     assert torch.equal(results["codes"], (case.tokens.double() @ case.codebook.double().t()).argmax(dim=1))
     # A GPU's library may add up in any order, so that there the comparison is partly luck.
     floor = 8 * EPSILON + (logit_floor(exact, temperature) if device == "cuda" else 0.0)
@@ -201,13 +204,14 @@ def test_index_backprop(tokens, codes, width, temperature, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature, selection_temperature", [(0.01, 1.0), (1.0, 0.1)])
-def test_index_backprop_of_large_logits(temperature, selection_temperature, device):
+@FLOAT32
+def test_index_backprop_of_large_logits(products, temperature, selection_temperature, device):
     """exp(l / temperature) would overflow float32 by thousands of orders of magnitude."""
     case = random_case(20, 200, 32, scale=30.0, device=device)
     exact = written_out(case, torch.float64, temperature, selection_temperature)
     plain = written_out(case, torch.float32, temperature, selection_temperature)
     floor = logit_floor(exact, min(temperature, selection_temperature))
-    check_errors(by_kernels(case, temperature, selection_temperature, "ieee"), plain, exact, floor)
+    check_errors(by_kernels(case, temperature, selection_temperature, products), plain, exact, floor)
 
 
 def use_small_workspaces(monkeypatch) -> None:
@@ -232,11 +236,26 @@ def test_chunks_of_the_workspace(device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_lowest_code_wins_a_tie(device):
+def test_strips_of_tables(device, monkeypatch):
+    """Nor on how tokens are cut into strips, the last of them a short one."""
+    case = random_case(70, 300, 8, scale=3.0, device=device)
+    whole = by_kernels(case, 1.0, 1.0, "torch")
+    monkeypatch.setattr(triton_index_backprop, "TABLE_BYTES", 1)
+    assert [len(logits) for _, (logits,) in triton_index_backprop._tables(case.tokens, case.codebook, 1)][-2:] == [
+        16,
+        6,
+    ]
+    for name, value in by_kernels(case, 1.0, 1.0, "torch").items():
+        torch.testing.assert_close(value, whole[name], rtol=0, atol=8 * EPSILON * whole[name].abs().max().item())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@FLOAT32
+def test_lowest_code_wins_a_tie(products, device):
     """Within a tile, across tiles, and across splits of the codes."""
     tokens = torch.ones(3, 8, device=device)
     codebook = torch.zeros(1000, 8, device=device)
-    options = {"temperature": 1.0, "selection_temperature": 1.0, "dot_precision": "ieee"}
+    options = {"temperature": 1.0, "selection_temperature": 1.0, "dot_precision": products}
     uniform = triton_index_backprop.forward(tokens, codebook, **options)
     assert uniform.codes.tolist() == [0, 0, 0]
     torch.testing.assert_close(uniform.sample_entropy, torch.full_like(uniform.top, 1000.0).log())
@@ -247,18 +266,20 @@ def test_lowest_code_wins_a_tie(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_nan_gives_valid_codes(device):
+@FLOAT32
+def test_nan_gives_valid_codes(products, device):
     """A diverged run must end with an error about its loss, not with an index out of bounds inside a kernel."""
     case = random_case(5, 300, 8, scale=1.0, device=device)
     case.tokens[2] = float("nan")
-    options = {"temperature": 1.0, "selection_temperature": 1.0, "dot_precision": "ieee"}
+    options = {"temperature": 1.0, "selection_temperature": 1.0, "dot_precision": products}
     statistics = triton_index_backprop.forward(case.tokens, case.codebook, **options)
     assert statistics.codes.min() >= 0 and statistics.codes.max() < 300
     assert statistics.sample_entropy.isnan().tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_as_the_textbook(device):
+@FLOAT32
+def test_as_the_textbook(products, device):
     """Hard and soft path together, and both entropies, as `textbook.index_backprop` has them."""
     case = random_case(37, 100, 16, scale=3.0, device=device)
     inputs = case.tokens.double().requires_grad_(), case.codebook.double().requires_grad_()
@@ -266,7 +287,7 @@ def test_as_the_textbook(device):
     loss = (exact.latents * case.grad_latents).sum() + exact.sample_entropy - exact.batch_entropy
     expected = torch.autograd.grad(loss, inputs)
 
-    options = {"temperature": 0.5, "selection_temperature": 1.0, "dot_precision": "ieee"}
+    options = {"temperature": 0.5, "selection_temperature": 1.0, "dot_precision": products}
     statistics = triton_index_backprop.forward(case.tokens, case.codebook, **options)
     usage = statistics.usage
     grad_usage = (usage + 1e-5).log() + usage / (usage + 1e-5)
@@ -376,6 +397,18 @@ def test_chunks_of_the_head(device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", [CUDA])
+def test_memory_of_tables(device):
+    """Two tables of some tokens each, and the codebook's parts."""
+    case = random_case(4096, 65536, 64, scale=3.0, device=device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    by_kernels(case, 1.0, 1.0, "torch")
+    results = 4 * (case.tokens.nbytes + case.codebook.nbytes)
+    limit = 2.1 * triton_index_backprop.TABLE_BYTES + 3 * case.codebook.nbytes + results
+    assert torch.cuda.max_memory_allocated() - before < limit
+
+
+@pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("dot_precision, tolerance", [("tf32x3", 1e-5), ("tf32", 2e-2), ("bfloat16", 1e-1)])
 def test_tensor_cores(dot_precision, tolerance, device):
     """The interpreter multiplies in float32 whatever the precision, so these need a GPU. Sizes that fill one."""
@@ -393,7 +426,7 @@ def test_tensor_cores(dot_precision, tolerance, device):
 
 
 @pytest.mark.parametrize("device", [CUDA])
-@pytest.mark.parametrize("dot_precision", ["ieee", "tf32x3", "tf32", "bfloat16"])
+@pytest.mark.parametrize("dot_precision", ["ieee", "torch", "tf32x3", "tf32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [64, 5000])  # with and without splits of the codes
 def test_same_bits_again(tokens, dot_precision, device):
     case = random_case(tokens, 3000, 100, scale=3.0, device=device)
