@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ibq.models.tokenizer_config import TokenizerConfig
-from ibq.ops.group_norm_silu import group_norm_silu
+from ibq.ops.group_norm_silu import can_fuse, group_norm_silu, res_block
 
 
 def norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:
@@ -18,7 +18,7 @@ class ResBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut.
 
     With gradient checkpointing the backward pass makes again what is between the block's input and output, or, where
-    it is selective, all but the convolutions.
+    it is selective, all but the convolutions. On CUDA the block is one operator, which is always selective.
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: TokenizerConfig, bias: bool = True):
@@ -40,11 +40,20 @@ class ResBlock(nn.Module):
             return self._block(x)
         if not self.selective:
             return checkpoint(self._block, x, use_reentrant=False)
+        if self._fuses(x):
+            return self._block(x)
         # Each half keeps what enters it. It is made again up to the convolution, whose result nobody needs.
         h = checkpoint(self._first, x, use_reentrant=False)
         return checkpoint(self._second, h, use_reentrant=False) + self._shortcut(x)
 
+    def _fuses(self, x: Tensor) -> bool:
+        dropping = self.training and self.dropout.p > 0
+        return not dropping and can_fuse(x, (self.conv1, self.conv2))
+
     def _block(self, x: Tensor) -> Tensor:
+        if self._fuses(x):
+            shortcut = None if self.nin_shortcut is None else self._shortcut(x)
+            return res_block(x, shortcut, (self.norm1, self.norm2), (self.conv1, self.conv2))
         return self._second(self._first(x)) + self._shortcut(x)
 
     def _first(self, x: Tensor) -> Tensor:

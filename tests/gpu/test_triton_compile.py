@@ -220,26 +220,30 @@ def test_sizes_of_one(kernel):
     assert not problems(compiled(kernel, "tf32", 80, **ones), 80)
 
 
-GROUP_NORM_KERNELS = [
-    *((name, flag) for name in ("channel_sums_kernel", "values_kernel") for flag in (False, True)),
-    ("statistics_kernel", None),
-    ("gradient_statistics_kernel", None),
+GROUP_NORM_KERNELS = [  # flags as at a launch, and whether a program has a tile of an image
+    ("channel_sums_kernel", {"OF_GRADIENT": False}, True),
+    ("channel_sums_kernel", {"OF_GRADIENT": True}, True),
+    ("values_kernel", {"OF_GRADIENT": False, "HAS_SHORTCUT": False}, True),
+    ("values_kernel", {"OF_GRADIENT": True, "HAS_SHORTCUT": True}, True),
+    ("shortcut_kernel", {}, True),
+    ("statistics_kernel", {"HAS_ADDED": True}, False),
+    ("gradient_statistics_kernel", {}, False),
 ]
 
 
 @pytest.mark.parametrize("channels", [96, 128, 512, 4096])
-@pytest.mark.parametrize(("name", "of_gradient"), GROUP_NORM_KERNELS)
-def test_group_norm_and_silu(name, of_gradient, channels):
+@pytest.mark.parametrize(("name", "flags", "of_image"), GROUP_NORM_KERNELS)
+def test_group_norm_and_silu(name, flags, of_image, channels):
     function, tile = getattr(group_norm_silu, name), group_norm_silu._tile(channels)
-    options = {"num_warps": tile.pop("num_warps") if of_gradient is not None else 4, "num_stages": 3}
-    constants = tile | {"OF_GRADIENT": of_gradient}
-    if of_gradient is None:
-        constants = {"STEP": group_norm_silu.STEP, "WIDTH": triton.next_power_of_2(channels // 32)}
+    options = {"num_warps": tile.pop("num_warps") if of_image else 4, "num_stages": 3}
+    constants = flags | (
+        tile if of_image else {"STEP": group_norm_silu.STEP, "WIDTH": triton.next_power_of_2(channels // 32)}
+    )
     types, attributes = {}, {}
     for place, parameter in enumerate(function.params):
         kind = "constexpr" if parameter.name in constants else "fp32" if parameter.name == "eps" else "i32"
         if parameter.name.endswith("_ptr"):
-            images = parameter.name in ("x_ptr", "grad_ptr", "out_ptr") and of_gradient is not None
+            images = parameter.name in ("x_ptr", "grad_ptr", "shortcut_ptr", "out_ptr") and of_image
             kind = "*bf16" if images else "*fp32"
         types[parameter.name] = kind
         if kind.startswith("*") or parameter.name == "channels":
@@ -247,7 +251,7 @@ def test_group_norm_and_silu(name, of_gradient, channels):
     for capability in SHARED_LIMIT_KIB:
         usage = machine_code(function, types, constants, attributes, capability, options)
         assert not problems(usage, capability)
-        assert of_gradient is None or usage.registers <= 128, "two programs of 256 threads on a processor"
+        assert not of_image or usage.registers <= 128, "two programs of 256 threads on a processor"
 
 
 DECODE_KERNELS = {  # constants and warps as at a launch

@@ -4,9 +4,11 @@ The interpreter is a mode of the whole process, chosen before triton is imported
 one more pytest on it, in that mode; tests below `DEVICES` run there on the CPU, and here on a GPU.
 """
 
+import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ibq.decoding import Decoder
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer_blocks import Attention, RMSNorm, rotary_table
+from ibq.models.vqgan import ResBlock
 from ibq.ops import textbook
 from ibq.ops.index_backprop import index_backprop
 from ibq.sampler import SamplerConfig
@@ -31,7 +35,7 @@ from ibq.ops import (
     triton_index_backprop,
     triton_linear_cross_entropy,
 )
-from ibq.ops.group_norm_silu import group_norm_silu
+from ibq.ops.group_norm_silu import group_norm_silu, res_block
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = pytest.param(
@@ -460,7 +464,7 @@ def normalized(shape: tuple, dtype: torch.dtype, device: str) -> dict:
     x, grad = (part.to(device, dtype).contiguous(memory_format=torch.channels_last) for part in (x, grad))
     weight, bias = weight.to(device), bias.to(device)
     out, found = triton_group_norm_silu.forward(x, weight, bias, groups, 1e-6)
-    gradients = triton_group_norm_silu.backward(grad, x, weight, groups, found)
+    gradients = triton_group_norm_silu.backward(grad, x, weight, groups, found)[:3]
     exact = [part.double().requires_grad_() for part in (x, weight, bias)]
     expected = F.silu(F.group_norm(exact[0], groups, *exact[1:], eps=1e-6))
     expected.backward(grad.double())
@@ -488,15 +492,76 @@ def test_group_norm_and_silu(device: str, shape: tuple, dtype: torch.dtype):
 def test_group_norms_comparison_sees_a_missing_part(device: str, part: str, monkeypatch):
     plain = triton_group_norm_silu._values
 
-    def without(x, found, grad=None, slope=None, offset=None):
+    def without(x, found, grad=None, slope=None, offset=None, shortcut=None):
         parts = {"slope": slope, "offset": offset}
         if grad is not None:
             parts[part] = torch.zeros_like(parts[part])
-        return plain(x, found, grad, **parts)
+        return plain(x, found, grad, **parts, shortcut=shortcut)
 
     monkeypatch.setattr(triton_group_norm_silu, "_values", without)
     found, expected = normalized(IMAGES[2], torch.float32, device)["x"]
     assert float((found - expected).norm() / expected.norm()) > 1e-4
+
+
+def block_of(channels: int, out_channels: int, device: str) -> ResBlock:
+    """A ResBlock with numbers that are not small, biases and the norms' weights included."""
+    config = TokenizerConfig(resolution=8, channels=8, channel_multipliers=(1, 1), norm_groups=4)
+    block = ResBlock(channels, out_channels, config)
+    generator = torch.Generator().manual_seed(channels + out_channels)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.1 if parameter.dim() == 4 else 1.0))
+    return block.to(device, memory_format=torch.channels_last)
+
+
+def by_operator(block: ResBlock, x: Tensor) -> Tensor:
+    shortcut = None if block.nin_shortcut is None else block._shortcut(x)
+    return res_block(x, shortcut, (block.norm1, block.norm2), (block.conv1, block.conv2))
+
+
+def gradients_of(form: Callable, block: ResBlock, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    out = form(block, x)
+    inputs = {"x": x, **dict(block.named_parameters())}
+    return {"out": out.detach()} | dict(zip(inputs, torch.autograd.grad(out, [*inputs.values()], grad), strict=True))
+
+
+@pytest.mark.parametrize("channels, out_channels", [(8, 8), (8, 24)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_res_block(device, channels, out_channels):
+    """The operator against the layers in float64: result and every gradient."""
+    block = block_of(channels, out_channels, device)
+    x = (torch.randn(2, channels, 6, 5) * 2 + 1).to(device).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(2, out_channels, 6, 5).to(device).contiguous(memory_format=torch.channels_last)
+    found = gradients_of(by_operator, block, x, grad)
+    exact = gradients_of(lambda block, x: block(x), copy.deepcopy(block).double(), x.double(), grad.double())
+    for name, expected in exact.items():
+        error = float((found[name] - expected).norm() / expected.norm())
+        assert found[name].dtype == torch.float32 and error < 2e-5, (name, error)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recompute", [(False, False), (True, False), (True, True)])
+def test_res_block_is_one_operator_on_cuda(recompute):
+    """Under autocast, as near to float64 as the layers themselves, and without a gradient of what is frozen."""
+    block = block_of(32, 32, "cuda").train()
+    block.recompute, block.selective = recompute
+    x, grad = (torch.randn(4, 32, 33, 40, device="cuda") for _ in range(2))
+    x, grad = (part.bfloat16().contiguous(memory_format=torch.channels_last) for part in (x, grad))
+
+    def run(block: ResBlock, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return block(x)
+
+    assert block._fuses(x)
+    found = gradients_of(run, block, x, grad)
+    exact = gradients_of(lambda block, x: block(x), copy.deepcopy(block).double(), x.double(), grad.double())
+    for name, expected in exact.items():
+        assert float((found[name] - expected).norm() / expected.norm()) < 2e-2, name
+    block.conv1.weight.requires_grad_(False)
+    run(block, x.requires_grad_()).backward(grad)
+    assert block.conv1.weight.grad is None and block.conv2.weight.grad is not None
 
 
 @pytest.mark.cuda
