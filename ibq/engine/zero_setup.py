@@ -359,7 +359,7 @@ def build_optimizer(
     trained = ((name, p, len(shapes[name]) >= 2) for name, p in module.named_parameters() if p.requires_grad)
     listed = optimizer_groups(trained, config)
     if config.kind == "sgd":
-        return torch.optim.SGD(listed, lr=0.0)
+        return torch.optim.SGD(listed, lr=0.0, fused=True)
     shared = {"lr": 0.0, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     if on_cpu:
         adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
