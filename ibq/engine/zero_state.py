@@ -2,8 +2,8 @@
 
 Reading, writing and averaging state is the same for every stage: it goes over groups. A group is one flat partition of
 the master weights and what belongs to it: per parameter (stage 0), per optimizer group (stages 1 and 2) or per
-sub-group (stage 3, whose groups may live on NVMe). This module and `zero_step` alone know the attributes of DeepSpeed's
-optimizers.
+sub-group (stage 3, whose groups may live on NVMe). The attributes of DeepSpeed's optimizers are known here and in
+`zero_shortcuts` alone.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from ibq.engine.pieces import Piece, stretch, whole
-from ibq.engine.zero_step import shorten
+from ibq.engine.zero_shortcuts import shorten
 
 MOMENTS = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}  # our names, torch.optim's
 Update = Callable[[int, Tensor], None]  # (number of a group, its new master weights)
