@@ -156,6 +156,11 @@ class ZeroEngineConfig:
         """Whether stage 3 gathers whole units; what comes from NVMe occupies a buffer for as long as it is gathered."""
         return self.stage == 3 and self.offload_parameters != "nvme"
 
+    @property
+    def fills_late(self) -> bool:
+        """Whether the module's weights get their initial values from the masters; files would be written twice."""
+        return self.stage == 3 and not self.uses_nvme
+
     def keeps_weights(self, ranks: int) -> bool:
         """Whether weights stay gathered: one rank copies nothing for it, but DeepSpeed would wait at each gathering."""
         return self.stage == 3 and ranks == 1 and self.offload_parameters == "none"

@@ -6,7 +6,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,7 @@ class TorchEngine:
                 own.tensor.grad = torch.zeros_like(own.tensor)
         norm, skipped = self._gradient_norm()
         if not skipped:
-            self._optimizer.grad_scale = self._divisor(norm)
+            self._optimizer.grad_scale = clip_divisor(norm, self.settings.optimizer.clip_norm)
             set_hyper(self._optimizer, hyper)
             self._optimizer.step()
             self.steps += 1
@@ -121,20 +121,13 @@ class TorchEngine:
         found = torch.zeros(2, dtype=torch.float64, device=self._loss_is_bad.device)
         found[1] = self._loss_is_bad
         if parts:
-            squares = _squares([gradient for gradient, _ in parts])
-            copies = torch.tensor([copies for _, copies in parts], dtype=torch.float64, device=squares.device)
-            found[0] = (squares / copies).sum()
+            sums = squares([gradient for gradient, _ in parts])
+            copies = torch.tensor([copies for _, copies in parts], dtype=torch.float64, device=sums.device)
+            found[0] = (sums / copies).sum()
         dist.all_reduce_sum(found)
-        squares, bad = found.tolist()
+        total, bad = found.tolist()
         norm = found[0].sqrt().float()
-        return norm, bad > 0 or not squares < float("inf")
-
-    def _divisor(self, norm: Tensor) -> Tensor | None:
-        """What clipping divides the gradients by; the fused optimizers do it as they read them."""
-        limit = self.settings.optimizer.clip_norm
-        if limit is None:
-            return None
-        return ((norm + 1e-6) / limit).clamp(min=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return norm, bad > 0 or not total < float("inf")
 
     def discard(self) -> None:
         """Forget the accumulated gradients."""
@@ -276,7 +269,12 @@ def _held(module: nn.Module) -> dict[str, Held]:
     return held
 
 
-def _squares(gradients: list[Tensor]) -> Tensor:
+def clip_divisor(norm: Tensor, limit: float | None) -> Tensor | None:
+    """What clipping divides gradients by; the fused optimizers do it as they read them, if it is their `grad_scale`."""
+    return None if limit is None else ((norm + 1e-6) / limit).clamp(min=1.0)  # as torch.nn.utils.clip_grad_norm_
+
+
+def squares(gradients: Sequence[Tensor]) -> Tensor:
     """The sum of each gradient's squares, float64 [gradients]."""
     if gradients[0].is_cpu:
         return torch.stack([_squares_by_row(gradient) for gradient in gradients])

@@ -39,6 +39,7 @@ from ibq.engine.zero_setup import (
     partition_numel,
     silence,
 )
+from ibq.engine.zero_shortcuts import flattened_on_the_device
 from ibq.engine.zero_state import MOMENTS, FlatPartitions, Group, ParameterPartitions, Partitions
 
 
@@ -67,8 +68,8 @@ class ZeroEngine:
         kind = {0: Partitions, 1: FlatPartitions, 2: FlatPartitions, 3: ParameterPartitions}[config.stage]
         self._partitions = kind(self.module, self._engine)
         self._frozen = FrozenWeights(self.module, self.frozen, initial, settings.device)
-        if settings.precision == "bf16" and config.stage > 0:
-            self._exact_masters(initial)
+        if config.fills_late or (settings.precision == "bf16" and config.stage > 0):
+            self._start_masters(initial)
         self._averages: Averages | None = None
         if settings.ema_decay is not None:
             self._averages = Averages(self._partitions.groups, self._folder and self._folder.path)
@@ -84,9 +85,10 @@ class ZeroEngine:
         if config.stage == 3:
             context = deepspeed.zero.Init(config_dict_or_path=raw, dtype=None)
             convert = lambda parameter: context._convert_to_zero_parameters([parameter])  # noqa: E731
-        module = materialize(initial, dtype, settings.device, convert)
+        late = initial.shapes.keys() - self.frozen if config.fills_late else ()
+        module = materialize(initial, dtype, settings.device, convert, late)
         base = build_optimizer(module, initial.shapes, settings.optimizer, config.offload_optimizer != "none")
-        with silence():
+        with silence(), flattened_on_the_device():
             engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=raw, dist_init_required=False)
         return engine
 
@@ -106,17 +108,22 @@ class ZeroEngine:
         return compile_units(module, config.compile, self.settings.device, without_hooks=True)
 
     @torch.no_grad()
-    def _exact_masters(self, initial: InitialWeights) -> None:
-        """Replace masters that came by way of bfloat16: all engines start from the same float32 weights.
+    def _start_masters(self, initial: InitialWeights) -> None:
+        """Make the masters where they lie, and from them the module's weights if these have no values yet.
 
-        On NVMe that writes the masters a second time, once per run.
+        In bf16 that replaces masters that came by way of bfloat16: all engines start from the same float32 weights. On
+        NVMe it writes the masters a second time, once per run.
         """
         for group in self._partitions.groups:
-            weight = torch.zeros(group.numel)
+            weight = torch.zeros(group.numel) if group.swapped else group.master.data.view(-1).zero_()
             for fragment in group.fragments:
                 own = slice(fragment.offset, fragment.offset + fragment.piece.numel)
-                weight[own] = initial(fragment.name, fragment.piece, self.settings.device).cpu()
+                weight[own].copy_(initial(fragment.name, fragment.piece, self.settings.device))
             group.write(weight, {}, 0)
+            if self.config.fills_late and not group.aliased:
+                group.show(weight)
+        if self.config.fills_late:
+            self._partitions.refresh()
 
     # --- Training ---
 

@@ -12,7 +12,7 @@ import shutil
 import socket
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ def _zero_settings(
         "stage": config.stage,
         # Stage 3 with reduce-scatters lays each bucket out anew: a buffer before that would be one more copy.
         "contiguous_gradients": config.stage < 3,
-        "overlap_comm": cuda,
+        "overlap_comm": cuda and dist.world_size() > 1,
         "reduce_bucket_size": sizes.reduce_bucket_size,
         "allgather_bucket_size": sizes.allgather_bucket_size,
         "memory_efficient_linear": False,  # would replace torch.nn.functional.linear in the whole process
@@ -336,15 +336,25 @@ class InitialWeights:
 
 
 def materialize(
-    initial: InitialWeights, dtype: torch.dtype, device: torch.device, convert: Callable[[nn.Parameter], None] | None
+    initial: InitialWeights,
+    dtype: torch.dtype,
+    device: torch.device,
+    convert: Callable[[nn.Parameter], None] | None,
+    late: Collection[str] = (),
 ) -> nn.Module:
-    """The module with its initial weights in `dtype`, one parameter at a time handed to `convert` (stage 3)."""
+    """The module with its initial weights in `dtype`, one parameter at a time handed to `convert` (stage 3).
+
+    Those of the parameters `late` are still to be given.
+    """
     module = initial.module
     for name in initial.shapes:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         old = owner.get_parameter(leaf)
-        values = initial(name, whole(old.shape), device).to(dtype).view(old.shape)
+        if name in late:
+            values = torch.zeros(old.shape, dtype=dtype, device=device)
+        else:
+            values = initial(name, whole(old.shape), device).to(dtype).view(old.shape)
         new = nn.Parameter(values, requires_grad=old.requires_grad)
         setattr(owner, leaf, new)
         if convert is not None:
@@ -359,7 +369,7 @@ def build_optimizer(
     trained = ((name, p, len(shapes[name]) >= 2) for name, p in module.named_parameters() if p.requires_grad)
     listed = optimizer_groups(trained, config)
     if config.kind == "sgd":
-        return torch.optim.SGD(listed, lr=0.0)
+        return torch.optim.SGD(listed, lr=0.0, fused=True)
     shared = {"lr": 0.0, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     if on_cpu:
         adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam

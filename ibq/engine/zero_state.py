@@ -2,7 +2,8 @@
 
 Reading, writing and averaging state is the same for every stage: it goes over groups. A group is one flat partition of
 the master weights and what belongs to it: per parameter (stage 0), per optimizer group (stages 1 and 2) or per
-sub-group (stage 3, whose groups may live on NVMe). This module alone knows the attributes of DeepSpeed's optimizers.
+sub-group (stage 3, whose groups may live on NVMe). The attributes of DeepSpeed's optimizers are known here and in
+`zero_shortcuts` alone.
 """
 
 import itertools
@@ -15,6 +16,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from ibq.engine.pieces import Piece, stretch, whole
+from ibq.engine.zero_shortcuts import shorten
 
 MOMENTS = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}  # our names, torch.optim's
 Update = Callable[[int, Tensor], None]  # (number of a group, its new master weights)
@@ -226,6 +228,8 @@ class ParameterPartitions(Partitions):
         for parameters, gradients in zip(optimizer.fp16_groups, self._gradients, strict=True):
             parts = gradients.split([parameter.partition_numel() for parameter in parameters])
             self._parts |= {parameter.ds_id: part for parameter, part in zip(parameters, parts, strict=True)}
+        if not optimizer.offload_optimizer:
+            shorten(optimizer, self._gradients, list(self._parts.values()))
         return [self._group(number, names) for number in range(len(optimizer.fp16_groups))]
 
     def _group(self, number: int, names: dict[int, str]) -> Group:
