@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ibq.ops.triton_common import on_device
 
-TILE_BYTES = 8192  # of keys, and of values, that a program of `attend` reads at a time
+TILE_BYTES = 4096  # of keys, and of values, that a program of `attend` reads at a time
 TILE_WARPS, AHEAD, STAGES = 4, True, 1
 GATES = 1024  # elements of a program of `swiglu`
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def check_frequencies(drawn: Tensor, logits: Tensor) -> None:
-    """By chi-square, codes against logits [V]: over codes that are expected ten times or more; the others count as one."""
+    """By chi-square, codes against logits [V]. Those that are expected less than ten times count as one."""
     expected = logits.double().softmax(-1) * drawn.numel()
     counts = drawn.flatten().bincount(minlength=len(logits))
     assert counts[expected == 0].sum() == 0

@@ -15,7 +15,7 @@ from ibq.models.transformer_blocks import Attention, FeedForward, RMSNorm, rotat
 from ibq.sampler import SamplerConfig
 from ibq.sampling import Drawing, decoder_for, pick, sample_codes, sample_rows, settled_for
 
-OPERATORS_A_CODE = 200  # a third of the 600 that were launched before
+OPERATORS_A_CODE = 160  # a quarter of the 600 that were launched before
 HOST = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique"}
 
 
