@@ -80,8 +80,8 @@ class Decoder:
         return self._transformer.tok_emb(codes)
 
     def step(self, x: Tensor, condition: Condition, cache: KVCache, position: int | Tensor) -> Tensor:
-        """Logits [rows, V] in float32 of the code at `position`; see `Transformer.decode`."""
-        return self._transformer.decode(x, condition, cache, position).float()
+        """Logits [rows, V], in the decoder's precision, of the code at `position`; see `Transformer.decode`."""
+        return self._transformer.decode(x, condition, cache, position)
 
     def weight_bytes(self) -> int:
         """Bytes of the weights that every step reads: those of the blocks without their modulations, and the head."""

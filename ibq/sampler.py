@@ -86,6 +86,11 @@ class SamplerConfig:
             check_precision(self.precision)
 
     @property
+    def filtered(self) -> bool:
+        """Whether codes may be left out."""
+        return self.top_k > 0 or self.top_p < 1
+
+    @property
     def guided(self) -> bool:
         """Whether the model without class is needed."""
         return self.guidance_scale != 1.0

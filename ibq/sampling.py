@@ -200,15 +200,24 @@ class Drawing:
         self._x.copy_(self._condition.embedding)
 
     def _step(self, decoder: Decoder, position: int | Tensor) -> None:
-        logits = decoder.step(self._x, self._condition, self._cache, position)
-        if self.config.guided:
-            cond, uncond = logits.chunk(2)
-            logits = uncond + self._scales.index_select(0, self._position) * (cond - uncond)
-        drawn = draw(logits, self._numbers.index_select(1, self._position), self.config)
-        self.codes.index_copy_(1, self._position, drawn)
-        embedded = decoder.embed(drawn[:, 0])
+        drawn = self._draw(decoder.step(self._x, self._condition, self._cache, position), fused=decoder.fused)
+        self.codes.index_copy_(1, self._position, drawn[:, None])
+        embedded = decoder.embed(drawn)
         self._x.view(-1, *embedded.shape).copy_(embedded)  # with and without class
         self._position += 1
+
+    def _draw(self, logits: Tensor, *, fused: bool) -> Tensor:
+        """Codes [rows] at the position, from the logits [config.rows, V] of a step."""
+        config, scales = self.config, self._scales if self.config.guided else None
+        if fused and config.temperature > 0 and not config.filtered:
+            from ibq.ops import triton_draw  # only where Triton is installed
+
+            return triton_draw.draw(logits, scales, self._numbers, self._position, config.temperature)
+        logits = logits.float()
+        if scales is not None:
+            cond, uncond = logits.chunk(2)
+            logits = uncond + scales.index_select(0, self._position) * (cond - uncond)
+        return draw(logits, self._numbers.index_select(1, self._position), config)[:, 0]
 
     def _capture(self, decoder: Decoder) -> None:
         try:

@@ -3,6 +3,8 @@
 The position is read on the device, so that a captured graph serves every position of an image.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -10,9 +12,9 @@ from torch import Tensor
 
 from ibq.ops.triton_common import on_device
 
-CACHED = 64  # positions of the cache that a program reads at a time
+TILE_BYTES = 4096  # of keys, and of values, that a program of `attend` reads at a time
+TILE_WARPS, AHEAD, STAGES = 4, True, 1
 GATES = 1024  # elements of a program of `swiglu`
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -40,62 +42,79 @@ def residual_norm_kernel(
 
 
 @triton.jit
+def turned(pairs_ptr, first, is_second, cos, sin):
+    """A new query or key after its rotation, in the order of the cache: the first channel of every pair, the second."""
+    one, other = tl.load(pairs_ptr + first).to(tl.float32), tl.load(pairs_ptr + first + 1).to(tl.float32)
+    return tl.where(is_second, one * sin + other * cos, one * cos - other * sin)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "kv_heads"])
 def attend_kernel(
     qkv_ptr, rope_ptr, keys_ptr, values_ptr, out_ptr, position_ptr, tokens, heads, kv_heads, scale,
-    HALF: tl.constexpr, CACHED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows, heads. Attention of the new position to itself and to those before it; its key and value are kept.
+    """Grid: rows x heads. Attention of the new position to itself and to those before it; its key and value are kept.
 
-    Keys lie in the cache with the first channel of every pair before all the second ones: so they are read in one
-    piece, and the product with a query in the same order is the same.
+    Bound by reading the cache, so nothing may wait: every SLOTS-th position has a softmax of its own (highest score,
+    sum of shares, sum of values) in the threads that read it, and only after the last tile are they put together.
+    Keys lie in the cache with the first channel of every pair before all the second ones: a query in the same order
+    gives the same product. Scores are in units of ln 2.
     """
-    row, head = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1)
+    head = tl.program_id(0) % heads  # those of a group side by side: the second finds what the first has read in L2
+    row = tl.cast(tl.program_id(0) // heads, tl.int64)
     group = heads // kv_heads
     kv_head = head // group
-    position = tl.load(position_ptr)
-    half = tl.arange(0, HALF)
-    whole = tl.arange(0, 2 * HALF)
-    new_ptr = qkv_ptr + row * (heads + 2 * kv_heads) * 2 * HALF
-    cos = tl.load(rope_ptr + (position * HALF + half) * 2)
-    sin = tl.load(rope_ptr + (position * HALF + half) * 2 + 1)
+    position = tl.load(position_ptr).to(tl.int32)
+    slot, channel = tl.arange(0, SLOTS), tl.arange(0, HEAD_DIM)
+    tile = slot[:, None] * HEAD_DIM + channel[None, :]
+    qkv_ptr += row * (heads + 2 * kv_heads) * HEAD_DIM
+    keys_ptr += (row * kv_heads + kv_head) * tokens * HEAD_DIM
+    values_ptr += (row * kv_heads + kv_head) * tokens * HEAD_DIM
+    if AHEAD:  # a tile is read while the one before it is added up, the first while the query is turned
+        filled = (slot < position)[:, None]
+        key_rows = tl.load(keys_ptr + tile, mask=filled, other=0.0)
+        value_rows = tl.load(values_ptr + tile, mask=filled, other=0.0)
 
-    first = tl.load(new_ptr + head * 2 * HALF + 2 * half).to(tl.float32)
-    second = tl.load(new_ptr + head * 2 * HALF + 2 * half + 1).to(tl.float32)
+    first, is_second = 2 * (channel % (HEAD_DIM // 2)), channel >= HEAD_DIM // 2
+    cos = tl.load(rope_ptr + position * HEAD_DIM + first)
+    sin = tl.load(rope_ptr + position * HEAD_DIM + first + 1)
     kind = keys_ptr.dtype.element_ty
-    query_first = (first * cos - second * sin).to(kind).to(tl.float32) * scale
-    query_second = (first * sin + second * cos).to(kind).to(tl.float32) * scale
-    first = tl.load(new_ptr + (heads + kv_head) * 2 * HALF + 2 * half).to(tl.float32)
-    second = tl.load(new_ptr + (heads + kv_head) * 2 * HALF + 2 * half + 1).to(tl.float32)
-    key_first, key_second = (first * cos - second * sin).to(kind), (first * sin + second * cos).to(kind)
-    value = tl.load(new_ptr + (heads + kv_heads + kv_head) * 2 * HALF + whole).to(kind)
-
-    cache = (row * kv_heads + kv_head) * tokens * 2 * HALF
+    query = turned(qkv_ptr + head * HEAD_DIM, first, is_second, cos, sin).to(kind).to(tl.float32) * scale
+    key = turned(qkv_ptr + (heads + kv_head) * HEAD_DIM, first, is_second, cos, sin).to(kind)
+    value = tl.load(qkv_ptr + (heads + kv_heads + kv_head) * HEAD_DIM + channel).to(kind)
     if head % group == 0:
-        place = cache + position * 2 * HALF
-        tl.store(keys_ptr + place + half, key_first)
-        tl.store(keys_ptr + place + HALF + half, key_second)
-        tl.store(values_ptr + place + whole, value)
+        tl.store(keys_ptr + position * HEAD_DIM + channel, key)
+        tl.store(values_ptr + position * HEAD_DIM + channel, value)
 
     # What is new is in registers: the cache is read only before it.
-    top = tl.sum(query_first * key_first.to(tl.float32) + query_second * key_second.to(tl.float32))
-    total = tl.full([], 1.0, dtype=tl.float32)
-    out = value.to(tl.float32)
-    for begin in range(0, position, CACHED):
-        index = begin + tl.arange(0, CACHED)
-        filled = index < position
-        line = cache + index[:, None] * (2 * HALF)
-        key_a = tl.load(keys_ptr + line + half[None, :], mask=filled[:, None], other=0.0).to(tl.float32)
-        key_b = tl.load(keys_ptr + line + HALF + half[None, :], mask=filled[:, None], other=0.0).to(tl.float32)
-        scores = tl.sum(key_a * query_first[None, :] + key_b * query_second[None, :], axis=1)
-        scores = tl.where(filled, scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores))
-        shares = tl.exp2((scores - higher) * LOG2_E)
-        before = tl.exp2((top - higher) * LOG2_E)
-        value_rows = tl.load(values_ptr + line + whole[None, :], mask=filled[:, None], other=0.0).to(tl.float32)
-        out = out * before + tl.sum(shares[:, None] * value_rows, axis=0)
-        total = total * before + tl.sum(shares)
+    own = tl.sum(query * key.to(tl.float32))
+    top = tl.zeros([SLOTS], dtype=tl.float32) + own
+    total = tl.zeros([SLOTS], dtype=tl.float32)
+    out = tl.zeros([SLOTS, HEAD_DIM], dtype=tl.float32)
+    for begin in tl.range(0, position, SLOTS, num_stages=STAGES):
+        if AHEAD:
+            after = begin + SLOTS
+            filled = (after + slot < position)[:, None]
+            next_keys = tl.load(keys_ptr + after * HEAD_DIM + tile, mask=filled, other=0.0)
+            next_values = tl.load(values_ptr + after * HEAD_DIM + tile, mask=filled, other=0.0)
+        else:
+            filled = (begin + slot < position)[:, None]
+            key_rows = tl.load(keys_ptr + begin * HEAD_DIM + tile, mask=filled, other=0.0)
+            value_rows = tl.load(values_ptr + begin * HEAD_DIM + tile, mask=filled, other=0.0)
+        scores = tl.sum(key_rows.to(tl.float32) * query[None, :], axis=1)
+        scores = tl.where(begin + slot < position, scores, -float("inf"))
+        higher = tl.maximum(top, scores)
+        before, shares = tl.exp2(top - higher), tl.exp2(scores - higher)
+        total = total * before + shares
+        out = out * before[:, None] + shares[:, None] * value_rows.to(tl.float32)
         top = higher
-    tl.store(out_ptr + (row * heads + head) * 2 * HALF + whole, (out / total).to(out_ptr.dtype.element_ty))
+        if AHEAD:
+            key_rows, value_rows = next_keys, next_values
+    highest = tl.max(top)
+    own, shares = tl.exp2(own - highest), tl.exp2(top - highest)
+    whole = own * value.to(tl.float32) + tl.sum(out * shares[:, None], axis=0)
+    whole /= own + tl.sum(total * shares)
+    tl.store(out_ptr + (row * heads + head) * HEAD_DIM + channel, whole.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -139,13 +158,18 @@ def attend(qkv: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: Te
     rows, kv_heads, tokens, head_dim = keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
-    sizes = (tokens, heads, kv_heads, head_dim**-0.5)
+    sizes = (tokens, heads, kv_heads, head_dim**-0.5 / math.log(2))
     with on_device(qkv):
-        attend_kernel[(rows, heads)](
+        attend_kernel[(rows * heads,)](
             qkv, torch.view_as_real(rope), keys, values, out, position, *sizes,
-            HALF=head_dim // 2, CACHED=CACHED, num_warps=4,
+            HEAD_DIM=head_dim, **tile(head_dim, keys.dtype), num_warps=TILE_WARPS,
         )  # fmt: skip
     return out
+
+
+def tile(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """What `attend_kernel` reads at a time: the same for any number of rows, as they may not matter to a row."""
+    return {"SLOTS": max(1, TILE_BYTES // (head_dim * dtype.itemsize)), "AHEAD": AHEAD, "STAGES": STAGES}
 
 
 def swiglu(x: Tensor) -> Tensor:

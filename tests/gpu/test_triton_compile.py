@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import pytest
 
 pytest.importorskip("triton", reason="triton is installed with the CUDA builds of torch only")
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -23,6 +24,7 @@ from triton.compiler import ASTSource
 
 from ibq.ops import triton_common as common
 from ibq.ops import triton_decode_step as decode_step
+from ibq.ops import triton_draw as draw
 from ibq.ops import triton_group_norm_silu as group_norm_silu
 from ibq.ops import triton_index_backprop as index_backprop
 from ibq.ops import triton_linear_cross_entropy as cross_entropy
@@ -254,27 +256,42 @@ def test_group_norm_and_silu(name, flags, of_image, channels):
         assert not of_image or usage.registers <= 128, "two programs of 256 threads on a processor"
 
 
-DECODE_KERNELS = {  # constants and warps as at a launch
-    "residual_norm_kernel": ({"HAS_UPDATE": True, "COLUMNS": 2048}, 8),
-    "attend_kernel": ({"HALF": 32, "CACHED": decode_step.CACHED}, 4),
-    "swiglu_kernel": ({"COLUMNS": decode_step.GATES}, 4),
+DECODE_KERNELS = [  # constants and warps as at a launch
+    (decode_step.residual_norm_kernel, {"HAS_UPDATE": True, "COLUMNS": 2048}, 8),
+    *((decode_step.attend_kernel, {"HEAD_DIM": size}, decode_step.TILE_WARPS) for size in (64, 128)),
+    (decode_step.swiglu_kernel, {"COLUMNS": decode_step.GATES}, 4),
+    (draw.draw_sums_kernel, {"GUIDED": True, "PART": draw.PART}, draw.PART_WARPS),
+    (draw.draw_kernel, {"GUIDED": True, "PART": draw.PART, "PARTS": 64}, draw.PART_WARPS),
+]
+KINDS = {  # of those arguments that are neither in the model's precision nor whole numbers
+    **dict.fromkeys(("rope_ptr", "scales_ptr", "highest_ptr"), "*fp32"),
+    **dict.fromkeys(("position_ptr", "drawn_ptr"), "*i64"),
+    **dict.fromkeys(("sums_ptr", "numbers_ptr"), "*fp64"),
+    **dict.fromkeys(("eps", "scale", "temperature"), "fp32"),
 }
 
 
-@pytest.mark.parametrize("kind", ["*bf16", "*fp32"])
-@pytest.mark.parametrize("name", DECODE_KERNELS)
-def test_a_step_of_decoding(name, kind):
-    function, (constants, warps) = getattr(decode_step, name), DECODE_KERNELS[name]
-    others = {"rope_ptr": "*fp32", "position_ptr": "*i64", "eps": "fp32", "scale": "fp32"}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("function", "constants", "warps"), DECODE_KERNELS, ids=str)
+def test_a_step_of_decoding(function, constants, warps, dtype):
+    kind = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    if function is decode_step.attend_kernel:
+        constants = constants | decode_step.tile(constants["HEAD_DIM"], dtype)
     types, attributes = {}, {}
     for place, parameter in enumerate(function.params):
         plain = kind if parameter.name.endswith("_ptr") else "i32"
-        types[parameter.name] = "constexpr" if parameter.name in constants else others.get(parameter.name, plain)
-        if types[parameter.name] == kind or parameter.name in ("width", "hidden", "gate_stride", "norm_stride"):
+        types[parameter.name] = "constexpr" if parameter.name in constants else KINDS.get(parameter.name, plain)
+        if types[parameter.name] == kind or parameter.name in (
+            "width",
+            "hidden",
+            "gate_stride",
+            "norm_stride",
+            "codes",
+        ):
             attributes[(place,)] = [["tt.divisibility", 16]]
     for capability in SHARED_LIMIT_KIB:
         usage = machine_code(function, types, constants, attributes, capability, {"num_warps": warps, "num_stages": 3})
-        print(name, kind, capability, usage)
+        print(function, constants, kind, capability, usage)
         assert not problems(usage, capability) and usage.registers <= 128
 
 

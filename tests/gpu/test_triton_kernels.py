@@ -5,6 +5,7 @@ one more pytest on it, in that mode; tests below `DEVICES` run there on the CPU,
 """
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.frequencies import check_frequencies
 from support.models import small_transformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,15 +24,17 @@ from ibq.decoding import Decoder
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer_blocks import Attention, RMSNorm, rotary_table
 from ibq.models.vqgan import ResBlock
+from ibq.noise import uniforms
 from ibq.ops import textbook
 from ibq.ops.index_backprop import index_backprop
 from ibq.sampler import SamplerConfig
-from ibq.sampling import Drawing, sample_codes, settled_for
+from ibq.sampling import Drawing, pick, sample_codes, settled_for
 
 pytest.importorskip("triton", reason="triton is installed with the CUDA builds of torch only")
 from ibq.ops import (
     triton_common,
     triton_decode_step,
+    triton_draw,
     triton_group_norm_silu,
     triton_index_backprop,
     triton_linear_cross_entropy,
@@ -611,9 +615,11 @@ def test_residual_norm(width, updated, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 16), (4, 2, 32)])
-def test_attention_of_a_new_position(heads, kv_heads, head_dim, dtype, device):
-    """Position after position over a cache of more than one tile; the kernels' has nothing in it but NaN before."""
-    side = 9
+def test_attention_of_a_new_position(heads, kv_heads, head_dim, dtype, device, monkeypatch):
+    """Position after position over a cache of several tiles; the kernels' has nothing in it but NaN before."""
+    side = 7
+    monkeypatch.setattr(triton_decode_step, "TILE_BYTES", 1024)
+    assert triton_decode_step.tile(head_dim, dtype)["SLOTS"] < side**2
     attention = Attention(heads * head_dim, heads, kv_heads, 0.0)
     table = rotary_table((side, side), head_dim, 10_000.0).to(device, torch.complex64)
     shape = (2, kv_heads, side**2, head_dim)
@@ -623,8 +629,10 @@ def test_attention_of_a_new_position(heads, kv_heads, head_dim, dtype, device):
     with torch.no_grad():
         for position, new in enumerate(qkv):
             wanted = attention._attend(new, table[position : position + 1], *plain, position)
+            alone = triton_decode_step.attend(new[1:], table, *(cached[1:].clone() for cached in fused), counter)
             found = triton_decode_step.attend(new, table, *fused, counter)
             torch.testing.assert_close(found, wanted.to(dtype), **TOLERANCE[dtype])
+            assert torch.equal(alone[0], found[1]), "a row depends on its company"
             counter += 1
     pairs = fused[0].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # back to their own order
     torch.testing.assert_close(pairs, plain[0])
@@ -637,6 +645,72 @@ def test_swiglu(dtype, device):
     x = normal(3, 2 * 1300, dtype=dtype, device=device)
     gate, up = x.float().chunk(2, dim=-1)
     torch.testing.assert_close(triton_decode_step.swiglu(x), (F.silu(gate) * up).to(dtype))
+
+
+def drawn(logits: Tensor, numbers: Tensor, guided: bool, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Codes [n] of the same logits [V] with n numbers: the kernels', and those of `pick`.
+
+    Guided, the logits are made of two halves that take other values, by a scale of 2.
+    """
+    scales = torch.tensor([9.0, 2.0], device=logits.device) if guided else None
+    rows = logits.expand(len(numbers), -1)
+    halves = torch.cat([rows - 1, rows - 2]) if guided else rows.contiguous()
+    both = torch.stack([torch.rand_like(numbers), numbers], dim=1)
+    position = torch.tensor([1], device=logits.device)
+    found = triton_draw.draw(halves, scales, both, position, temperature)
+    plain = halves.float()
+    if guided:
+        plain = plain[len(rows) :] + 2.0 * (plain[: len(rows)] - plain[len(rows) :])
+    return found, pick(plain / temperature, numbers[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_draw_is_that_of_pick(guided, dtype, device, monkeypatch):
+    """Numbers in the middle of a code's share, where no rounding decides; the first part and others cannot be drawn."""
+    monkeypatch.setattr(triton_draw, "PART", 64)
+    logits = (normal(300, dtype=torch.float32, device=device) * 24).round().to(dtype) / 8  # halves of it are exact
+    logits[:70] = logits[100:200:3] = -50.0 if guided else -torch.inf  # inf - inf would be NaN
+    shares = (logits.double() / 0.9).softmax(-1)
+    codes = (shares > 1e-5).nonzero()[::4, 0]
+    found, expected = drawn(logits, (shares.cumsum(-1) - shares / 2)[codes], guided, temperature=0.9)
+    assert torch.equal(found, codes) and torch.equal(expected, codes) and len(codes) > 30
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_draw_of_unlikely_codes(device, monkeypatch):
+    """Codes of 1e-8 each behind one of 1: sums in float32 would pass over nine of ten."""
+    monkeypatch.setattr(triton_draw, "PART", 1024)
+    logits = torch.full((5001,), math.log(1e-8), device=device)
+    logits[0] = 0.0
+    codes = torch.arange(1, 5001, 199, device=device)
+    numbers = (1 + 1e-8 * (codes.double() - 0.5)) / (1 + 5000e-8)
+    assert torch.equal(drawn(logits, numbers, False)[0], codes)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_edges_of_a_draw(device, monkeypatch):
+    """Numbers next to 0 and 1 where the ends cannot be drawn; and logits of which nothing can be drawn."""
+    monkeypatch.setattr(triton_draw, "PART", 8)
+    edges = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64, device=device)
+    logits = torch.full((30,), -torch.inf, device=device)
+    logits[10], logits[21] = 0.0, 1.0
+    assert drawn(logits, edges, False)[0].tolist() == [10, 21]
+    for bad in (torch.nan, torch.inf):
+        logits[12] = bad
+        assert drawn(logits, edges, False)[0].tolist() == [29, 29]
+    assert drawn(torch.full_like(logits, -torch.inf), edges, False)[0].tolist() == [29, 29]
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("codes", [16_384, 262_144])
+def test_two_million_draws_of_the_kernels(codes, device):
+    logits = normal(codes, dtype=torch.float32, device=device) * 3
+    numbers, rows = uniforms(range(500), 4000, device), logits.expand(500, -1).contiguous()
+    places = torch.arange(4000, device=device).split(1)
+    found = torch.stack([triton_draw.draw(rows, None, numbers, place, 1.0) for place in places])
+    check_frequencies(found.cpu(), logits.cpu())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,7 +10,7 @@ from support.models import VARIANTS, small_transformer
 from torch import nn
 
 from ibq.config import UserError
-from ibq.decoding import Decoder, PackedLinear, settle
+from ibq.decoding import DTYPES, Decoder, PackedLinear, settle
 from ibq.engine.compilation import compile_units
 from ibq.models.transformer import TransformerConfig
 from ibq.ops.backend import missing_for_compile, triton_is_installed
@@ -61,7 +61,7 @@ def test_every_precision_follows_the_forward_pass(transformer, precision):
     codes, classes = random_request(transformer)
     exact = transformer.logits(codes, classes)
     found = forced(Decoder(transformer, precision, ROWS), codes, classes)
-    assert found.dtype == torch.float32 and found.shape == exact.shape
+    assert found.dtype == DTYPES[precision] and found.shape == exact.shape
     assert -1e-12 < divergence(exact, found) < LARGEST_KL[precision]
     if precision == "fp32":
         assert (found - exact).abs().max() < 1e-5

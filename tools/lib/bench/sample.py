@@ -47,6 +47,7 @@ KERNELS = {
     "attention": ("attend_kernel",),
     "norms": ("residual_norm_kernel",),
     "gates": ("swiglu_kernel",),
+    "draw": ("draw_sums_kernel", "draw_kernel"),
     "products": ("gemm", "gemv", "cutlass", "nvjet", "xmma", "splitk", "cublas"),
 }
 
@@ -322,7 +323,7 @@ def _log_probabilities(decoder: Decoder, labels: Tensor, codes: Tensor) -> Tenso
     inputs = [condition.embedding, *map(decoder.embed, codes.unbind(1)[:-1])]
     positions = torch.arange(len(inputs), device=decoder.device).split(1) if decoder.fused else range(len(inputs))
     rows = [decoder.step(x, condition, cache, place) for place, x in zip(positions, inputs, strict=True)]
-    return torch.stack(rows, dim=1).log_softmax(-1)
+    return torch.stack(rows, dim=1).float().log_softmax(-1)
 
 
 def table(figures: dict[str, Any]) -> str:
