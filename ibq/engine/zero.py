@@ -170,9 +170,9 @@ class ZeroEngine:
     def _update_average(self, number: int, masters: Tensor) -> None:
         self._averages.update(number, masters, self.settings.decay(self.steps + 1))
 
-    # In stage 3 the host waits for the device where DeepSpeed 0.19.8 does: after each backward pass for reductions
-    # (stage3.py:1414), in the step for the norm (utils.py:233), and after it if parameters stay gathered
-    # (partition_parameters.py:2128, of one rank :114).
+    # In stage 3 the host waits for the device once, for the norm (utils.py:233 of DeepSpeed 0.19.8); with the optimizer
+    # offloaded also after each backward pass for reductions (stage3.py:1414); and after the step, if several ranks keep
+    # parameters gathered (partition_parameters.py:2128).
 
     def _step_sharded(self) -> bool:
         self._engine.step()

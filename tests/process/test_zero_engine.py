@@ -16,6 +16,7 @@ from support.processes import run_ranks, run_script
 from support.training import largest_difference, make_workplace, scalars, train_here
 
 from ibq.config import ConfigError, UserError
+from ibq.engine import zero_shortcuts
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.configs import ModelSize, ZeroEngineConfig
 from ibq.engine.zero import ZeroEngine
@@ -137,6 +138,7 @@ def bf16_jobs() -> dict[str, dict]:
         jobs[f"bf16 start: {name}"] = jobs[f"bf16: {name}"] | {"steps": 0}
     sums = {"settings": BF16 | TWO, "steps": 2, "odd": 1}
     jobs |= {f"bf16 sums: {name}": {"engine": e, **sums} for name, e in (STAGES | CPU).items() if name != "stage 0"}
+    jobs["bf16: stage 3"] |= {"counts": True}
     jobs["bf16: compiled, stage 3"] = jobs["bf16: stage 3"] | {"engine": COMPILED}
     for stage in (1, 2, 3):
         engine = {"stage": stage, "reduce_dtype": "bf16"}
@@ -376,6 +378,33 @@ def test_bf16_skips_a_loss_that_is_not_a_number(runs, name):
     assert [row[2] for row in outcome(runs, name)["rows"]] == [step == 2 for step in range(5)]
 
 
+def check_counts(runs: Path) -> None:
+    """Of the last step of the optimizer."""
+    counts = outcome(runs, "bf16: stage 3")["counts"]
+    assert counts["_fused_adamw_"] > 3, counts  # one of each sub-group
+    # The host waits for a GPU where it reads a number and where it writes one: to see whether the norm is finite, and
+    # not for every sub-group.
+    assert counts["_local_scalar_dense"] + counts["lift_fresh"] == 1, counts
+    # Nor are gradients scaled, or copied together.
+    assert counts["mul_"] == 0 and counts["cat"] < 3, counts
+
+
+def test_a_step_waits_once(runs):
+    check_counts(runs)
+
+
+def test_deepspeed_has_what_is_replaced_in_it():
+    """Else its longer ways would be back without a word."""
+    stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3")
+    for name in (*zero_shortcuts.STEP, zero_shortcuts.SCATTER, "_partition_all_parameters"):
+        assert callable(getattr(stage3.DeepSpeedZeroOptimizer_Stage3, name)), name
+    ours, theirs = ([torch.arange(12.0)[:7], torch.ones(5), torch.ones(1)] for _ in range(2))
+    flat, expected = zero_shortcuts.flatten(ours), stage3.defragment(theirs)
+    assert torch.equal(flat, expected)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other) and one.data_ptr() - flat.data_ptr() == other.data_ptr() - expected.data_ptr()
+
+
 # --- Units: gathered as a whole, and compiled once ---
 
 
@@ -409,6 +438,7 @@ def test_one_process_without_a_launcher(tmp_path):
         deviation = deviations(tmp_path, name, world=1)
         assert equal(deviation), deviation
     check_bf16(tmp_path, "bf16: stage 3")
+    check_counts(tmp_path)
 
 
 @pytest.mark.needs(*needs.NVME)

@@ -6,13 +6,16 @@ jobs.pt: a list of dicts, see `Job`. Rank r leaves NAME.r.pt: losses (mean over 
 part of the final state, and how many graphs were compiled so far after each step.
 """
 
+import contextlib
 import gc
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibq import dist
 from ibq.engine.base import PARTS, EngineSettings, GroupHyper, OptimizerConfig, ParameterState
@@ -60,6 +63,7 @@ class Job:
     parts: tuple = PARTS  # what is loaded of it
     discards: bool = False  # a micro-batch before every step, which is then discarded
     holds: bool = False  # look at what a forward pass holds, at the end
+    counts: bool = False  # count what the last step of the optimizer does
 
 
 class Poison(torch.autograd.Function):
@@ -119,7 +123,19 @@ def micro_batches(step: int, count: int):
         yield [tensor.chunk(dist.world_size())[dist.rank()] for tensor in part]
 
 
-def train_step(engine: ZeroEngine, job: Job, step: int) -> tuple[float, float, bool]:
+class Counts(TorchDispatchMode):
+    """How often each operator of PyTorch is called within this context."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def train_step(engine: ZeroEngine, job: Job, step: int, counts=None) -> tuple[float, float, bool]:
     """(loss, gradient norm, skipped)."""
     total, count = torch.zeros(()), engine.settings.accumulation
     faulty = step == 2 and dist.rank() == 1
@@ -137,7 +153,8 @@ def train_step(engine: ZeroEngine, job: Job, step: int) -> tuple[float, float, b
             if job.fault == "nan gradient" and faulty and number == 0:
                 loss = Poison.apply(loss)
             engine.backward(loss)
-    result = engine.step(HYPER)
+    with counts or contextlib.nullcontext():
+        result = engine.step(HYPER)
     return float(dist.all_reduce_mean(total)), float(result.gradient_norm), result.skipped
 
 
@@ -218,17 +235,19 @@ def run(job: Job, folder: Path) -> None:
     engine = ZeroEngine(ZeroEngineConfig(**job.engine), blueprint(job), settings)
     if job.load is not None:
         load(engine, folder, job)
-    first, rows, graphs = engine.steps, [], []
+    first, rows, graphs, counts = engine.steps, [], [], None
     for step in range(first, first + job.steps):
         if job.discards:
             engine.backward(engine(*next(micro_batches(500, 2))).mean())
             engine.discard()
-        rows.append(train_step(engine, job, step))
+        counts = Counts() if job.counts else None
+        rows.append(train_step(engine, job, step, counts))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     with engine.averaged():
         averaged = validation_loss(engine)
     result = {"rows": rows, "steps": engine.steps, "averaged": averaged, "raw": validation_loss(engine)}
     result |= {"graphs": graphs, "hooked": hooked_layers(engine.module)}
+    result["counts"] = counts and counts.calls
     result["held"] = held_weights(engine) if job.holds else None
     torch.save(result | {"state": saved_state(engine)}, folder / f"{job.name}.{dist.rank()}.pt")
     engine.close()
