@@ -739,9 +739,10 @@ class NoGraph:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_nothing_in_a_block_waits_for_the_device():
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_k": 20}])
+def test_nothing_in_a_block_waits_for_the_device(filters):
     transformer = small_transformer(tokens_per_side=4, vocab_size=64).to("cuda")
-    config = SamplerConfig(rows_per_block=2, precision="bf16", top_p=0.9, top_k=20)
+    config = SamplerConfig(rows_per_block=2, precision="bf16", **filters)
     decoder = Decoder(transformer, "bf16", config.rows)
     drawing = decoder.drawing = Drawing(decoder, settled_for(decoder, config))
     with torch.inference_mode():
