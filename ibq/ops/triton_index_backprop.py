@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibq.ops.float32_product import Float32Product
 from ibq.ops.index_backprop_tiles import ForwardStatistics
 from ibq.ops.triton_common import (
     ONE_PRODUCT_TILES,
@@ -268,9 +267,9 @@ def forward(
             operands = _operands(dot_precision, tokens, codebook)
             merged, usage = _forward(*operands, *settings)
             return merged._replace(usage=usage / len(tokens))
-        found, usage, product = [], 0.0, Float32Product(codebook)
+        found, usage = [], 0.0
         for strip, (logits,) in _tables(tokens, codebook, 1):
-            merged, own = _forward(product(tokens[strip], out=logits), logits, *settings)
+            merged, own = _forward(torch.mm(tokens[strip], codebook.t(), out=logits), logits, *settings)
             found.append(merged)
             usage = usage + own
         parts = [torch.cat(parts) for parts in zip(*found, strict=True)]
@@ -378,10 +377,9 @@ def _backward_by_tables(
     grad_tokens, grad_codebook,
 ) -> None:  # fmt: skip
     """The same by tables of PyTorch's products, in one of which the logits become their gradients."""
-    product = Float32Product(codebook)
     for strip, (logits, *others) in _tables(tokens, codebook, 1 if grad_latents is None else 2):
-        product(tokens[strip], out=logits)
-        pulls = product(grad_latents[strip], out=others[0]) if others else None
+        torch.mm(tokens[strip], codebook.t(), out=logits)
+        pulls = torch.mm(grad_latents[strip], codebook.t(), out=others[0]) if others else None
         own = ForwardStatistics(*(values if values is None else values[strip] for values in statistics[:5]), None)
         centres = _centres(logits, codebook, own, pulls, grad_usage, inverse, dot_precision)
         per_token = [*own[1:5], *centres, grad_sample_entropy[strip]]
