@@ -2,8 +2,8 @@
 
 The same values and gradients as `textbook.index_backprop`, computed in tiles and recomputed in the backward pass:
 memory grows with tokens + codes, not with their product. On CUDA by Triton kernels (`triton_index_backprop.py`), which
-multiply themselves where tensor cores may, and else read PyTorch's products of some tokens at a time; on CPUs, and where
-Triton is missing, in plain PyTorch (`index_backprop_tiles.py`).
+multiply themselves where tensor cores may, and else read PyTorch's products of some tokens at a time; on CPUs, and
+where Triton is missing, in plain PyTorch (`index_backprop_tiles.py`).
 
 What needs all codes of all tokens is one operator with a hand-written gradient, opaque to `torch.compile`; the rest
 (the squared distances, the entropy of the batch and its mean over ranks) is plain PyTorch around it.

@@ -32,6 +32,9 @@ class GanConfig:
     adaptive: bool = False  # balance the gradients of the last layer (VQGAN, which takes `weight: 0.4`)
     loss: DiscriminatorLoss = "hinge"
     lecam_weight: float = 0.05
+    # Whose judgement the generator's loss is: the discriminator's after its own step on these images, as the reference
+    # has it, or before, which with accumulation needs one pass through the tokenizer instead of two.
+    judged_by: Literal["updated", "previous"] = "updated"
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def __post_init__(self):

@@ -31,7 +31,8 @@ class TokenizerTask:
 
     Order of the reference: one pass through the tokenizer; the discriminator's step on it; the generator's step on
     the same reconstruction with the discriminator already updated. With accumulation the reconstructions for the
-    discriminator's step are made without a graph, so that memory stays that of one micro-batch.
+    discriminator's step are made without a graph, so that memory stays that of one micro-batch. Where the generator is
+    to be judged by the previous discriminator, its passes come first, and the discriminator learns from their results.
     """
 
     def __init__(
@@ -86,11 +87,12 @@ class TokenizerTask:
         self._start_codebook(step)
         hyper = {name: GroupHyper(learning_rate=self.learning_rate(step)) for name in ("decay", "no_decay")}
         gan = self.discriminator is not None and step >= self.config.gan.start_step
+        updated = gan and self.config.gan.judged_by == "updated"
         shared = len(images) == 1  # one forward pass serves both steps
         undo = self._snapshot(gan)
         metrics: dict[str, Tensor] = {"learning_rate": torch.tensor(hyper["decay"].learning_rate)}
-        skipped, codes = False, []
-        if gan and not shared:
+        skipped, codes, fakes = False, [], []
+        if updated and not shared:
             with torch.no_grad(), stopwatch.part("forward"):
                 fakes = [self.generator(x, False).reconstruction for x in images]
             with stopwatch.part("discriminator"):
@@ -99,7 +101,7 @@ class TokenizerTask:
             with self.generator.micro_batch():
                 with stopwatch.part("forward"):
                     out = self.generator(x)
-                if gan and shared:
+                if updated and shared:
                     with stopwatch.part("discriminator"):
                         skipped |= self._discriminator_step([x], [out.reconstruction.detach()], hyper, metrics)
                 with stopwatch.part("losses"):
@@ -107,6 +109,11 @@ class TokenizerTask:
                 with stopwatch.part("backward"):
                     self.generator.backward(loss)
             codes.append(out.codes)
+            if gan and not updated:
+                fakes.append(out.reconstruction.detach())
+        if gan and not updated:
+            with stopwatch.part("discriminator"):
+                skipped |= self._discriminator_step(images, fakes, hyper, metrics)
         self._last = batches[-1][0], out.metrics
         if not skipped:
             with stopwatch.part("optimizer"):

@@ -5,7 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ibq.engine.base import EngineSettings, OptimizerConfig, StepResult
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.local import LocalEngine
+from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
+from ibq.quantizers import IBQConfig
+from ibq.training.metrics import Stopwatch
+from ibq.training.tokenizer_config import GanConfig, TokenizerLossConfig
 from ibq.training.tokenizer_task import TokenizerTask
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 8])
@@ -16,3 +27,74 @@ def test_lecam_remembers_as_long_however_many_micro_batches_a_step_has(micro_bat
         TokenizerTask._update_lecam(task, torch.zeros(4), torch.zeros(4), 1 / micro_batches)
     assert float(task.lecam["real"]) == pytest.approx(0.999**100, rel=1e-4)
     assert task.lecam["real"] == task.lecam["fake"]
+
+
+def task_of(judged_by: str) -> tuple[TokenizerTask, list[int]]:
+    """A small task, and the images of every pass through its tokenizer."""
+    model = TokenizerConfig(
+        resolution=32,
+        channels=8,
+        channel_multipliers=(1, 1),
+        res_blocks=1,
+        latent_channels=8,
+        norm_groups=4,
+        quantizer=IBQConfig(num_codes=16, dim=8),
+    )
+    # Plain descent: a step is the gradient, whatever its size.
+    settings = EngineSettings(optimizer=OptimizerConfig(kind="sgd"), device=CPU, accumulation=2)
+    discriminator = DiscriminatorConfig(channels=4)
+    task = TokenizerTask(
+        LocalEngine(Blueprint(name="tokenizer", build=lambda: Tokenizer(model), seed=0), settings),
+        LocalEngine(Blueprint(name="judge", build=lambda: PatchDiscriminator(discriminator), seed=0), settings),
+        TokenizerLossConfig(gan=GanConfig(weight=1.0, judged_by=judged_by, discriminator=discriminator)),
+        perceptual=None,
+        learning_rate=lambda step: 0.1,
+    )
+    passes: list[int] = []
+    task.tokenizer.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    return task, passes
+
+
+def change(task: TokenizerTask) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step of two micro-batches does to the tokenizer's and the discriminator's weights."""
+    modules = task.tokenizer, task.discriminator.module
+    images = torch.randint(256, (2, 3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = [torch.nn.utils.parameters_to_vector(module.parameters()).clone() for module in modules]
+    outcome = task.step(0, [(batch, torch.zeros(3)) for batch in images], Stopwatch(CPU))
+    assert not outcome.skipped and float(outcome.metrics["gan/generator"]) != 0
+    after = [torch.nn.utils.parameters_to_vector(module.parameters()) for module in modules]
+    return tuple(new.detach() - old.detach() for new, old in zip(after, before, strict=True))
+
+
+def test_judged_by_the_previous_discriminator_needs_one_pass(monkeypatch):
+    """The tokenizer learns as if the discriminator had not, and that learns as before."""
+    (updated, passes), (previous, fewer) = task_of("updated"), task_of("previous")
+    tokenizer, discriminator = change(previous)
+    of_updated, same = change(updated)
+    assert (passes, fewer) == ([3] * 4, [3] * 2)
+    torch.testing.assert_close(discriminator, same)
+    assert float((tokenizer - of_updated).norm() / of_updated.norm()) > 1e-4
+
+    unmoved, _ = task_of("updated")
+
+    def stay(hyper) -> StepResult:
+        unmoved.discriminator.discard()
+        return StepResult(gradient_norm=torch.zeros(()), skipped=False)
+
+    monkeypatch.setattr(unmoved.discriminator, "step", stay)
+    torch.testing.assert_close(tokenizer, change(unmoved)[0])
+
+
+@pytest.mark.parametrize("judged_by", ["updated", "previous"])
+def test_a_bad_discriminator_step_undoes_nothing_that_was_done(judged_by, monkeypatch):
+    """Whoever is judged by whom: neither network moves, nor LeCAM's averages."""
+    task, _ = task_of(judged_by)
+    own = task.discriminator.backward
+    monkeypatch.setattr(task.discriminator, "backward", lambda loss: own(loss * float("nan")))
+    modules, lecam = (task.tokenizer, task.discriminator.module), dict(task.lecam)
+    before = [torch.nn.utils.parameters_to_vector(module.parameters()).clone() for module in modules]
+    images = torch.randint(256, (2, 3, 3, 32, 32), dtype=torch.uint8)
+    assert task.step(0, [(batch, torch.zeros(3)) for batch in images], Stopwatch(CPU)).skipped
+    for module, old in zip(modules, before, strict=True):
+        assert torch.equal(torch.nn.utils.parameters_to_vector(module.parameters()), old)
+    assert all(torch.equal(task.lecam[name], value) for name, value in lecam.items())
