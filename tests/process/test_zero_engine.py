@@ -381,7 +381,7 @@ def test_bf16_skips_a_loss_that_is_not_a_number(runs, name):
 def check_counts(runs: Path) -> None:
     """Of the last step of the optimizer."""
     counts = outcome(runs, "bf16: stage 3")["counts"]
-    assert counts["_fused_adamw_"] > 3, counts  # one of each sub-group
+    assert counts["_fused_adamw_"] > 1, counts  # one of each sub-group
     # The host waits for a GPU where it reads a number and where it writes one: to see whether the norm is finite, and
     # not for every sub-group.
     assert counts["_local_scalar_dense"] + counts["lift_fresh"] == 1, counts
