@@ -24,7 +24,7 @@ from ibq.engine.watch import stat_of
 from ibq.files import append_line
 from ibq.progress import leave, terminals
 from launchers.lib import ROOT
-from launchers.lib.allocation import Allocation, Step, current_allocation, deepspeed_command, torchrun_command
+from launchers.lib.allocation import SAVE_S, Allocation, Step, current_allocation, deepspeed_command, torchrun_command
 from launchers.lib.executor import in_code
 from launchers.lib.run_config import check_run, is_training_script, load_run
 
@@ -69,20 +69,22 @@ class Job:
         before, started = last_checkpoint(folder), time.time()
         code = self._preflight(allocation, nodes, folder or Path.cwd(), run) if self.preflight else 0
         if not code:
-            code = _wait(allocation.start(self._step(allocation, nodes, arguments, logs)))
+            code = _wait(allocation.start(self._step(allocation, nodes, arguments, logs, time_to_save(folder))))
             if code and self.launcher != "srun":  # whose own code says little
                 code = stopped_by(folder, started) or code
         row = {"start": allocation.restart, "nodes": allocation.nodes[:nodes], "code": code}
         append_line(_made(logs) / ATTEMPTS_FILE, row | {"before": before, "after": last_checkpoint(folder)})
         return self._conclude(allocation, logs, code, folder)
 
-    def _step(self, allocation: Allocation, nodes: int, arguments: Sequence[str], logs: Path) -> Step:
+    def _step(
+        self, allocation: Allocation, nodes: int, arguments: Sequence[str], logs: Path, save_s: float = SAVE_S
+    ) -> Step:
         command = (sys.executable, str(ROOT / self.script), *arguments)
         match self.launcher:
             case "srun":
                 return Step(command=command, nodes=nodes, ranks_per_node=allocation.ranks_per_node, logs=logs)
             case "torchrun":
-                command = torchrun_command(allocation, nodes, command)
+                command = torchrun_command(allocation, nodes, command, save_s)
             case "deepspeed":
                 command = deepspeed_command(allocation, nodes, command, logs / "hostfile")
         return Step(command=command, nodes=nodes, ranks_per_node=1, logs=logs)
@@ -98,9 +100,7 @@ class Job:
 
     def _conclude(self, allocation: Allocation, logs: Path | None, code: int, folder: Path | None = None) -> int:
         """Say how it ended, and have it requeued where that helps."""
-        from ibq.training.stopping import read_status  # reads PyTorch, for which --help should not wait
-
-        reason = read_status(folder).get("reason", "") if folder else ""
+        reason = status_of(folder).get("reason", "")
         said = f"{self.script} ended with exit code {code}" + (f": {reason}" if reason else "")
         if code == 0:
             say(f"{self.script} is done")
@@ -141,12 +141,22 @@ class SubmittedJob:
 
 def stopped_by(folder: Path | None, since: float) -> int:
     """128 + the signal that has ended the run in a folder since then, as its ranks say; 0 if none has."""
-    from ibq.training.stopping import read_status  # reads PyTorch
-
-    said = read_status(folder) if folder else {}
+    said = status_of(folder)
     if said.get("state") != "stopped" or time.mktime(time.strptime(said["time"][:19], "%Y-%m-%dT%H:%M:%S")) < since - 1:
         return 0
     return 128 + signal.Signals[said["reason"]]
+
+
+def time_to_save(folder: Path | None) -> float:
+    """Seconds that ranks get after a signal: twice what the run's last checkpoint took, if that is known and long."""
+    return max(SAVE_S, 2 * status_of(folder).get("save_seconds", 0))
+
+
+def status_of(folder: Path | None) -> dict:
+    """What a run says of itself; nothing without a run."""
+    from ibq.training.stopping import read_status  # reads PyTorch, for which --help should not wait
+
+    return read_status(folder) if folder else {}
 
 
 def usable_nodes(run: Any, nodes: int, ranks_per_node: int) -> int:

@@ -118,8 +118,9 @@ class Saver:
                 return
         if done:
             self._saved, self.unsaved = self._saving, ""
-            write_status(self.folder, "running", self._saved[0], self.total_steps)
-            self._compare_with_lead(time.monotonic() - self._began)
+            seconds = time.monotonic() - self._began
+            write_status(self.folder, "running", self._saved[0], self.total_steps, save_seconds=seconds)
+            self._compare_with_lead(seconds)
 
     def _compare_with_lead(self, seconds: float) -> None:
         """Say once if a checkpoint takes longer than what is left when the ranks are told of the time limit."""

@@ -82,16 +82,21 @@ def write_status(
     *,
     any_rank: bool = False,
     pictures: Mapping[str, Mapping] | None = None,
+    save_seconds: float | None = None,
 ) -> None:
     """Say in `status.json` how the run stands; rank 0, or `any_rank`. A full disk is no reason to fail here.
 
-    `pictures`: of each place that the run read, how many were found, used and left out.
+    `pictures`: of each place that the run read, how many were found, used and left out. `save_seconds`: what the last
+    checkpoint took, which stays there.
     """
     if not (dist.is_main() or any_rank):
         return
     said = {"state": state, "step": step, "total_steps": total_steps, "reason": reason}
     said |= {"pictures": pictures} if pictures else {}
-    if said.items() <= read_status(folder).items() and state != "running":
+    before = read_status(folder)
+    save_seconds = before.get("save_seconds") if save_seconds is None else round(save_seconds, 1)
+    said |= {} if save_seconds is None else {"save_seconds": save_seconds}
+    if said.items() <= before.items() and state != "running":
         return  # a finished run that is started again stays as it is
     status = said | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(), "pid": os.getpid()}
     with contextlib.suppress(OSError):

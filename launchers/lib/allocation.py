@@ -15,7 +15,7 @@ from typing import Protocol
 
 from ibq.config import UserError
 
-SAVE_S = 600  # that ranks have to save after a signal, under launchers that can be told so
+SAVE_S = 600  # that ranks have at least to save after a signal, under launchers that can be told so
 ENDED_AT_ONCE_S = 60.0  # that Slurm has to end a job after it has been requeued
 
 
@@ -150,14 +150,22 @@ def srun_prefix(allocation: SlurmAllocation, nodes: int | None = None, ranks_per
     return [*srun, f"--cpus-per-task={int(cores) * own // ranks}"] if cores else srun
 
 
-def torchrun_command(allocation: Allocation, nodes: int, command: Sequence[str]) -> tuple[str, ...]:
-    """A command for one task on each node, which starts the node's ranks by torchrun."""
+def torchrun_command(
+    allocation: Allocation, nodes: int, command: Sequence[str], save_s: float = SAVE_S
+) -> tuple[str, ...]:
+    """A command for one task on each node, which starts the node's ranks by torchrun.
+
+    They have `save_s` seconds to save after a signal.
+    """
     python, *rest = command
     port = _slurm_port() + 1 if "SLURM_JOB_ID" in os.environ else 29_500
     options = ["--nnodes", str(nodes), "--nproc-per-node", str(allocation.ranks_per_node), "--rdzv-backend", "c10d"]
     options += ["--rdzv-endpoint", f"{allocation.nodes[0]}:{port}", "--rdzv-id", allocation.name]
     # It passes on what it is told to, and kills ranks that still save after a while: both where this version knows how.
-    own = {"--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", "--shutdown-timeout": f"{SAVE_S}"}
+    own = {
+        "--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+        "--shutdown-timeout": f"{save_s:.0f}",
+    }
     known = torchrun_source()
     options += [word for option, value in own.items() if f'"{option}"' in known for word in (option, value)]
     return (python, "-m", "torch.distributed.run", *options, *rest)

@@ -19,7 +19,7 @@ from support.training import make_workplace, scalars
 
 from ibq import meeting
 from ibq.config import ConfigError, UserError, exit_on_user_error
-from ibq.training import provenance
+from ibq.training import provenance, stopping
 from launchers import job, slurm
 from launchers.lib import allocation, executor, run_config, snapshot, submit
 
@@ -689,7 +689,9 @@ def starts(place, tmp_path, monkeypatch):
 
     def run(*ends: tuple[int, str | None], **settings) -> list[tuple[int, int]]:
         checkpoints = tmp_path / "run" / "checkpoints"
-        fake = FakeAllocation(ends=[(code, checkpoints / name if name else None) for code, name in ends])
+        run.allocation = fake = FakeAllocation(
+            ends=[(code, checkpoints / name if name else None) for code, name in ends]
+        )
         monkeypatch.setattr(job, "current_allocation", lambda ranks: fake)
         arguments = ("--config", str(place / "transformer.yaml"), f"output={tmp_path / 'run'}")
         arguments = (*arguments, "training.micro_batch=4")
@@ -730,6 +732,21 @@ def test_failures_are_requeued_while_they_bring_checkpoints(starts, tmp_path, ca
     rows = [json.loads(line) for line in (tmp_path / "run/logs/fake/attempts.jsonl").read_text().splitlines()]
     assert [row["after"] for row in rows[1:4]] == ["", "step-00000010", "step-00000010"]
     assert [row["start"] for row in rows] == list(range(7)) and rows[0]["nodes"] == ["n0"]
+
+
+def test_torchrun_waits_for_a_save_as_long_as_the_last_ones(starts, tmp_path):
+    """The time is in the run's own status, and stays there while this changes."""
+    for seconds, given in ((None, "600"), (20.0, "600"), (450.0, "900")):
+        if seconds is not None:
+            stopping.write_status(tmp_path / "run", "running", 5, 10, save_seconds=seconds)
+            stopping.write_status(tmp_path / "run", "failed", 6, 10, "no reason")
+        starts((1, None), launcher="torchrun")
+        command = starts.allocation.steps[-1].command
+        if '"--shutdown-timeout"' in allocation.torchrun_source():
+            assert command[command.index("--shutdown-timeout") + 1] == given
+        else:
+            assert "--shutdown-timeout" not in command
+    assert stopping.read_status(tmp_path / "run")["save_seconds"] == 450.0
 
 
 def test_a_stop_ends_a_row_of_failures(starts):
