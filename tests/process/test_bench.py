@@ -126,7 +126,9 @@ def test_sample(tmp_path):
 @pytest.mark.parametrize(
     ("name", "config", "rate"),
     [
-        ("ar-step", TINY_TRANSFORMER, "tokens_per_second"),
+        pytest.param(
+            "ar-step", TINY_TRANSFORMER, "tokens_per_second", marks=pytest.mark.needs("g++")
+        ),  # compiled blocks
         ("tokenizer-step", TINY_TOKENIZER, "images_per_second"),
     ],
 )

@@ -63,14 +63,12 @@ def test_commands_that_miss_an_extra_say_so_before_they_do_anything(tmp_path: Pa
     write_code_folder(place / "codes")
     (place / "runs.csv").write_text("name,parameters,tokens,loss\n")
     output, emoji = place / "output", "tests/data/emoji64/val-*.tar"
+    train = f"ibq/train_tokenizer.py --config {place}/tokenizer.yaml"
     commands = {
-        f"ibq/train_tokenizer.py --config {place}/tokenizer.yaml output={output}": ("tensorboard", "train"),
+        f"{train} output={output}": ("tensorboard", "train"),
         f"ibq/train_ar.py --config {place}/transformer.yaml output={output}": ("tensorboard", "train"),
         f"launchers/sweep.py --config yaml/ablations/quantizers.yaml output={output}": ("matplotlib", "report"),
-        f"launchers/slurm.py -- ibq/train_tokenizer.py --config {place}/tokenizer.yaml output={output}": (
-            "submitit",
-            "train",
-        ),
+        f"launchers/slurm.py --executor local -- {train} output={output}": ("submitit", "train"),
         f"tools/fit_scaling.py {place}/runs.csv --output {output}": ("scipy", "report"),
         f"tools/lib/quickstart/recipe.py --output {output}": ("tensorboard", "train"),
         f"tools/evaluate.py generation --samples '{emoji}' --reference '{emoji}' --json {output}": (

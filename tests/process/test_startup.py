@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, needs
 from support.training import make_workplace, train_here
 
 from ibq.training import startup
@@ -120,6 +120,7 @@ def test_help_does_not_wait_for_heavy_modules(command):
     assert not modules & {*HEAVY, *(["torch"] if command in WITHOUT_TORCH else [])}
 
 
+@pytest.mark.needs(*needs.NVME)
 def test_the_bench_in_small(tmp_path):
     small = [f"model.{size}" for size in ("depth=2", "heads=2", "width=32", "vocab_size=64", "num_classes=12")]
     options = ["--folder", str(tmp_path / "run"), "--repeats", "1", "--commands", "tools/bench.py", "--set", *small]
