@@ -24,12 +24,12 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 def has_kernels(x: Tensor) -> bool:
     """Whether the kernels take these images."""
     return (
-        x.is_cuda
+        not torch.compiler.is_compiling()  # compilers fuse it themselves, and may not trace what comes after
+        and x.is_cuda
         and x.dtype == torch.bfloat16
         and x.shape[1] <= WIDEST
         and x.is_contiguous(memory_format=torch.channels_last)
         and triton_is_installed()
-        and not torch.compiler.is_compiling()  # compilers fuse it themselves
     )
 
 
@@ -63,8 +63,13 @@ class _Fused(torch.autograd.Function):
 
 
 def can_fuse(x: Tensor, convolutions: tuple[nn.Conv2d, nn.Conv2d]) -> bool:
-    """Whether `res_block` takes these images, and convolutions that have a bias."""
-    return has_kernels(x) and all(conv.bias is not None for conv in convolutions)
+    """Whether `res_block` takes these images, and convolutions that have a bias.
+
+    It does not call them: where they have hooks, as those by which DeepSpeed reads their weights from NVMe, it may not.
+    """
+    return has_kernels(x) and all(
+        conv.bias is not None and not conv._forward_pre_hooks and not conv._forward_hooks for conv in convolutions
+    )
 
 
 def res_block(
@@ -96,12 +101,13 @@ class _ResBlock(torch.autograd.Function):
             tensor.to(x.dtype) if tensor.dim() == 4 else tensor.float() for tensor in given
         )
         found1 = kernels.normalization(x, weight1, bias1, *first[:2])
-        h = F.conv2d(kernels.values(x, found1), kernel1, padding=first[2])
+        h = _convolved(kernels.values(x, found1), kernel1, first[2])
         found2 = kernels.normalization(h, weight2, bias2, *second[:2], added=added1)
-        out = F.conv2d(kernels.values(h, found2), kernel2, padding=second[2])
+        out = _convolved(kernels.values(h, found2), kernel2, second[2])
         ctx.save_for_backward(x, h, weight1, kernel1, weight2, kernel2, *found1, *found2)
         ctx.settings, ctx.dtypes, ctx.shortcut_is_x = settings, [tensor.dtype for tensor in given], shortcut is None
-        return kernels.add_shortcut(out, added2, x if shortcut is None else shortcut)
+        shortcut = x if shortcut is None else shortcut.contiguous(memory_format=torch.channels_last)
+        return kernels.add_shortcut(out, added2, shortcut)
 
     @staticmethod
     @once_differentiable
@@ -127,6 +133,11 @@ class _ResBlock(torch.autograd.Function):
             for value, dtype, wanted in zip(gradients, ctx.dtypes, needed, strict=True)
         ]
         return outer.x, None if ctx.shortcut_is_x else grad, None, *gradients
+
+
+def _convolved(x: Tensor, kernel: Tensor, padding: tuple) -> Tensor:
+    """Channels last, which convolutions leave where one image's strides say little, and outside cuDNN."""
+    return F.conv2d(x, kernel, padding=padding).contiguous(memory_format=torch.channels_last)
 
 
 def _through(grad: Tensor, x: Tensor, kernel: Tensor, padding: tuple, for_kernel: bool) -> tuple[Tensor, Tensor | None]:

@@ -537,11 +537,26 @@ def test_res_block(device, channels, out_channels):
     block = block_of(channels, out_channels, device)
     x = (torch.randn(2, channels, 6, 5) * 2 + 1).to(device).contiguous(memory_format=torch.channels_last)
     grad = torch.randn(2, out_channels, 6, 5).to(device).contiguous(memory_format=torch.channels_last)
+    check_res_block(block, x, grad)
+
+
+def check_res_block(block: ResBlock, x: Tensor, grad: Tensor) -> None:
     found = gradients_of(by_operator, block, x, grad)
     exact = gradients_of(lambda block, x: block(x), copy.deepcopy(block).double(), x.double(), grad.double())
     for name, expected in exact.items():
         error = float((found[name] - expected).norm() / expected.norm())
         assert found[name].dtype == torch.float32 and error < 2e-5, (name, error)
+
+
+@pytest.mark.parametrize("out_channels", [8, 24])
+@pytest.mark.parametrize("device", DEVICES)
+def test_convolutions_that_give_channels_first(device, out_channels):
+    """As to one image [H, W, C] seen as [1, C, H, W], which is channels last but for a stride that is not used."""
+    block = block_of(8, out_channels, device).to(memory_format=torch.contiguous_format)
+    x = (torch.randn(6, 5, 8) * 2 + 1).to(device).permute(2, 0, 1)[None]
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert device == "cuda" or block.conv1(x).is_contiguous()
+    check_res_block(block, x, torch.randn(1, out_channels, 6, 5, device=device))
 
 
 @pytest.mark.cuda

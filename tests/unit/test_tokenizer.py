@@ -1,12 +1,15 @@
 """The tokenizer: memory formats, recomputation, precision, round trips and messages."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
+from ibq.models.vqgan import ResBlock
+from ibq.ops import group_norm_silu
 from ibq.quantizers import IBQConfig
 
 CONFIG = TokenizerConfig(
@@ -70,6 +73,29 @@ def test_gradient_checkpointing_recomputes_every_resblock():
     with torch.no_grad():
         tokenizer(draw_images())
     assert set(calls.values()) == {1}
+
+
+def test_convolutions_with_hooks_are_called(monkeypatch):
+    """Stage 3 of ZeRO has the weights of a convolution from NVMe when it is called: kernels may not take its place."""
+    monkeypatch.setattr(group_norm_silu, "has_kernels", lambda x: True)
+    block = ResBlock(32, 32, CONFIG)
+    assert block._fuses(draw_images())
+    for register in (block.conv1.register_forward_pre_hook, block.conv2.register_forward_hook):
+        hook = register(lambda *_: None)
+        assert not block._fuses(draw_images())
+        hook.remove()
+
+
+def test_what_is_compiled_does_not_look_for_kernels(monkeypatch):
+    """PyTorch 2.11 does not trace the search for Triton, and left the graph in every block to run the kernels."""
+    images = SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, shape=(2, 32, 8, 8), is_contiguous=lambda memory_format: True
+    )
+    looked = []
+    monkeypatch.setattr(group_norm_silu, "triton_is_installed", lambda: looked.append(True) or True)
+    assert group_norm_silu.has_kernels(images) and looked.pop()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not group_norm_silu.has_kernels(images) and not looked
 
 
 @pytest.mark.parametrize(("selective", "times"), [(False, 2), (True, 1)])
