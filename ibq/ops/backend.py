@@ -34,10 +34,13 @@ def use_triton(operand: Tensor, dtype: torch.dtype, backend: str) -> bool:
     raise ValueError(f"backend: {backend!r} is unknown; use auto, torch or triton")
 
 
-@cache
+# Looked for once, without importing it: PyTorch 2.11 cannot compile a function that looks.
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def triton_is_installed() -> bool:
-    """Whether the Triton kernels can be had; looks without importing them."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether the Triton kernels can be had."""
+    return _TRITON_IS_INSTALLED
 
 
 def image_format(device: torch.device | str) -> torch.memory_format:
