@@ -17,7 +17,7 @@ from ibq.sampling import Drawing, decoder_for, pick, sample_codes, sample_rows, 
 
 OPERATORS_A_CODE = 160  # a quarter of the 600 that were launched before
 VIEWS = {"view", "t", "transpose", "expand", "slice", "select", "unsqueeze", "split", "unbind", "detach", "alias"}
-VIEWS |= {"_unsafe_view", "split_with_sizes", "view_as_real", "view_as_complex"}
+VIEWS |= {"_unsafe_view", "expand_as", "split_with_sizes", "view_as_real", "view_as_complex"}
 HOST = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique"}
 
 
