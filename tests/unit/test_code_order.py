@@ -9,9 +9,14 @@ from support.models import SMALL, small_transformer
 from torch import Tensor
 
 from ibq.config import ConfigError, parse_config
+from ibq.engine.base import EngineSettings, GroupHyper, OptimizerConfig
+from ibq.engine.blueprint import Blueprint
+from ibq.engine.local import LocalEngine
 from ibq.interop.seed_voken_transformer import transformer_state
 from ibq.models.code_order import draw_orders
 from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.training.ar_task import ARTask
+from ibq.training.metrics import Stopwatch
 from ibq.training.schedule import OrderAnnealingConfig
 
 GRID, GRIDS = (3, 2), ((2, 4), (3, 2))  # the second of two grids: its positions are rows and columns of 3 x 4
@@ -178,6 +183,28 @@ def test_other_implementations_have_no_such_transformer():
     with pytest.raises(ValueError, match=r"^order: 'random' does not fit SEED-Voken, .* export \.safetensors$"):
         transformer_state(config, {})
     assert transformer_state(replace(config, order="raster"), {"a": 1}) == {"transformer.a": 1}
+
+
+# --- Training ---
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_a_step_is_in_the_orders_that_are_drawn(share):
+    """Two micro-batches, one after the other from the same generator."""
+    model = small_transformer(grids=GRIDS, order="random", **dict.fromkeys(DROPOUTS, 0.0))
+    settings = EngineSettings(optimizer=OptimizerConfig(kind="sgd"), device=torch.device("cpu"), accumulation=2)
+    engine = LocalEngine(Blueprint(name="transformer", build=lambda: Transformer(model.config), seed=0), settings)
+    hyper = dict.fromkeys(("decay", "no_decay"), GroupHyper(learning_rate=0.0))
+    task = ARTask(engine, hyper=lambda step: hyper, random_share=lambda step: share if step == 5 else math.nan)
+    engine.module.load_state_dict(model.state_dict())
+    batches = [request(seed=seed)[:2] for seed in (0, 1)]
+    torch.manual_seed(2)
+    metrics = task.step(5, batches, Stopwatch(torch.device("cpu"))).metrics
+    torch.manual_seed(2)
+    with torch.no_grad():
+        expected = [float(model(codes, classes, draw_orders(codes, share)).mean()) for codes, classes in batches]
+    assert float(metrics["loss/total"]) == pytest.approx(sum(expected) / 2, rel=1e-6)
+    assert float(metrics["random_share"]) == share
 
 
 # --- Annealing ---
