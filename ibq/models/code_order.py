@@ -22,14 +22,9 @@ def draw_orders(codes: Tensor, share: float) -> Tensor | None:
     return torch.where(numbers[:, :1] < share, numbers[:, 1:], ascending).argsort(-1)
 
 
-def in_order(codes: Tensor, order: Tensor | None) -> Tensor:
-    """Codes [B, T] as they are predicted one after the other."""
-    return codes if order is None else codes.gather(1, order)
+def rotations_in_order(table: Tensor, order: Tensor) -> Tensor:
+    """Of each input, which are the class and the codes in their order but the last, its row of `rotary_table`.
 
-
-def rotary_rows(table: Tensor, order: Tensor | None, tokens: int) -> Tensor:
-    """The rotation of each input: the class, then the codes in their order, the last of which is none.
-
-    Rows [T, D / 2] of the table [1 + T, D / 2] of `rotary_table`, or [B, T, D / 2] for orders [B, T].
+    Table [1 + T, D / 2], orders [B, T] -> [B, T, D / 2].
     """
-    return table[:tokens] if order is None else table[F.pad(order[:, :-1] + 1, (1, 0))]
+    return table[F.pad(order[:, :-1] + 1, (1, 0))]

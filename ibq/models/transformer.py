@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ibq import initial
 from ibq.initial import Initial
-from ibq.models.code_order import in_order, rotary_rows
+from ibq.models.code_order import rotations_in_order
 from ibq.models.transformer_blocks import Attention, Block, FeedForward, Head, HeadNorm, embedding, linear, rotary_table
 from ibq.ops.dropout import dropout
 
@@ -257,7 +257,8 @@ class Transformer(nn.Module):
         the device), for codes and classes out of range.
         """
         hidden = self._hidden(codes, classes, order).flatten(0, 1)
-        nll = self.head(hidden, in_order(codes.flatten(1), order).flatten().long())
+        targets = codes.flatten(1) if order is None else codes.flatten(1).gather(1, order)
+        nll = self.head(hidden, targets.flatten().long())
         return nll.view(len(codes), -1).clone()  # not a view: engines put hooks on the output
 
     def logits(self, codes: Tensor, classes: Tensor, order: Tensor | None = None) -> Tensor:
@@ -346,17 +347,19 @@ class Transformer(nn.Module):
             dropped = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
             classes = classes.masked_fill(dropped, self.null_class)
         embedding = self.class_emb(classes)  # [B, C]
-        x = self._blocks(in_order(codes.flatten(1), order), grid, embedding, order)
+        x = self._blocks(codes.flatten(1), grid, embedding, order)
         return self.head_nm(x, self.head_nm.modulation(embedding))
 
     def _blocks(self, codes: Tensor, grid: Grid, embedding: Tensor, order: Tensor | None = None) -> Tensor:
-        """The residual stream after the last block, [B, T, C], for codes [B, T] of a grid in their order."""
+        """The residual stream after the last block, [B, T, C], for codes [B, T] of a grid."""
+        codes = codes if order is None else codes.gather(1, order)
         x = torch.cat([embedding[:, None], self.tok_emb(codes[:, :-1])], dim=1)
         x = dropout(x, self.config.token_dropout, self.training)
         if self.config.order == "random":  # RAR, section 3.3; not dropped, so that a position is always known
             predicted = torch.arange(x.shape[1], device=x.device) if order is None else order
             x = x + self.target_emb(self._places(predicted, grid))
-        rope = rotary_rows(self._rope(x, grid), order, x.shape[1])
+        rope = self._rope(x, grid)
+        rope = rope[: x.shape[1]] if order is None else rotations_in_order(rope, order)
         condition = self._block_condition(embedding)
         for block in self.blocks:
             x = block(x, condition, rope)

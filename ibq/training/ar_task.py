@@ -46,14 +46,16 @@ class ARTask:
 
     def step(self, step: int, batches: list[Batch], stopwatch: Stopwatch) -> StepOutcome:
         """Train on the micro-batches (codes or images, labels) of one step."""
-        hyper, share = self.hyper(step), self.random_share(step) if self.random_share else 0.0
+        hyper = self.hyper(step)
+        share = None if self.random_share is None else self.random_share(step)
         total = torch.zeros((), device=batches[0][0].device)
         for inputs, classes in batches:
             with stopwatch.part("tokenizer"):
                 codes = self._codes(inputs)
             with self.engine.micro_batch():
                 with stopwatch.part("forward"):
-                    loss = self.engine(codes, classes, draw_orders(codes, share)).mean()
+                    order = () if share is None else (draw_orders(codes, share),)
+                    loss = self.engine(codes, classes, *order).mean()
                 with stopwatch.part("backward"):
                     self.engine.backward(loss)
             total += loss.detach() / len(batches)
@@ -66,7 +68,7 @@ class ARTask:
             "learning_rate": torch.tensor(hyper["decay"].learning_rate),
             "weight_decay": torch.tensor(hyper["decay"].weight_decay),
         }
-        if self.random_share is not None:
+        if share is not None:
             metrics["random_share"] = torch.tensor(share)
         return StepOutcome(metrics=metrics, skipped=result.skipped)
 
