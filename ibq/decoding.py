@@ -75,9 +75,23 @@ class Decoder:
         """An empty cache for a grid of codes (default: the model's first)."""
         return self._transformer.new_cache(self.rows, self.dtype, self.device, grid=grid)
 
-    def embed(self, codes: Tensor) -> Tensor:
-        """What a step takes after these codes [rows]: [rows, C]."""
-        return self._transformer.tok_emb(codes)
+    def target_rows(self, grid: Grid) -> Tensor | None:
+        """What is added to the inputs of the steps, one row [C] each; see `Transformer.target_rows`."""
+        return self._transformer.target_rows(grid)
+
+    def embed(self, codes: Tensor, targets: Tensor | None, position: int | Tensor, out: Tensor) -> None:
+        """Put into `out` [n, rows, C] n times what the step after `position` takes, for its codes [rows].
+
+        `targets`: of `target_rows`.
+        """
+        if targets is None:
+            out.copy_(self._transformer.tok_emb(codes))
+        elif isinstance(position, Tensor):
+            from ibq.ops import triton_decode_step  # only where Triton is installed
+
+            triton_decode_step.embed(codes, self._transformer.tok_emb.weight, targets, position, out)
+        else:
+            torch.add(self._transformer.tok_emb(codes), targets[position + 1].expand_as(out), out=out)
 
     def step(self, x: Tensor, condition: Condition, cache: KVCache, position: int | Tensor) -> Tensor:
         """Logits [rows, V], in the decoder's precision, of the code at `position`; see `Transformer.decode`."""

@@ -164,6 +164,7 @@ class Drawing:
         self._scales = torch.tensor(config.scales(tokens), device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._cache = decoder.new_cache(config.grid)
+        self._targets = decoder.target_rows(config.grid)
         self._condition: Condition | None = None
         self._x: Tensor | None = None  # what the next step takes, [config.rows, C]
         self._graph: StepGraph | None = None
@@ -198,12 +199,14 @@ class Drawing:
     def _to_start(self) -> None:
         self._position.zero_()
         self._x.copy_(self._condition.embedding)
+        if self._targets is not None:
+            self._x += self._targets[0]
 
     def _step(self, decoder: Decoder, position: int | Tensor) -> None:
         drawn = self._draw(decoder.step(self._x, self._condition, self._cache, position), fused=decoder.fused)
         self.codes.index_copy_(1, self._position, drawn[:, None])
-        embedded = decoder.embed(drawn)
-        self._x.view(-1, *embedded.shape).copy_(embedded)  # with and without class
+        both = self._x.view(-1, self.rows, self._x.shape[1])  # with and without class
+        decoder.embed(drawn, self._targets, position, both)
         self._position += 1
 
     def _draw(self, logits: Tensor, *, fused: bool) -> Tensor:

@@ -54,6 +54,9 @@ def build_task(command: Command, data: RunData, tokenizer: Tokenizer | None) -> 
     steps_per_epoch = data.steps_per_epoch
     total_steps = config.training.total_steps(steps_per_epoch)
     peak = config.optimizer.peak_learning_rate(config.training.batch_size)
+    random_share = partial(
+        config.order_annealing.random_share, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+    )
     return ARTask(
         command.engine(
             "transformer",
@@ -64,6 +67,7 @@ def build_task(command: Command, data: RunData, tokenizer: Tokenizer | None) -> 
             ema_decay=config.ema_decay,
         ),
         tokenizer=tokenizer,
+        random_share=random_share if config.model.order == "random" else None,
         hyper=lambda step: config.schedule.hyper(
             step,
             peak=peak,

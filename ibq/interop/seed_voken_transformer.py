@@ -59,7 +59,7 @@ def transformer_of(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 
 def transformer_state(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The transformer's part of the reference's checkpoint; ValueError where its code has no such model."""
-    require_settings(config, {"rope_base": 10000.0, "grids": None}, "SEED-Voken")
+    require_settings(config, {"rope_base": 10000.0, "grids": None, "order": "raster"}, "SEED-Voken")
     return {reference_transformer_name(name): value for name, value in tensors.items()}
 
 

@@ -1,22 +1,25 @@
-"""Class-conditional autoregressive transformer over codes in raster order.
+"""Class-conditional autoregressive transformer over codes in raster order, or trained in random ones.
 
 Llama blocks (RMSNorm, SwiGLU, 2-D rotary embedding; LlamaGen, arXiv 2406.06525) with adaptive norms (DiT,
 arXiv 2212.09748; VAR, arXiv 2404.02905), as IBQ (arXiv 2412.02692) uses them. The class embedding is both the
 start token and the condition of every adaptive norm. Parameter names are those of the reference checkpoints,
-without the prefix `transformer.` and with `class_emb.weight` for `class_emb.embedding_table.weight`.
+without the prefix `transformer.` and with `class_emb.weight` for `class_emb.embedding_table.weight`. With random orders
+(RAR, arXiv 2411.00776) a learned embedding of the position that is predicted next is added to every input.
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq import initial
 from ibq.initial import Initial
+from ibq.models.code_order import rotations_in_order
 from ibq.models.transformer_blocks import Attention, Block, FeedForward, Head, HeadNorm, embedding, linear, rotary_table
 from ibq.ops.dropout import dropout
 
@@ -32,8 +35,8 @@ class TransformerConfig:
     `heads` defaults to `depth`, `width` to 64 x `depth`, `kv_heads` to the number of heads (fewer: groups of
     heads share keys and values), `condition_dim` to the width; the resolved numbers are the properties
     `num_heads`, `model_width`, `num_kv_heads`. `grids` take the place of `tokens_per_side` for pictures that
-    are no squares, or of several shapes; no weight depends on them. Errors: ValueError for sizes that do not fit
-    together.
+    are no squares, or of several shapes; no weight depends on them but the positions of `order: random`, which makes
+    training in random orders possible. Errors: ValueError for sizes that do not fit together.
     """
 
     vocab_size: int = 16384
@@ -52,6 +55,7 @@ class TransformerConfig:
     adaln_gamma_init: float = 1e-3
     shared_adaln: bool = False
     rope_base: float = 10000.0
+    order: Literal["raster", "random"] = "raster"  # random: with embeddings of the position that is predicted next
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass instead of keeping what they made
     checkpoint_every: int = 1  # only every so many-th block
     checkpoint_selective: bool = False  # keep matrix products and attention, recompute the cheap rest
@@ -125,6 +129,11 @@ class TransformerConfig:
         return max(height * width for height, width in self.code_grids)
 
     @property
+    def positions(self) -> Grid:
+        """Rows and columns of the smallest grid that contains all of them."""
+        return max(height for height, _ in self.code_grids), max(width for _, width in self.code_grids)
+
+    @property
     def common_tokens(self) -> int:
         """The largest number that divides every grid's codes: T, where there is one grid."""
         return math.gcd(*(height * width for height, width in self.code_grids))
@@ -192,6 +201,8 @@ class Transformer(nn.Module):
         width = config.model_width
         self.tok_emb = embedding(config.vocab_size, width)
         self.class_emb = embedding(config.num_classes + 1, width)
+        if config.order == "random":
+            self.target_emb = embedding(math.prod(config.positions), width)
         self.blocks = nn.ModuleList(_block(config, number) for number in range(config.depth))
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), linear(width, 6 * width, bias=True))
@@ -236,21 +247,23 @@ class Transformer(nn.Module):
             return Initial(std=INIT_STD, scaled=2 * width * shape[-1], factor=gamma)
         return Initial(std=INIT_STD)
 
-    def forward(self, codes: Tensor, classes: Tensor) -> Tensor:
+    def forward(self, codes: Tensor, classes: Tensor, order: Tensor | None = None) -> Tensor:
         """Negative log likelihood of every code in nats, codes [B, h, w], classes [B] -> [B, T] float32.
 
-        Any grid will do, as no weight depends on it; codes [B, T] are taken for those of the model's grid that has T.
+        In raster order, or in the order [B, T] that the codes are to be predicted in (`ibq.models.code_order`).
+        Any grid will do, unless its positions have embeddings; codes [B, T] are for the model's grid that has T.
         In training mode dropout is active and a class becomes `null_class` with probability `class_dropout`.
         Errors: ValueError for wrong shapes or types and, on the CPU only (elsewhere the check would wait for
         the device), for codes and classes out of range.
         """
-        hidden = self._hidden(codes, classes).flatten(0, 1)
-        nll = self.head(hidden, codes.flatten().long())
+        hidden = self._hidden(codes, classes, order).flatten(0, 1)
+        targets = codes.flatten(1) if order is None else codes.flatten(1).gather(1, order)
+        nll = self.head(hidden, targets.flatten().long())
         return nll.view(len(codes), -1).clone()  # not a view: engines put hooks on the output
 
-    def logits(self, codes: Tensor, classes: Tensor) -> Tensor:
-        """Logits [B, T, V]: those at i predict code i. Codes, modes and errors as in `forward`."""
-        return self.head(self._hidden(codes, classes))
+    def logits(self, codes: Tensor, classes: Tensor, order: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V]: those at i predict code i of the order. Codes, modes and errors as in `forward`."""
+        return self.head(self._hidden(codes, classes, order))
 
     def condition(self, classes: Tensor) -> Condition:
         """Everything that decoding needs of classes [R]."""
@@ -284,10 +297,14 @@ class Transformer(nn.Module):
                 f"position: {position} {'without' if codes is None else 'with'} codes; give no codes at "
                 f"position 0 and the previous codes at positions 1 to {tokens - 1}"
             )
-        return self.decode(condition.embedding if codes is None else self.tok_emb(codes), condition, cache, position)
+        x = condition.embedding if codes is None else self.tok_emb(codes)
+        targets = self.target_rows(cache.grid)
+        return self.decode(x if targets is None else x + targets[position], condition, cache, position)
 
     def decode(self, x: Tensor, condition: Condition, cache: KVCache, position: int | Tensor) -> Tensor:
         """Logits [R, V] of `decode_step` for its input x [R, C]: the class embedding, or that of the code before.
+
+        `target_rows` of the position, where there are any, have been added.
 
         A position [1] on the device runs Triton's kernels between the products, the same at every position.
         """
@@ -300,22 +317,49 @@ class Transformer(nn.Module):
             update, gate = block.feed_forward.decode(normed, fused=fused), gamma2
         return self.head(self.head_nm.rmsnorm.after(x, update, gate, *condition.head, fused=fused)[1])
 
-    def _hidden(self, codes: Tensor, classes: Tensor) -> Tensor:
+    def target_rows(self, grid: Grid) -> Tensor | None:
+        """What is added to the inputs of a grid's steps in raster order [1 + T, C], none to one after the last.
+
+        None where positions have no embeddings. Errors: ValueError for a grid that has positions without one.
+        """
+        if self.config.order == "raster":
+            return None
+        places = self._places(torch.arange(math.prod(grid), device=self.target_emb.weight.device), grid)
+        return F.pad(self.target_emb(places), (0, 0, 0, 1))
+
+    def _places(self, indices: Tensor, grid: Grid) -> Tensor:
+        """Rows of `target_emb` for raster indices of a grid: the same row and column is the same in all grids."""
+        (height, width), (rows, columns) = grid, self.config.positions
+        if height > rows or width > columns:
+            raise ValueError(
+                f"codes: {height} x {width} are beyond the {rows} x {columns} positions that have embeddings; add the "
+                "grid to grids before training, or use order: raster"
+            )
+        return indices // width * columns + indices % width
+
+    def _hidden(self, codes: Tensor, classes: Tensor, order: Tensor | None) -> Tensor:
         """Hidden states [B, T, C] before the head."""
         grid = self._grid_of(codes)
         self._check_classes(classes, len(codes))
+        if order is not None and self.config.order == "raster":
+            raise ValueError("order: this model has no embeddings of positions; train one with order: random")
         if self.training and self.config.class_dropout > 0:
             dropped = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
             classes = classes.masked_fill(dropped, self.null_class)
         embedding = self.class_emb(classes)  # [B, C]
-        x = self._blocks(codes.flatten(1), grid, embedding)
+        x = self._blocks(codes.flatten(1), grid, embedding, order)
         return self.head_nm(x, self.head_nm.modulation(embedding))
 
-    def _blocks(self, codes: Tensor, grid: Grid, embedding: Tensor) -> Tensor:
+    def _blocks(self, codes: Tensor, grid: Grid, embedding: Tensor, order: Tensor | None = None) -> Tensor:
         """The residual stream after the last block, [B, T, C], for codes [B, T] of a grid."""
+        codes = codes if order is None else codes.gather(1, order)
         x = torch.cat([embedding[:, None], self.tok_emb(codes[:, :-1])], dim=1)
         x = dropout(x, self.config.token_dropout, self.training)
-        rope = self._rope(x, grid)[: x.shape[1]]
+        if self.config.order == "random":  # RAR, section 3.3; not dropped, so that a position is always known
+            predicted = torch.arange(x.shape[1], device=x.device) if order is None else order
+            x = x + self.target_emb(self._places(predicted, grid))
+        rope = self._rope(x, grid)
+        rope = rope[: x.shape[1]] if order is None else rotations_in_order(rope, order)
         condition = self._block_condition(embedding)
         for block in self.blocks:
             x = block(x, condition, rope)

@@ -45,12 +45,12 @@ def rotary_table(grid: tuple[int, int], head_dim: int, base: float) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of x [B, T, heads, head_dim] by `table` [T, head_dim / 2].
+    """Turn adjacent channel pairs of x [B, T, heads, head_dim] by `table` [T, head_dim / 2], or one for each image.
 
     Computed in the precision of the table (float32 or float64), returned in that of x (RoFormer, arXiv
     2104.09864).
     """
-    pairs, turns = x.to(table.real.dtype).unflatten(-1, (-1, 2)), table[:, None]
+    pairs, turns = x.to(table.real.dtype).unflatten(-1, (-1, 2)), table[..., None, :]
     if not torch.compiler.is_compiling():
         return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
     # The compiler fuses real numbers and knows no complex ones, which are the faster of the two without it.
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         self.wo = linear(width, width)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Attention over a whole sequence, x [B, T, C] -> [B, T, C]; rope [T, head_dim / 2]."""
+        """Attention over a whole sequence, x [B, T, C] -> [B, T, C]; rope [T, head_dim / 2] or [B, T, head_dim / 2]."""
         q, k, v = self._project(x, rope)
         grouped = self.heads != self.kv_heads
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

@@ -1,4 +1,4 @@
-"""What a step of decoding does between its matrix products, in Triton: three kernels, each one pass over its operands.
+"""What a step of decoding does between its matrix products, in Triton: four kernels, each one pass over its operands.
 
 The position is read on the device, so that a captured graph serves every position of an image.
 """
@@ -129,6 +129,18 @@ def swiglu_kernel(x_ptr, out_ptr, hidden, COLUMNS: tl.constexpr):
     tl.store(out_ptr + row * hidden + column, out.to(out_ptr.dtype.element_ty), mask=exists)
 
 
+@triton.jit
+def embed_kernel(codes_ptr, table_ptr, targets_ptr, position_ptr, out_ptr, rows, width, COLUMNS: tl.constexpr):
+    """Grid: rows of the output, which has those of the codes once or twice. Code and next position as their sum."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    column = tl.arange(0, COLUMNS)
+    exists = column < width
+    code, position = tl.load(codes_ptr + row % rows), tl.load(position_ptr)
+    out = tl.load(table_ptr + code * width + column, mask=exists, other=0.0).to(tl.float32)
+    out += tl.load(targets_ptr + (position + 1) * width + column, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=exists)
+
+
 def residual_norm(
     x: Tensor, update: Tensor | None, gate: Tensor | None, weight: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -179,3 +191,14 @@ def swiglu(x: Tensor) -> Tensor:
     with on_device(x):
         swiglu_kernel[(rows, triton.cdiv(hidden, GATES))](x, out, hidden, COLUMNS=GATES, num_warps=4)
     return out
+
+
+def embed(codes: Tensor, table: Tensor, targets: Tensor, position: Tensor, out: Tensor) -> None:
+    """out [..., R, C] = table [V, C] of codes [R] + targets [1 + T, C] of the one after position [1] int64."""
+    rows, width = len(codes), table.shape[1]
+    columns = triton.next_power_of_2(width)
+    with on_device(table):
+        embed_kernel[(out.numel() // width,)](
+            codes, table, targets, position, out, rows, width,
+            COLUMNS=columns, num_warps=min(8, max(1, columns // 256)),
+        )  # fmt: skip

@@ -5,6 +5,7 @@ d channels a head, L blocks. A matrix product [m, i] x [i, o] counts 2 m i o FLO
 dropout count none, as in torch.utils.flop_counter.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,8 +106,9 @@ def transformer_weights(config: TransformerConfig, tensor: int = 1) -> dict[str,
         of_block["products"] += ada
         block = Weights(split=products - hidden + ada + 6 * width, whole=norms + hidden, **of_block)
         shared = Weights()
+    rows = config.num_classes + 1 + (math.prod(config.positions) if config.order == "random" else 0)
     return {
-        "embeddings": Weights(split=table.split, whole=table.whole + (config.num_classes + 1) * width),
+        "embeddings": Weights(split=table.split, whole=table.whole + rows * width),
         "block": block,
         "shared": shared,
         "head_norm": Weights(split=2 * width * width + 2 * width, whole=width, products=2 * width * width),
@@ -264,8 +266,15 @@ def root_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
     mask = []
     if config.token_dropout:
         mask = [Saved(name="token dropout mask", bytes=numerics.mask(root) * stream)]
+    orders = []
+    if config.order == "random":
+        orders = [
+            Saved(name="places of the predicted codes", bytes=8 * tokens),
+            Saved(name="rotations in the order of the codes", bytes=8 * tokens * config.head_dim // 2),
+        ]
     return [
         *mask,
+        *orders,
         Saved(name="codes", bytes=2 * 8 * tokens),
         Saved(name="class embedding and its activation", bytes=(root + numerics.compute) * width),
         Saved(name="final norm input", bytes=4 * stream),

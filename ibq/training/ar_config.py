@@ -12,7 +12,7 @@ from ibq.models.transformer import TransformerConfig
 from ibq.training.checkpoint import CheckpointConfig
 from ibq.training.loop import TrainingConfig
 from ibq.training.run import check_seed_and_average
-from ibq.training.schedule import ARScheduleConfig
+from ibq.training.schedule import ARScheduleConfig, OrderAnnealingConfig
 from ibq.training.start_from.config import TransformerStartConfig, settled
 from ibq.training.writers import LogConfig
 
@@ -50,6 +50,7 @@ class ARRunConfig:
         )
     )
     schedule: ARScheduleConfig = field(default_factory=ARScheduleConfig)
+    order_annealing: OrderAnnealingConfig = field(default_factory=OrderAnnealingConfig)  # of model.order: random
     training: TrainingConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=LocalEngineConfig)

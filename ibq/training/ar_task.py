@@ -9,6 +9,7 @@ from torch import Tensor
 from ibq import dist
 from ibq.data.transforms import to_unit_range
 from ibq.engine.base import Engine, GroupHyper
+from ibq.models.code_order import draw_orders
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.training.checkpoint import save_pretrained
@@ -17,13 +18,21 @@ from ibq.training.task import Batch, StepOutcome, Validation
 
 
 class ARTask:
-    """Trains a transformer on codes, or on images through a frozen tokenizer."""
+    """Trains a transformer on codes, or on images through a frozen tokenizer.
+
+    `random_share`: the probability with which an image is in random order at a step; None is raster order.
+    """
 
     def __init__(
-        self, engine: Engine, *, hyper: Callable[[int], dict[str, GroupHyper]], tokenizer: Tokenizer | None = None
+        self,
+        engine: Engine,
+        *,
+        hyper: Callable[[int], dict[str, GroupHyper]],
+        random_share: Callable[[int], float] | None = None,
+        tokenizer: Tokenizer | None = None,
     ):
         self.engines = {"transformer": engine}
-        self.engine, self.hyper, self.tokenizer = engine, hyper, tokenizer
+        self.engine, self.hyper, self.random_share, self.tokenizer = engine, hyper, random_share, tokenizer
         self.transformer: Transformer = engine.module
         self._images = self._tokens = 0  # of this rank since they were last asked for
 
@@ -38,13 +47,15 @@ class ARTask:
     def step(self, step: int, batches: list[Batch], stopwatch: Stopwatch) -> StepOutcome:
         """Train on the micro-batches (codes or images, labels) of one step."""
         hyper = self.hyper(step)
+        share = None if self.random_share is None else self.random_share(step)
         total = torch.zeros((), device=batches[0][0].device)
         for inputs, classes in batches:
             with stopwatch.part("tokenizer"):
                 codes = self._codes(inputs)
             with self.engine.micro_batch():
                 with stopwatch.part("forward"):
-                    loss = self.engine(codes, classes).mean()
+                    order = () if share is None else (draw_orders(codes, share),)
+                    loss = self.engine(codes, classes, *order).mean()
                 with stopwatch.part("backward"):
                     self.engine.backward(loss)
             total += loss.detach() / len(batches)
@@ -57,6 +68,8 @@ class ARTask:
             "learning_rate": torch.tensor(hyper["decay"].learning_rate),
             "weight_decay": torch.tensor(hyper["decay"].weight_decay),
         }
+        if share is not None:
+            metrics["random_share"] = torch.tensor(share)
         return StepOutcome(metrics=metrics, skipped=result.skipped)
 
     def interval_metrics(self, step: int) -> dict[str, float]:

@@ -72,6 +72,11 @@ def linear_warmup_cosine(step: int, *, warmup_steps: int, max_steps: int, minimu
     return max(0.5 * (1 + math.cos(math.pi * progress)), minimum)
 
 
+def annealed(step: float, *, start: float, end: float) -> float:
+    """1 before `start`, from there linearly to 0 at `end` (RAR, arXiv 2411.00776, section 3.2)."""
+    return 1.0 if step < start else 0.0 if step >= end else (end - step) / (end - start)
+
+
 def _check_steps(step: int, warmup_steps: int, max_steps: int) -> None:
     if step < 0:
         raise ValueError(f"step: {step} is negative; count steps from 0")
@@ -179,3 +184,26 @@ class ARScheduleConfig:
             "decay": GroupHyper(learning_rate=rate, weight_decay=decay),
             "no_decay": GroupHyper(learning_rate=rate, weight_decay=decay if self.decay_all_parameters else 0.0),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderAnnealingConfig:
+    """For `model.order: random`: all images are in random order before `start`, then fewer and fewer, none from `end`.
+
+    The default is RAR's, 200 and 300 of 400 epochs, as shares of the run.
+    """
+
+    unit: Literal["epochs", "steps", "run"] = "run"  # run: shares of it
+    start: float = 0.5
+    end: float = 0.75
+
+    def __post_init__(self):
+        if not 0 <= self.start <= self.end < math.inf:
+            raise ValueError(f"start: must lie between 0 and end, got {self.start} and {self.end}")
+        if self.unit == "run" and self.end > 1:
+            raise ValueError(f"end: {self.end} is no share of the run; use at most 1, or set unit to epochs or steps")
+
+    def random_share(self, step: int, *, steps_per_epoch: float, total_steps: int) -> float:
+        """The probability with which an image is in random order at a step, from 0."""
+        steps = {"epochs": steps_per_epoch, "steps": 1, "run": total_steps}[self.unit]
+        return annealed(step, start=self.start * steps, end=self.end * steps)

@@ -663,6 +663,17 @@ def test_swiglu(dtype, device):
     torch.testing.assert_close(triton_decode_step.swiglu(x), (F.silu(gate) * up).to(dtype))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "copies"), [(64, 2), (200, 1)])
+def test_embedding_of_a_code_and_the_next_position(width, copies, dtype, device):
+    table, targets = (normal(7, width, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
+    codes, position = torch.tensor([6, 0, 3], device=device), torch.tensor([4], device=device)
+    out = torch.full((copies, 3, width), torch.nan, dtype=dtype, device=device)
+    triton_decode_step.embed(codes, table, targets, position, out)
+    torch.testing.assert_close(out, (table[codes] + targets[5]).expand_as(out), **TOLERANCE[dtype])
+
+
 def drawn(logits: Tensor, numbers: Tensor, guided: bool, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Codes [n] of the same logits [V] with n numbers: the kernels', and those of `pick`.
 
@@ -731,9 +742,10 @@ def test_two_million_draws_of_the_kernels(codes, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0, "top_p": 0.9}, {"grid": (2, 5)}])
-def test_images_of_the_kernels_are_those_of_the_plain_step(settings, device):
+@pytest.mark.parametrize("model", [{"tokens_per_side": 4}, {"grids": [(2, 5), (4, 4)], "order": "random"}])
+def test_images_of_the_kernels_are_those_of_the_plain_step(model, settings, device):
     """In float32; on a GPU as a graph, whose codes are those of the same kernels launched one by one."""
-    transformer = small_transformer(tokens_per_side=4, vocab_size=64, kv_heads=2).to(device)
+    transformer = small_transformer(vocab_size=64, kv_heads=2, **model).to(device)
     config = SamplerConfig(rows_per_block=2, precision="fp32", **settings)
     plain, fused = (Decoder(transformer, "fp32", config.rows) for _ in range(2))
     plain.fused, fused.fused = False, True
@@ -755,9 +767,10 @@ class NoGraph:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("order", ["raster", "random"])
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_k": 20}])
-def test_nothing_in_a_block_waits_for_the_device(filters):
-    transformer = small_transformer(tokens_per_side=4, vocab_size=64).to("cuda")
+def test_nothing_in_a_block_waits_for_the_device(filters, order):
+    transformer = small_transformer(tokens_per_side=4, vocab_size=64, order=order).to("cuda")
     config = SamplerConfig(rows_per_block=2, precision="bf16", **filters)
     decoder = Decoder(transformer, "bf16", config.rows)
     drawing = decoder.drawing = Drawing(decoder, settled_for(decoder, config))

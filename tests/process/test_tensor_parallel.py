@@ -29,6 +29,7 @@ TOLERANCE = 1e-5  # of the loss; of the largest element of each tensor
 def list_jobs() -> dict[int, dict[str, dict]]:
     """Processes -> name -> fields of a job."""
     models = {"plain": {}, "grouped": GROUPED, "shared": SHARED, "all": ALL, "cheap": CHEAP | GROUPED | SHARED}
+    models["random"] = {"order": "random"}
     jobs: dict[int, dict] = {2: {}, 3: {}, 4: {}}
     # Neither 50 codes nor 256 hidden channels divide by 3: these layers stay whole.
     three = {"heads": 3, "kv_heads": 3, "width": 48, "vocab_size": 50}

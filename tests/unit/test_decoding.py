@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import VARIANTS, small_transformer
+from support.models import VARIANTS, decoder_inputs, small_transformer
 from torch import nn
 
 from ibq.config import UserError
@@ -39,7 +39,7 @@ def transformer(request):
 def forced(decoder: Decoder, codes: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     """Logits [rows, T, V] of given codes, one step after the other."""
     condition, cache = decoder.condition(classes), decoder.new_cache()
-    inputs = [condition.embedding, *map(decoder.embed, codes.unbind(1)[:-1])]
+    inputs = decoder_inputs(decoder, condition, codes, cache.grid)
     return torch.stack([decoder.step(x, condition, cache, i) for i, x in enumerate(inputs)], dim=1)
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.models import VARIANTS, small_transformer
+from support.models import VARIANTS, decoder_inputs, small_transformer
 from torch._dynamo.testing import CompileCounter
 
 from ibq.config import ConfigError, parse_config
@@ -73,13 +73,13 @@ def test_codes_of_any_grid_are_taken():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["plain", "shared_grouped"])
+@pytest.mark.parametrize("variant", ["plain", "shared_grouped", "random"])
 def test_cached_decoding_is_the_forward_pass(variant):
     transformer = small_transformer(**SIZES, **VARIANTS[variant])
     codes, classes = request(transformer)
     decoder = Decoder(transformer, "fp32", len(codes))
     condition, cache = decoder.condition(classes), decoder.new_cache(GRID)
-    inputs = [condition.embedding, *map(decoder.embed, codes.flatten(1).unbind(1)[:-1])]
+    inputs = decoder_inputs(decoder, condition, codes.flatten(1), GRID)
     found = torch.stack([decoder.step(x, condition, cache, i) for i, x in enumerate(inputs)], dim=1)
     exact = transformer.logits(codes, classes)
     assert found.shape == (2, 15, 50) and (found - exact).abs().max() < 2e-5 * exact.abs().max()

@@ -235,6 +235,18 @@ def test_rotary_tables_follow_the_resolution(places):
     assert "4 x 4 tokens become 4 x 4 and 2 x 6" in table(found.rows)
 
 
+def test_embeddings_of_positions_stay_with_their_rows_and_columns(tmp_path):
+    old = small_transformer(**TRANSFORMER, order="random")
+    write_best(tmp_path / "run/best", old)
+    run = transformer_run(grids=[[3, 5], [2, 6]], order="random")
+    module, _ = started(fit(tmp_path / "run", run, resolution="other"), run)
+    there, here = old.target_emb.weight.unflatten(0, (4, 4)), module.target_emb.weight.unflatten(0, (3, 6))
+    fresh = engine_of(lambda: Transformer(run.model)).module.target_emb.weight.unflatten(0, (3, 6))
+    assert torch.equal(here[:, :4], there[:3]) and torch.equal(here[:, 4:], fresh[:, 4:])
+    with pytest.raises(UserError, match=r"model.order is random there and raster here; set model.order=random"):
+        fit(tmp_path / "run", transformer_run())
+
+
 # --- What is refused ---
 
 TOKENIZERS = {

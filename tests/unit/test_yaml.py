@@ -71,6 +71,16 @@ def test_short_tokenizer_files(num_codes):
     assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-6])
 
 
+def test_random_order_file():
+    plain, random = (load_config(ARRunConfig, YAML / name) for name in ("b.yaml", "b_random_order.yaml"))
+    assert replace(plain, output=random.output, model=replace(plain.model, order="random")) == random
+    with torch.device("meta"):
+        added = dict(Transformer(random.model).named_parameters())["target_emb.weight"]
+    assert tuple(added.shape) == (256, 1024) and 342_994_944 + added.numel() == 343_257_088
+    shares = [random.order_annealing.random_share(s, steps_per_epoch=1, total_steps=400) for s in (199, 250, 300)]
+    assert shares == [1, 0.5, 0]
+
+
 def test_short_transformer_file():
     long, short = (load_config(ARRunConfig, YAML / name) for name in ("b.yaml", "short/b.yaml"))
     assert short.training.epochs == 100 and short.training.total_steps(IMAGENET / 768) == 166_819

@@ -23,6 +23,7 @@ from ibq.engine.configs import FsdpEngineConfig
 from ibq.engine.fsdp import FsdpEngine
 from ibq.engine.pieces import Piece, Spans, whole
 from ibq.initial import Initial
+from ibq.models.code_order import draw_orders
 from ibq.models.transformer import Transformer, TransformerConfig
 
 MODEL = {
@@ -80,10 +81,12 @@ def batch(job: Job, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(job: Job, model: Transformer) -> dict:
     codes, classes, weights = batch(job)
-    nll = model(codes, classes)
+    torch.manual_seed(3)
+    order = draw_orders(codes, 0.7 if model.config.order == "random" else 0.0)
+    nll = model(codes, classes, order)
     (nll * weights).sum().backward()
     with torch.no_grad():
-        logits = model.logits(codes, classes)
+        logits = model.logits(codes, classes, order)
     return {"nll": nll.detach(), "logits": logits}
 
 

@@ -23,7 +23,7 @@ def settings_of(config: TokenizerConfig | TransformerConfig) -> Settings:
     """Every setting on which a model's tensors, or what they mean, depend."""
     if isinstance(config, TransformerConfig):
         names = {"width": "model_width", "heads": "num_heads", "kv_heads": "num_kv_heads"}
-        same = ("vocab_size", "num_classes", "depth", "shared_adaln", "rope_base", "grids")
+        same = ("vocab_size", "num_classes", "depth", "shared_adaln", "rope_base", "order", "grids")
         names |= dict(zip(same, same, strict=True))
         found = {f"model.{name}": getattr(config, attribute) for name, attribute in names.items()}
         return found | {"model.tokens_per_side": None if config.grids else config.tokens_per_side}

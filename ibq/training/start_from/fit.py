@@ -12,14 +12,14 @@ from ibq.config import UserError
 from ibq.interop.lightning_tokenizer import infer_discriminator_config
 from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
-from ibq.models.transformer import Transformer
+from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.ops.codebook import directions, resized_codebook
 from ibq.training.start_from.config import TokenizerStartConfig, TransformerStartConfig
 from ibq.training.start_from.differences import RESOLUTIONS, SIZES, require_allowed
 from ibq.training.start_from.places import Moments, Source
 
 Became = Literal["taken", "made", "new", "left"]
-CODEBOOK, CLASSES = "quantizer.codebook", "class_emb.weight"
+CODEBOOK, CLASSES, TARGETS = "quantizer.codebook", "class_emb.weight", "target_emb.weight"
 NOT_THERE = "not at this place; of a run, its checkpoints hold it"
 
 
@@ -98,6 +98,8 @@ def fit_transformer(source: Source, config: Any, start: TransformerStartConfig, 
     names, made = [name for name, _ in module.named_parameters()], {}
     if start.classes == "new":
         made = {CLASSES: f"{config.model.num_classes} new classes; that of no class is kept"}
+    if config.model.order == "random" and source.config.positions != config.model.positions:
+        made[TARGETS] = "those of the rows and columns that are there"
     rows = _rows_of(module, source, made, {})
     if differ.keys() & {*RESOLUTIONS}:
         there, here = (
@@ -107,15 +109,28 @@ def fit_transformer(source: Source, config: Any, start: TransformerStartConfig, 
         rows.append(Row(part="rotary tables", became="new", note=f"{there} tokens become {here}"))
 
     def make(_device: torch.device) -> dict[str, Value]:
-        if not made:
-            return {}
-        new = torch.ones(config.model.num_classes + 1, config.model.model_width, dtype=torch.bool)
-        new[-1] = False
-        none = source.tensors[CLASSES][-1:].float()
-        return {CLASSES: Value(weight=none.expand(len(new), -1), new=new)}
+        values = {CLASSES: _new_classes, TARGETS: _other_positions}
+        return {name: values[name](source, config.model) for name in made}
 
     beginning = Beginning(taken=frozenset(names) - made.keys(), read=source.tensors.__getitem__, make=make)
     return Fit(engines={"transformer": beginning}, rows=rows)
+
+
+def _new_classes(source: Source, model: TransformerConfig) -> Value:
+    new = torch.ones(model.num_classes + 1, model.model_width, dtype=torch.bool)
+    new[-1] = False
+    none = source.tensors[CLASSES][-1:].float()
+    return Value(weight=none.expand(len(new), -1), new=new)
+
+
+def _other_positions(source: Source, model: TransformerConfig) -> Value:
+    """The embedding of a row and column is the one that it has there."""
+    (rows, columns), there = model.positions, source.config.positions
+    height, width = min(rows, there[0]), min(columns, there[1])
+    found = source.tensors[TARGETS].float().unflatten(0, there)
+    weight, new = torch.zeros(rows, columns, found.shape[-1]), torch.ones(rows, columns, found.shape[-1])
+    weight[:height, :width], new[:height, :width] = found[:height, :width], 0
+    return Value(weight=weight.flatten(0, 1), new=new.flatten(0, 1).bool())
 
 
 # --- Tokenizers ---
