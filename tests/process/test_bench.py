@@ -51,8 +51,9 @@ def test_head_loss(tmp_path):
     pytorch = ("pytorch", "pytorch, mean") if hasattr(torch.nn.functional, "linear_cross_entropy") else ()
     for form in ("ours", "textbook", *pytorch):
         assert all(0 < figures[form][name] < 1e-5 for name in ("loss_error", "hidden_error", "weight_error")), form
-    low, high = (figures["ours_over"]["pytorch"]["seconds"][i] for i in (1, 2))
-    assert low <= figures["ours"]["seconds"] / figures["pytorch"]["seconds"] <= high
+    for form in pytorch[:1]:
+        low, high = (figures["ours_over"][form]["seconds"][i] for i in (1, 2))
+        assert low <= figures["ours"]["seconds"] / figures[form]["seconds"] <= high
 
 
 def test_a_form_that_cannot_be_had_says_why(monkeypatch):
@@ -184,7 +185,7 @@ def test_tokenizer_memory(tmp_path):
         "latent_channels: 16, quantizer: {num_codes: 64, dim: 16}}\n"
     )
     file = tmp_path / "t.json"
-    size = ("--config", str(config), "--batch", "4", "--repeats", "1")
+    size = ("--config", str(config), "--batch", "16", "--repeats", "1")  # fewer are lost among the process's own pages
     done = bench("tokenizer-memory", *size, "--json", str(file))
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
