@@ -320,10 +320,13 @@ def divergence(transformer: Transformer, precision: str, images: int, steps: int
 
 def _log_probabilities(decoder: Decoder, labels: Tensor, codes: Tensor) -> Tensor:
     condition, cache = decoder.condition(labels), decoder.new_cache()
-    inputs = [condition.embedding, *map(decoder.embed, codes.unbind(1)[:-1])]
-    positions = torch.arange(len(inputs), device=decoder.device).split(1) if decoder.fused else range(len(inputs))
-    rows = [decoder.step(x, condition, cache, place) for place, x in zip(positions, inputs, strict=True)]
-    return torch.stack(rows, dim=1).float().log_softmax(-1)
+    targets, x, rows = decoder.target_rows(cache.grid), condition.embedding.clone(), []
+    x += 0 if targets is None else targets[0]
+    places = torch.arange(codes.shape[1], device=decoder.device)
+    for place, own in zip(places.split(1) if decoder.fused else places.tolist(), codes.unbind(1), strict=True):
+        rows.append(decoder.step(x, condition, cache, place).float())
+        decoder.embed(own, targets, place, x[None])
+    return torch.stack(rows, dim=1).log_softmax(-1)
 
 
 def table(figures: dict[str, Any]) -> str:
