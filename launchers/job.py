@@ -24,11 +24,12 @@ from ibq.engine.watch import stat_of
 from ibq.files import append_line
 from ibq.progress import leave, terminals
 from launchers.lib import ROOT
-from launchers.lib.allocation import SAVE_S, Allocation, Step, current_allocation, deepspeed_command, torchrun_command
+from launchers.lib.allocation import Allocation, Step, current_allocation, deepspeed_command, torchrun_command
 from launchers.lib.executor import in_code
 from launchers.lib.run_config import check_run, is_training_script, load_run
 
 ATTEMPTS_FILE = "attempts.jsonl"
+SAVE_S = 600  # that ranks have at least to save after a signal, under launchers that can be told so
 STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)}
 LOOK_S = 0.5  # between two looks at what is left
 MOST_STOPS = 20  # in a row that leave no new checkpoint: each costs the whole start, and one more helps no more
@@ -69,7 +70,7 @@ class Job:
         before, started = last_checkpoint(folder), time.time()
         code = self._preflight(allocation, nodes, folder or Path.cwd(), run) if self.preflight else 0
         if not code:
-            code = _wait(allocation.start(self._step(allocation, nodes, arguments, logs, time_to_save(folder))))
+            code = _wait(allocation.start(self._step(allocation, nodes, arguments, logs, folder)))
             if code and self.launcher != "srun":  # whose own code says little
                 code = stopped_by(folder, started) or code
         row = {"start": allocation.restart, "nodes": allocation.nodes[:nodes], "code": code}
@@ -77,14 +78,14 @@ class Job:
         return self._conclude(allocation, logs, code, folder)
 
     def _step(
-        self, allocation: Allocation, nodes: int, arguments: Sequence[str], logs: Path, save_s: float = SAVE_S
+        self, allocation: Allocation, nodes: int, arguments: Sequence[str], logs: Path, folder: Path | None
     ) -> Step:
         command = (sys.executable, str(ROOT / self.script), *arguments)
         match self.launcher:
             case "srun":
                 return Step(command=command, nodes=nodes, ranks_per_node=allocation.ranks_per_node, logs=logs)
             case "torchrun":
-                command = torchrun_command(allocation, nodes, command, save_s)
+                command = torchrun_command(allocation, nodes, command, time_to_save(folder))
             case "deepspeed":
                 command = deepspeed_command(allocation, nodes, command, logs / "hostfile")
         return Step(command=command, nodes=nodes, ranks_per_node=1, logs=logs)

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 # "torch": PyTorch multiplies, in float32, and kernels read its table of products.
 DotPrecision = Literal["ieee", "tf32x3", "tf32", "bfloat16", "torch"]
 
-
 WORKSPACE_BYTES = 64 * 2**20  # one buffer of logit gradients; large enough that launches cost nothing beside the work
 WORKSPACE_ROWS = 4096
 ALIGNMENT = 16  # elements; Triton uses wide loads for strides that are known to be multiples of it

@@ -217,11 +217,6 @@ def normalization(
     return Normalization(*out)
 
 
-def values(x: Tensor, found: Normalization) -> Tensor:
-    """silu of the normalized image, in the precision of x."""
-    return _values(x, found)
-
-
 def forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Normalization]:
     """silu(group_norm(x)) for channels-last x [B, C, H, W] and float32 weight and bias [C], in the precision of x."""
     found = normalization(x, weight, bias, groups, eps)
@@ -254,7 +249,7 @@ def backward(
             sums, weight, found.mean, found.rstd, found.total, out, *launch.sizes, **launch.constants
         )
     slope, offset = out[:2]
-    return Gradients(_values(x, found, grad, slope, offset, shortcut), *out[2:].sum(dim=1))
+    return Gradients(values(x, found, grad, slope, offset, shortcut), *out[2:].sum(dim=1))
 
 
 def add_shortcut(x: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:
@@ -305,7 +300,7 @@ def _channel_sums(x: Tensor, grad: Tensor | None = None, found: Normalization | 
     return sums
 
 
-def _values(
+def values(
     x: Tensor,
     found: Normalization,
     grad: Tensor | None = None,
@@ -313,6 +308,7 @@ def _values(
     offset: Tensor | None = None,
     shortcut: Tensor | None = None,
 ) -> Tensor:
+    """silu of the normalized image, or with `grad` the gradient of x, in the precision of x; see the kernel."""
     batch, channels, height, width = x.shape
     tile, pixels, out = _tile(channels), height * width, torch.empty_like(x)
     unused = found.scale

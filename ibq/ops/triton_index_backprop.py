@@ -327,7 +327,7 @@ def backward(
     G = grad_latents . codebook^T, the gradient of the logits is
     p (G - sum_k p G) / selection_temperature
     + P (grad_usage / N - sum_k P grad_usage / N - grad_entropy (log P + entropy)) / temperature.
-    Its chunks pass through a buffer of bounded size (`triton_common.WORKSPACE_BYTES`).
+    Its chunks pass through a buffer (`triton_common.WORKSPACE_BYTES`), or lie in a table (TABLE_BYTES).
     """
     (num_tokens, width), num_codes = tokens.shape, codebook.shape[0]
     tokens, codebook = _operands(dot_precision, tokens, codebook)
@@ -380,7 +380,7 @@ def _backward_by_tables(
     for strip, (logits, *others) in _tables(tokens, codebook, 1 if grad_latents is None else 2):
         torch.mm(tokens[strip], codebook.t(), out=logits)
         pulls = torch.mm(grad_latents[strip], codebook.t(), out=others[0]) if others else None
-        own = ForwardStatistics(*(values if values is None else values[strip] for values in statistics[:5]), None)
+        own = ForwardStatistics(*(values[strip] for values in statistics[:5]), usage=statistics.usage)
         centres = _centres(logits, codebook, own, pulls, grad_usage, inverse, dot_precision)
         per_token = [*own[1:5], *centres, grad_sample_entropy[strip]]
         _logit_gradients(logits, logits, codebook, pulls, per_token, grad_usage, inverse, dot_precision)

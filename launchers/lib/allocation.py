@@ -15,7 +15,6 @@ from typing import Protocol
 
 from ibq.config import UserError
 
-SAVE_S = 600  # that ranks have at least to save after a signal, under launchers that can be told so
 ENDED_AT_ONCE_S = 60.0  # that Slurm has to end a job after it has been requeued
 
 
@@ -150,9 +149,7 @@ def srun_prefix(allocation: SlurmAllocation, nodes: int | None = None, ranks_per
     return [*srun, f"--cpus-per-task={int(cores) * own // ranks}"] if cores else srun
 
 
-def torchrun_command(
-    allocation: Allocation, nodes: int, command: Sequence[str], save_s: float = SAVE_S
-) -> tuple[str, ...]:
+def torchrun_command(allocation: Allocation, nodes: int, command: Sequence[str], save_s: float) -> tuple[str, ...]:
     """A command for one task on each node, which starts the node's ranks by torchrun.
 
     They have `save_s` seconds to save after a signal.

@@ -321,7 +321,8 @@ def divergence(transformer: Transformer, precision: str, images: int, steps: int
 def _log_probabilities(decoder: Decoder, labels: Tensor, codes: Tensor) -> Tensor:
     condition, cache = decoder.condition(labels), decoder.new_cache()
     targets, x, rows = decoder.target_rows(cache.grid), condition.embedding.clone(), []
-    x += 0 if targets is None else targets[0]
+    if targets is not None:
+        x += targets[0]
     places = torch.arange(codes.shape[1], device=decoder.device)
     for place, own in zip(places.split(1) if decoder.fused else places.tolist(), codes.unbind(1), strict=True):
         rows.append(decoder.step(x, condition, cache, place).float())
