@@ -22,7 +22,7 @@ from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from tools import evaluate
 
-IMAGES = 37  # of which neither the batches nor the blocks nor the ranks have equal shares
+IMAGES = 19  # of which neither the batches nor the blocks nor the ranks have equal shares
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -313,11 +313,11 @@ SIZES = {
     "weights": (WEIGHTS, "fp32", 2, 1),
     "weights, accumulated": (WEIGHTS, "bf16", 2, 2),
     "activations": (ACTIVATIONS, "fp32", 16, 1),
-    "activations, recomputed": (RECOMPUTED, "bf16", 32, 1),
+    "activations, recomputed": (RECOMPUTED, "bf16", 16, 1),
 }
 KEPT_SIZES = {
-    "activations, selective": ({**RECOMPUTED, "checkpoint_selective": True}, "bf16", 32, 1),
-    "activations, every second": ({**RECOMPUTED, "checkpoint_every": 2}, "fp32", 32, 1),
+    "activations, selective": ({**RECOMPUTED, "checkpoint_selective": True}, "bf16", 16, 1),
+    "activations, every second": ({**RECOMPUTED, "checkpoint_every": 2}, "fp32", 16, 1),
 }
 
 
@@ -342,8 +342,8 @@ TOKENIZER_ACTIVATIONS = {
 }
 TOKENIZER_SIZES = {
     "tokenizer's weights": (TOKENIZER_WEIGHTS, "fp32", 1, 1),
-    "tokenizer's activations": (TOKENIZER_ACTIVATIONS, "bf16", 4, 1),
-    "tokenizer's activations, recomputed": ({**TOKENIZER_ACTIVATIONS, "gradient_checkpointing": True}, "fp32", 2, 2),
+    "tokenizer's activations": (TOKENIZER_ACTIVATIONS, "bf16", 2, 1),
+    "tokenizer's activations, recomputed": ({**TOKENIZER_ACTIVATIONS, "gradient_checkpointing": True}, "fp32", 1, 2),
 }
 CASES = {f"{engine}: {size}": case(engine, size) for engine in ENGINES for size in SIZES}
 CASES |= {f"{engine}: {size}": case(engine, size) for engine in ("local", "fsdp") for size in TOKENIZER_SIZES}
