@@ -33,6 +33,7 @@ LAYERS = [
         "engine",
         "sampler",
         "decoding",
+        "editing",
         "sampling",
         "pixels",
         "evaluation",
