@@ -2,12 +2,18 @@
 
 import pytest
 import torch
-from support.models import SMALL, small_transformer
+from support.models import SMALL, TOKENIZER, small_transformer
+from support.training import CODES
 from torch import Tensor
 
+from ibq.api import generate
+from ibq.config import parse_config
 from ibq.editing import Edit
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer
 from ibq.noise import uniforms
+from ibq.pixels import codes_of, decode_in_blocks
 from ibq.sampler import SamplerConfig
 from ibq.sampling import pick, sample_codes, sample_rows
 
@@ -138,3 +144,27 @@ def test_edits_that_the_model_or_the_settings_do_not_allow(transformer):
         sample_codes(transformer, CLASSES, SEEDS, SamplerConfig(grid=(4, 2)), edit=edit)
     with pytest.raises(ValueError, match=r"^keep: a model of raster order .* train one with order: random$"):
         sample_codes(small_transformer(grids=(GRID,)), CLASSES, SEEDS, SamplerConfig(), edit=edit)
+
+
+# --- With pixels ---
+
+
+def test_generate_keeps_codes_or_those_of_images():
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(parse_config(TokenizerConfig, TOKENIZER)).eval()
+    model = small_transformer(vocab_size=CODES, grids=(GRID,), order="random")
+    images = torch.randint(256, (4, 3, 12, 16)).byte()
+    codes, keep = codes_of(tokenizer, images), MASKS["a hole"]
+    assert torch.equal(codes_of(tokenizer, images[1:2]), codes[1:2])
+    found = generate(tokenizer, model, CLASSES, seed=5, keep=keep, images=images)
+    config = SamplerConfig(rows_per_block=16)
+    expected = sample_codes(model, CLASSES, SEEDS, config, edit=Edit(codes=codes, keep=keep))
+    assert torch.equal(found, decode_in_blocks(tokenizer, expected))
+    assert torch.equal(generate(tokenizer, model, CLASSES, seed=5, keep=keep, codes=codes), found)
+    one = [
+        generate(tokenizer, model, CLASSES, keep=keep, **some) for some in ({"images": images[0]}, {"codes": codes[0]})
+    ]
+    assert torch.equal(*one) and one[0].shape == found.shape
+    for wrong in ({"keep": keep}, {"codes": codes}, {"keep": keep, "codes": codes, "images": images}):
+        with pytest.raises(ValueError, match="keep: goes with either `codes` or `images`"):
+            generate(tokenizer, model, CLASSES, **wrong)
