@@ -411,6 +411,7 @@ def test_a_transformers_images_are_drawn_and_judged(tmp_path):
     judged = evaluate.parse(run.parts[2].command[1:])
     assert judged.samples == str(drawn.output / "samples.npz") and judged.json == run.folder / "generation.json"
     assert (judged.classifier, judged.classifier_validation) == ("some/train-*.tar", None)
+    assert judged.classifier_steps == evaluate.parse(["generation", "--samples", "x"]).classifier_steps
     run.folder.mkdir(parents=True)
     metrics = {"classifier": {"generated_accuracy": 0.25, "generated_frechet": 3.0}}
     (run.folder / "generation.json").write_text(json.dumps({"metrics": metrics}))

@@ -42,9 +42,10 @@ class GenerationConfig:
     validation: str | None = None  # the same to test it on; null: every tenth of them
     total: int  # images that are drawn, equally many of every class
     sampler: tuple[str, ...] = ()  # options of tools/sample.py, such as [--guidance-scale, "1.5"]
+    classifier_steps: int = 250  # of its training
 
     def __post_init__(self):
-        require_least(self, total=2)
+        require_least(self, total=2, classifier_steps=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +271,7 @@ def _generation(config: GenerationConfig, folder: Path, settings: Mapping) -> tu
     drawn = ("--total", str(config.total), "--files", "none", "--output", str(folder / "samples"))
     real = ("--classifier", config.images)
     real += () if config.validation is None else ("--classifier-validation", config.validation)
+    real += ("--classifier-steps", str(config.classifier_steps))
     judged = ("--samples", str(folder / "samples" / "samples.npz"), *real, "--json", str(folder / "generation.json"))
     return (
         Part(name="sample", command=("tools/sample.py", *models, *config.sampler, *device, *drawn)),
