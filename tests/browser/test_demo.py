@@ -405,7 +405,7 @@ def test_a_part_is_drawn_anew(models, tmp_path, name):
     given = ["--tokenizer", str(models / "tokenizer"), "--transformer", str(models / name), "--device", "cpu"]
     loaded = demo_models.open_models(demo.parse([*given, "--rows", "2"]))
     region, file = (3, 5, 2, 8, "the box"), saved(tmp_path / "x.png", png(picture(5, 64)))
-    codes, shown, text = demo_edit.opener(loaded)(str(file), "8 x 8", *region)
+    codes, shown, text = demo_edit.opener(loaded, demo_page.grids_of(loaded))(str(file), "8 x 8", *region)
     fitted = torch.from_numpy(square(picture(5, 64), 32).copy()).permute(2, 0, 1)
     assert torch.equal(codes, loaded.tokenizer.encode(to_unit_range(fitted[None]))[0]) and text == ""
     small = torch.from_numpy(shown)[::8, ::8]
@@ -430,7 +430,12 @@ def test_a_part_is_drawn_anew(models, tmp_path, name):
         assert missing[0] is None and "no such picture" in missing[2]
     ((last, text, _),) = draw(None, *region, 1, 2, 5, 2.0, 1.0, 10, 0.95, "8 x 8")
     assert last is None and "no picture yet" in text
-    assert "cannot be shown" in demo_edit.opener(loaded)(str(saved(tmp_path / "y", b"no")), "8 x 8", *region)[2]
+    ((last, text, _),) = draw(codes, 5, 4, *region[2:], 1, 2, 5, 2.0, 1.0, 10, 0.95, "8 x 8")
+    assert last is None and "no code in the box" in text
+    assert (
+        "cannot be shown"
+        in demo_edit.opener(loaded, demo_page.grids_of(loaded))(str(saved(tmp_path / "y", b"no")), "8 x 8", *region)[2]
+    )
 
 
 # --- In the browser ---

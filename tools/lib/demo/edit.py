@@ -1,6 +1,6 @@
 """The tab of tools/demo.py that draws a part of a picture anew: which picture, which part, and what a click does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import gradio as gr
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from ibq.config import UserError
 from ibq.data.transforms import square
 from ibq.editing import Edit
+from ibq.models.transformer import Grid
 from ibq.pixels import codes_of, decode_in_blocks
 from tools.lib.demo import views as views
 from tools.lib.demo.models import Models
@@ -26,11 +27,13 @@ RASTER = (
 )
 
 
-def editing_tab(models: Models, settings: list, last: gr.State, generate: Callable, **queue) -> None:
+def editing_tab(
+    models: Models, grids: Mapping[str, Grid | None], settings: list, last: gr.State, generate: Callable, **queue
+) -> None:
     """A picture, a part of it, and that part drawn anew with the settings of the other tab.
 
-    `settings` are its components, `last` the codes [n, h, w] that it has drawn, and `generate` what its button does
-    with values of the settings and an edit.
+    `settings` are its components, the last a name of `grids`; `last` the codes [n, h, w] that it has drawn, and
+    `generate` what its button does with values of the settings and an edit.
     """
     config = models.transformer.config
     rows, columns = config.positions
@@ -57,7 +60,7 @@ def editing_tab(models: Models, settings: list, last: gr.State, generate: Callab
             message = gr.Markdown(elem_id="edit-message")
     region, shown = [*box, part], [given, picture, message]
     grid = settings[-1]
-    upload.upload(opener(models), [upload, grid, *region], shown, **QUIET, **queue)
+    upload.upload(opener(models, grids), [upload, grid, *region], shown, **QUIET, **queue)
     take.click(taker(models), [last, number, *region], shown, **QUIET, **queue)
     gr.on([each.change for each in region], shower(models), [given, *region], picture, **QUIET, **queue)
     start.click(drawer(generate), [given, *region, *settings], [drawn, message, last], **QUIET, **queue)
@@ -79,9 +82,8 @@ def _box(rows: int, columns: int, *, whole: bool) -> Iterator[gr.Slider]:
 # --- What the clicks do ---
 
 
-def opener(models: Models) -> Callable:
+def opener(models: Models, grids: Mapping[str, Grid | None]) -> Callable:
     """(file, grid, region) -> codes [h, w], the picture without what is drawn anew, message."""
-    from tools.lib.demo.page import grids_of
 
     def show(file: str | None, grid: str, *region) -> tuple:
         if file is None:
@@ -90,7 +92,7 @@ def opener(models: Models) -> Callable:
             pixels = views.read_picture(file)
         except UserError as error:
             return None, None, views.escaped(str(error))
-        height, width = grids_of(models).get(grid) or models.transformer.config.code_grids[0]
+        height, width = grids.get(grid) or models.transformer.config.code_grids[0]
         size = (height * models.tokenizer.downsampling, width * models.tokenizer.downsampling)
         fitted = torch.from_numpy(square(Image.fromarray(pixels), size).copy()).permute(2, 0, 1)
         codes = codes_of(models.tokenizer, fitted[None])[0]
@@ -123,6 +125,9 @@ def drawer(generate: Callable) -> Callable:
             yield None, "There is no picture yet: give one, or take one of those drawn last.", gr.skip()
             return
         keep = keep_of(given, first_row, last_row, first_column, last_column, part)
+        if keep.all():
+            yield None, "There is no code in the box: its first row and column must not be beyond the last.", gr.skip()
+            return
         *others, _ = settings  # the grid is that of the picture
         yield from generate(*others, "", edit=Edit(codes=given, keep=keep))
 

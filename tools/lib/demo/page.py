@@ -55,7 +55,7 @@ def build(models: Models, example: Callable[[], Path | None] | None = None) -> g
                 with gr.Tab("Generate", elem_id="generate-tab"):
                     settings, last = generation_tab(models)
                 with gr.Tab("Edit", elem_id="edit-tab"):
-                    editing_tab(models, settings, last, generator(models), **ONE_AT_A_TIME)
+                    editing_tab(models, grids_of(models), settings, last, generator(models), **ONE_AT_A_TIME)
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
