@@ -1,7 +1,8 @@
 """Editing: some codes of an image are kept, the others drawn anew to fit them (RAR's random orders make it possible).
 
 What is kept comes first in the order that codes are predicted in, then the rest, both in raster order: so every code
-that is drawn sees all that is kept.
+that is drawn sees all that is kept. Guidance that changes over an image goes by the place in that order, and an image's
+noise stays with the place in the picture.
 """
 
 from dataclasses import dataclass, replace
