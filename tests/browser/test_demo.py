@@ -29,7 +29,7 @@ from ibq.data.transforms import square, to_unit_range
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
-from ibq.pixels import decode_in_blocks
+from ibq.pixels import codes_of, decode_in_blocks
 from ibq.quantizers import BSQConfig, FSQConfig, IBQConfig, LFQConfig, VQConfig, build_quantizer
 from ibq.sampler import SamplerConfig
 from ibq.sampling import sample_codes
@@ -626,7 +626,7 @@ def test_another_seed_is_another_image_and_bad_settings_get_a_message(browser):
 
 
 @browser_tests
-def test_a_part_of_the_last_picture_is_drawn_anew(browser, models):
+def test_a_part_of_the_last_picture_is_drawn_anew(browser, models, tmp_path):
     """The transformer of this page knows raster order: another part than the lower one gets a message."""
     browser.script("document.querySelector('#seed input').select()")
     browser.keys("#seed input", "7")
@@ -652,6 +652,15 @@ def test_a_part_of_the_last_picture_is_drawn_anew(browser, models):
     browser.click("#edit-part label:nth-of-type(2)")
     browser.click("#edit-draw")
     assert "order: random" in message(browser, "edit", "These settings do not work")
+    browser.keys("#edit-upload input[type=file]", str(saved(tmp_path / "x.png", png(picture(5, 64)))))
+    given = torch.from_numpy(square(picture(5, 64), 32).copy()).permute(2, 0, 1)
+    expected = decode_in_blocks(parts[0], codes_of(parts[0], given[None]), block=1)[0, :, 16:]
+
+    def opened() -> bool:
+        shown = pixels(browser, "edit-picture")[::8, ::8].copy()
+        return torch.equal(torch.from_numpy(shown).permute(2, 0, 1)[:, 16:], expected)
+
+    browser.wait(opened, "the picture that was given")
     browser.click("#generate-tab-button")
 
 

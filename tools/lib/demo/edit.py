@@ -45,18 +45,17 @@ def editing_tab(
                 label=f"A picture, {views.LARGEST}", elem_id="edit-upload", file_types=["image"], height=140
             )
             with gr.Row():
-                number = gr.Number(
-                    1, label="Or which of those drawn last", precision=0, minimum=1, elem_id="edit-number"
-                )
+                number = gr.Number(1, label="Or one drawn last", precision=0, minimum=1, elem_id="edit-number")
                 take = gr.Button("Take it", elem_id="edit-take", min_width=80)
             box = list(_box(rows, columns, whole=config.order == "raster"))
             part = gr.Radio([*PARTS], value=PARTS[0], label="What is drawn anew", elem_id="edit-part")
             start = gr.Button("Draw anew", variant="primary", elem_id="edit-draw")
             gr.Markdown("Class, seed, images and sampler as in the tab Generate.")
         with gr.Column():
-            picture = gr.Image(label="Kept", format="png", interactive=False, elem_id="edit-picture", height=280)
-        with gr.Column():
-            drawn = gr.Image(label="Drawn anew", format="png", interactive=False, elem_id="edit-samples")
+            look = {"format": "png", "interactive": False}
+            picture = gr.Image(label="Kept", elem_id="edit-picture", height=280, buttons=["fullscreen"], **look)
+            both = ["download", "fullscreen"]
+            drawn = gr.Image(label="Drawn anew", elem_id="edit-samples", buttons=both, **look)
             message = gr.Markdown(elem_id="edit-message")
     region, shown = [*box, part], [given, picture, message]
     grid = settings[-1]
