@@ -298,7 +298,10 @@ def test_tables_show_means_over_seeds_and_their_intervals(tmp_path, capsys):
         f"{name}.seed-{seed}" for name in "ab" for seed in (0, 1, 2)
     ]
     results = json.loads((folder / "results.json").read_text())
-    assert [row["seconds_per_step"] for row in results["runs"][:3]] == [0.5, 1.5, 2.5] and not results["missing"]
+    assert [row["seconds_per_step"] for row in results["runs"]] == [0.5, 0.5, 1.5, 1.5, 2.5, 2.5]
+    assert [row["run"] for row in results["runs"][:3]] == ["a.seed-0", "b.seed-0", "a.seed-1"] and not results[
+        "missing"
+    ]
     one, other = results["groups"]
     assert (one["run"], other["run"], one["seeds"], other["settings"]) == ("a", "b", [0, 1, 2], ["crashes=1"])
     assert one["mean"]["seconds_per_step"] == 1.5 and "steps" not in one["interval"]

@@ -126,7 +126,8 @@ def runs_of(config: SweepConfig, source: str) -> list[Run]:
     common = _overrides_layer(config.overrides, f"{source}: overrides")
     named, held_out = _named_runs(config, source)
     runs = []
-    for (group, overrides), seed in itertools.product(named.items(), config.seeds or (None,)):
+    # All runs with one seed before the next: what is done at any time compares all of them.
+    for seed, (group, overrides) in itertools.product(config.seeds or (None,), named.items()):
         name, seeded = (group, ()) if seed is None else (f"{group}.seed-{seed}", (f"seed={seed}",))
         own = _overrides_layer((*overrides, *seeded), f"{source}: runs.{group}")
         if seeded and "seed" in {**common, **_overrides_layer(overrides, source)}:
