@@ -288,6 +288,6 @@ def _edit_of(tokenizer: Tokenizer, keep: Tensor | None, codes: Tensor | None, im
     if keep is None:
         return None
     if codes is None:
-        codes = codes_of(tokenizer, images.view(-1, *images.shape[-3:]))
+        codes = codes_of(tokenizer, images.reshape(-1, *images.shape[-3:]))
         codes = codes if images.ndim == 4 else codes[0]
     return Edit(codes=codes, keep=keep)
