@@ -1,13 +1,15 @@
 """What random orders cost a training step: a model in random orders beside the same in raster order, step by step.
 
 Both stay in one process, and every round has a step of each, in turns first: what else the machine does at the time
-meets both. All images of the first are in random order, the most that it costs; orders are drawn within the step.
+meets both. All images of the first are in random order, the most that it costs; orders are drawn within the step. On
+the CPU there are also the seconds that the process itself was at work, in which what others do shows less.
 """
 
 import argparse
+import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 
@@ -22,6 +24,7 @@ from tools.lib.bench.step import COMPILE, engine_config
 from tools.lib.bench.trainer import Trainer, random_batch
 
 ORDERS = ("raster", "random")
+TITLES = {"seconds": "seconds a step", "cpu_seconds": "seconds at work"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,34 +51,42 @@ def measure(arguments: argparse.Namespace) -> dict:
     trainers = {order: Trainer(engine, replace(model, order=order), device) for order in ORDERS}
     batch = [part.to(device) for part in random_batch(model, arguments.batch, seed=0)]
 
-    def step(order: str) -> float:
-        return seconds_of(lambda: float(trainers[order].step(*batch)), arguments.device)
+    def step(order: str) -> tuple[float, float]:
+        at_work = time.process_time()
+        seconds = seconds_of(lambda: float(trainers[order].step(*batch)), arguments.device)
+        return seconds, time.process_time() - at_work
 
     for order in 2 * ORDERS:  # compiles, and makes the optimizer's moments
         step(order)
-    seconds: dict[str, list[float]] = {order: [] for order in ORDERS}
+    clocks = ("seconds", "cpu_seconds") if arguments.device == "cpu" else ("seconds",)
+    found: dict[str, dict[str, list[float]]] = {clock: {order: [] for order in ORDERS} for clock in clocks}
     with progress_bar(arguments.name, arguments.rounds, "round") as progress:
         for number in range(arguments.rounds):
             for order in ORDERS if number % 2 else ORDERS[::-1]:
-                seconds[order].append(step(order))
+                for clock, seconds in zip(clocks, step(order), strict=False):
+                    found[clock][order].append(seconds)
             progress.update()
-    ratios = [random / raster for raster, random in zip(seconds["raster"], seconds["random"], strict=True)]
     settings = {name: getattr(arguments, name) for name in ("config", "depth", "batch", "rounds", "compile", "device")}
-    return {
-        "seconds": {order: {"best": min(own), "median": median(own), "all": own} for order, own in seconds.items()},
-        "ratio": {"median": median(ratios), "mean": sum(ratios) / len(ratios), "interval": interval(ratios)},
-        **settings,
-        "threads": torch.get_num_threads(),
-    }
+    return {clock: compared(own) for clock, own in found.items()} | settings | {"threads": torch.get_num_threads()}
+
+
+def compared(seconds: dict[str, list[float]]) -> dict:
+    """Of both orders the best and the median, and the ratios of the rounds."""
+    ratios = [random / raster for raster, random in zip(seconds["raster"], seconds["random"], strict=True)]
+    figures = {order: {"best": min(own), "median": median(own), "all": own} for order, own in seconds.items()}
+    return figures | {"ratio": {"median": median(ratios), "mean": fmean(ratios), "interval": interval(ratios)}}
 
 
 def table(figures: dict) -> str:
     """The figures for people."""
-    name = f"{Path(figures['config']).stem}, {figures['batch']} images, seconds a step"
-    lines = [f"{name:48s} {'best':>8s} {'median':>8s}"]
-    lines += [f"{order:48s} {own['best']:8.3f} {own['median']:8.3f}" for order, own in figures["seconds"].items()]
-    ratio = figures["ratio"]
-    return "\n".join(lines) + (
-        f"\nrandom over raster, {figures['rounds']} rounds: median {ratio['median']:.3f}, "
-        f"mean {ratio['mean']:.3f} ± {ratio['interval']:.3f} (95%)"
-    )
+    lines = [f"{Path(figures['config']).stem}, {figures['batch']} images, {figures['rounds']} rounds"]
+    for clock in TITLES:
+        if clock not in figures:
+            continue
+        own = figures[clock]
+        lines.append(f"{TITLES[clock]:32s} {'best':>8s} {'median':>8s}")
+        lines += [f"{order:32s} {own[order]['best']:8.3f} {own[order]['median']:8.3f}" for order in ORDERS]
+        ratio = own["ratio"]
+        text = f"median {ratio['median']:.3f}, mean {ratio['mean']:.3f} ± {ratio['interval']:.3f} (95%)"
+        lines.append(f"{'random over raster':32s} {text}")
+    return "\n".join(lines)
