@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ibq.config import ConfigError, UserError, load_config, parse_config
 from ibq.config_yaml import one_line
 from ibq.decoding import Decoder
+from ibq.editing import Edit
 from ibq.engine.state_files import StateReader, index_file
 from ibq.interop.families import SUFFIXES, read_published
 from ibq.interop.published import Hints, ModelConfig
@@ -23,7 +24,7 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.ops.backend import image_format
-from ibq.pixels import pixels_of
+from ibq.pixels import codes_of, pixels_of
 from ibq.sampler import SamplerConfig
 from ibq.sampling import sample_blocks, settled_for
 
@@ -246,6 +247,9 @@ def generate(
     classes: Sequence[int],
     *,
     seed: int | Sequence[int] = 0,
+    keep: Tensor | None = None,
+    codes: Tensor | None = None,
+    images: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
     **settings,
 ) -> Tensor:
@@ -254,15 +258,36 @@ def generate(
     Image i is drawn with seed `seed` + i, or with `seed`[i], and depends on (weights, class, that seed, settings)
     alone, on a given device. `settings` are those of `ibq.sampler.SamplerConfig`: guidance_scale, temperature, top_k,
     top_p, precision, grid=(rows, columns of codes), ...; on a GPU it draws in bf16 and large blocks unless they say
-    otherwise. `progress` is called with (images done, images). Raises ValueError for classes or settings out of range.
+    otherwise. `progress` is called with (images done, images).
+
+    With `keep`, a bool mask [h, w] of codes, only codes where it is False are drawn, to fit the others and the class
+    (inpainting). What is kept are `codes` [h, w] for all, or [N, h, w] for each image, or those of `images`, uint8
+    [3, H, W] or [N, 3, H, W]. Any mask will do for a model that was trained with order: random, for others one whose
+    kept codes are the first in raster order. See `ibq/editing.py`.
+    Raises ValueError for classes, settings or masks out of range.
     """
-    config = settled_for(transformer, SamplerConfig(**settings))
+    edit = _edit_of(tokenizer, keep, codes, images)
+    config = SamplerConfig(**settings)
+    config = config if edit is None else edit.fitted(config, transformer.config, len(classes))
+    config = settled_for(transformer, config)
     seeds = [seed + i for i in range(len(classes))] if isinstance(seed, numbers.Integral) else seed
     size = [side * tokenizer.downsampling for side in config.grid]
-    images, done = torch.empty(len(classes), tokenizer.config.in_channels, *size, dtype=torch.uint8), 0
-    for block in pixels_of(sample_blocks(transformer, classes, seeds, config), tokenizer, config.precision):
-        images[done : done + len(block)] = torch.from_numpy(block).permute(0, 3, 1, 2)
+    found, done = torch.empty(len(classes), tokenizer.config.in_channels, *size, dtype=torch.uint8), 0
+    for block in pixels_of(sample_blocks(transformer, classes, seeds, config, edit), tokenizer, config.precision):
+        found[done : done + len(block)] = torch.from_numpy(block).permute(0, 3, 1, 2)
         done += len(block)
         if progress is not None:
             progress(done, len(classes))
-    return images
+    return found
+
+
+def _edit_of(tokenizer: Tokenizer, keep: Tensor | None, codes: Tensor | None, images: Tensor | None) -> Edit | None:
+    """What the arguments of `generate` mean."""
+    if (codes is None) + (images is None) != (2 if keep is None else 1):
+        raise ValueError("keep: goes with either `codes` or `images`, of which the part is kept; give both or neither")
+    if keep is None:
+        return None
+    if codes is None:
+        codes = codes_of(tokenizer, images.reshape(-1, *images.shape[-3:]))
+        codes = codes if images.ndim == 4 else codes[0]
+    return Edit(codes=codes, keep=keep)

@@ -75,9 +75,13 @@ class Decoder:
         """An empty cache for a grid of codes (default: the model's first)."""
         return self._transformer.new_cache(self.rows, self.dtype, self.device, grid=grid)
 
-    def target_rows(self, grid: Grid) -> Tensor | None:
+    def target_rows(self, grid: Grid, order: Tensor | None = None) -> Tensor | None:
         """What is added to the inputs of the steps, one row [C] each; see `Transformer.target_rows`."""
-        return self._transformer.target_rows(grid)
+        return self._transformer.target_rows(grid, order)
+
+    def rotations(self, grid: Grid, order: Tensor | None = None) -> Tensor:
+        """How the queries and keys of the steps turn, one row [head_dim / 2] each; see `Transformer.rotations`."""
+        return self._transformer.rotations(grid, order)
 
     def embed(self, codes: Tensor, targets: Tensor | None, position: int | Tensor, out: Tensor) -> None:
         """Put into `out` [n, rows, C] n times what the step after `position` takes, for its codes [rows].

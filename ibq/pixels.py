@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ibq.data.transforms import to_uint8
+from ibq.data.transforms import to_uint8, to_unit_range
 from ibq.models.tokenizer import Tokenizer
 from ibq.ops.backend import own_stream
 from ibq.sampler import Precision
@@ -24,6 +24,13 @@ def decode_in_blocks(tokenizer: Tokenizer, codes: Tensor, block: int = BLOCK) ->
     company.
     """
     return _decoded(tokenizer, codes, block).cpu()
+
+
+@torch.no_grad()
+def codes_of(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """Codes [N, h, w] on the CPU of uint8 images [N, 3, H, W], one at a time: none depends on its company."""
+    device = next(tokenizer.parameters()).device
+    return torch.cat([tokenizer.encode(to_unit_range(image[None]).to(device)).cpu() for image in images])
 
 
 def pixels_of(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ibq.config_yaml import one_line
 from ibq.decoding import Decoder, settle
+from ibq.editing import Edit
 from ibq.models.transformer import Condition, Transformer
 from ibq.noise import send, uniforms
 from ibq.ops.backend import own_stream
@@ -51,17 +52,18 @@ def sample_codes(
     seeds: Sequence[int],
     config: SamplerConfig,
     progress: Callable[[int, int], None] | None = None,
+    edit: Edit | None = None,
 ) -> Tensor:
-    """Draw one image's codes per class and seed, [N, h, w] int64 on the CPU.
+    """Draw one image's codes per class and seed, [N, h, w] int64 on the CPU; with an `edit` only those not kept.
 
     An image depends on weights, class, seed and `config` only (on one device), never on the images it is drawn with:
     blocks have a fixed number of rows, and an image's random numbers are a function of its seed. Runs on the device of
     the weights. A transformer is made ready first, which takes a while for a large one: `decoder_for` does it once for
     many calls. `progress` is called with (images done, images) after every block.
-    Errors: ValueError for classes or seeds out of range, or not one seed per class.
+    Errors: ValueError for classes or seeds out of range, or not one seed per class, and those of `Edit.fitted`.
     """
     blocks, done = [], 0
-    for codes in sample_blocks(transformer, classes, seeds, config):
+    for codes in sample_blocks(transformer, classes, seeds, config, edit):
         blocks.append(codes.cpu())
         done += len(codes)
         if progress is not None:
@@ -73,58 +75,72 @@ def sample_codes(
 
 @torch.inference_mode()
 def sample_blocks(
-    transformer: Transformer | Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig
+    transformer: Transformer | Decoder,
+    classes: Sequence[int],
+    seeds: Sequence[int],
+    config: SamplerConfig,
+    edit: Edit | None = None,
 ) -> Iterator[Tensor]:
     """The same codes, block after block: [n, h, w] int64 on the device, which may still be drawing them.
 
     Nothing waits for the device, so that what is done with one block can be prepared while it is drawn.
     Errors, when the first block is asked for: those of `sample_codes`.
     """
-    _check_request(transformer, classes, seeds)
-    config = settled_for(transformer, config)
+    config = _settled_request(transformer, classes, seeds, config, edit)
     decoder = transformer if isinstance(transformer, Decoder) else decoder_for(transformer, config)
     if not len(classes):
         yield torch.empty(0, *config.grid, dtype=torch.int64, device=decoder.device)
     for start in range(0, len(classes), config.rows_per_block):
         part = slice(start, start + config.rows_per_block)
-        for codes in _sample_steps(decoder, classes[part], seeds[part], config):  # noqa: B007
+        own = None if edit is None else edit.of(part)
+        for codes in _sample_steps(decoder, classes[part], seeds[part], config, own):  # noqa: B007
             pass
-        yield codes[: len(classes[part])].unflatten(1, config.grid).clone()  # the next block is drawn in its place
+        codes = codes[: len(classes[part])]  # copied: the next block is drawn in its place
+        yield codes.unflatten(1, config.grid).clone() if edit is None else edit.in_raster(codes)
 
 
 @torch.inference_mode()
 def sample_rows(
-    transformer: Transformer | Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig
+    transformer: Transformer | Decoder,
+    classes: Sequence[int],
+    seeds: Sequence[int],
+    config: SamplerConfig,
+    edit: Edit | None = None,
 ) -> Iterator[Tensor]:
     """Draw one block of images and watch them grow: [n, r, w] int64 on the CPU after each row r = 1 ... h of codes.
 
-    The last of them is what `sample_codes` gives for the same request.
+    The last of them is what `sample_codes` gives for the same request. With an `edit` each is [n, h, w], after so many
+    codes as a row has: what is not drawn yet is as it was.
     Errors, when the first row is asked for: those of `sample_codes`, and ValueError for more images than
     `rows_per_block`.
     """
-    _check_request(transformer, classes, seeds)
-    config = settled_for(transformer, config)
+    config = _settled_request(transformer, classes, seeds, config, edit)
     if not 0 < len(classes) <= config.rows_per_block:
         raise ValueError(f"classes: {len(classes)} images are not one block; give 1 to {config.rows_per_block}")
     decoder = transformer if isinstance(transformer, Decoder) else decoder_for(transformer, config)
     width = config.grid[1]
-    for count, codes in enumerate(_sample_steps(decoder, classes, seeds, config), start=1):
+    for count, codes in enumerate(_sample_steps(decoder, classes, seeds, config, edit), start=1):
         if count % width == 0:
-            with torch.inference_mode(False):
-                grown = codes[: len(classes), :count].cpu().unflatten(1, (-1, width)).clone()  # an ordinary tensor
+            codes = codes[: len(classes)].cpu()
+            with torch.inference_mode(False):  # for an ordinary tensor
+                grown = codes[:, :count].unflatten(1, (-1, width)) if edit is None else edit.in_raster(codes)
+                grown = grown.clone()
             yield grown
 
 
 def _sample_steps(
-    decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig
+    decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], config: SamplerConfig, edit: Edit | None
 ) -> Iterator[Tensor]:
-    """The codes [rows_per_block, T], the same tensor after each of the T draws; those to come are undefined."""
+    """The codes [rows_per_block, T] in the order they are drawn in, the same tensor after each of the T draws.
+
+    Those to come are undefined, or as they were before an edit.
+    """
     drawing, decoder.drawing = decoder.drawing, None  # whoever asks before the last code is drawn gets another
     if drawing is None or drawing.config != config:
         drawing = None  # its memory is for the next one
         drawing = Drawing(decoder, config)
     try:
-        drawing.begin(decoder, classes, seeds)
+        drawing.begin(decoder, classes, seeds, edit)
         for position in range(drawing.codes.shape[1]):
             drawing.advance(decoder, position)
             yield drawing.codes
@@ -132,7 +148,14 @@ def _sample_steps(
         decoder.drawing = drawing
 
 
-def _check_request(transformer: Transformer | Decoder, classes: Sequence[int], seeds: Sequence[int]) -> None:
+def _settled_request(
+    transformer: Transformer | Decoder,
+    classes: Sequence[int],
+    seeds: Sequence[int],
+    config: SamplerConfig,
+    edit: Edit | None,
+) -> SamplerConfig:
+    """What the settings mean for the request; ValueError for an impossible one."""
     if len(classes) != len(seeds):
         raise ValueError(f"seeds: {len(seeds)} for {len(classes)} classes; give one seed per image")
     for label in classes:
@@ -144,6 +167,9 @@ def _check_request(transformer: Transformer | Decoder, classes: Sequence[int], s
     for seed in seeds:
         if not 0 <= seed <= LARGEST_SEED:
             raise ValueError(f"seeds: {seed} is out of range; use 0 to {LARGEST_SEED}")
+    if edit is not None:
+        config = edit.fitted(config, transformer.config, len(classes))
+    return settled_for(transformer, config)
 
 
 # --- A block ---
@@ -153,6 +179,7 @@ class Drawing:
     """The codes [rows, T] of one block after the other, all drawn with the same settings by the same decoder.
 
     Of one grid, too, and so is its graph. It belongs to the decoder, and so does not hold it: both are let go at once.
+    A block may be in an order of its own: what a step takes by its position is put into its place before the first.
     """
 
     def __init__(self, decoder: Decoder, config: SamplerConfig, graph: "type[StepGraph] | None" = None):
@@ -165,17 +192,22 @@ class Drawing:
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._cache = decoder.new_cache(config.grid)
         self._targets = decoder.target_rows(config.grid)
+        if self._targets is not None:
+            self._cache = replace(self._cache, rope=decoder.rotations(config.grid))
+        self._given: Tensor | None = None  # the codes [rows, T] of an edit in its order, the first `_kept` to stay
+        self._kept = 0
         self._condition: Condition | None = None
         self._x: Tensor | None = None  # what the next step takes, [config.rows, C]
         self._graph: StepGraph | None = None
         self._wants_graph = decoder.fused
 
-    def begin(self, decoder: Decoder, classes: Sequence[int], seeds: Sequence[int]) -> None:
+    def begin(self, decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], edit: Edit | None = None) -> None:
         """Start a block of up to `rows` images; rows that are left over draw images of no class."""
         padding, null = self.rows - len(classes), decoder.null_class
         rows = [int(label) for label in classes] + [null] * padding + [null] * (self.config.rows - self.rows)
         self._put(decoder.condition(send(rows, decoder.device)))
         self._numbers.copy_(uniforms([*seeds, *[0] * padding], self.codes.shape[1], decoder.device))
+        self._arrange(decoder, edit)
         self._to_start()
         if self._wants_graph:
             self._wants_graph = False
@@ -188,6 +220,21 @@ class Drawing:
             self._graph.replay()
         else:
             self._step(decoder, self._position if decoder.fused else position)
+        if position < self._kept:  # beside the graph, which serves every block
+            given = self._given[:, position]
+            self.codes[:, position] = given
+            decoder.embed(given, self._targets, position, self._x.view(-1, self.rows, self._x.shape[1]))
+
+    def _arrange(self, decoder: Decoder, edit: Edit | None) -> None:
+        """Put what steps take by their position into the block's order; an image's noise stays with the place."""
+        self._kept, self._given, order = 0, None, None
+        if edit is not None:
+            order = edit.order.to(decoder.device)
+            self._kept, self._given = edit.kept, edit.in_order(self.rows).to(decoder.device)
+            self._numbers.copy_(self._numbers[:, order])
+        if self._targets is not None:
+            self._targets.copy_(decoder.target_rows(self.config.grid, order))
+            self._cache.rope.copy_(decoder.rotations(self.config.grid, order))
 
     def _put(self, condition: Condition) -> None:
         if self._condition is None:
@@ -198,6 +245,8 @@ class Drawing:
 
     def _to_start(self) -> None:
         self._position.zero_()
+        if self._given is not None:
+            self.codes.copy_(self._given)
         self._x.copy_(self._condition.embedding)
         if self._targets is not None:
             self._x += self._targets[0]

@@ -28,6 +28,7 @@ BENCHES = {
     "layer": "IBQ as a layer of a small autoencoder, beside the quantizer of vector-quantize-pytorch",
     "head-loss": "the head's cross-entropy without logits against the textbook form",
     "ar-step": "a training step of the transformer against a plain form and the machine's product rate",
+    "order-step": "what random orders cost a training step of the transformer, in rounds beside raster order",
     "tokenizer-step": "a training step of the tokenizer's GAN against a plain form",
     "sample": "sampling against a textbook sampler and the memory's bandwidth",
     "tokenizer-memory": "activation memory of the tokenizer with and without recomputed ResBlocks",

@@ -27,6 +27,7 @@ from ibq import dist
 from ibq.api import load_tokenizer, load_transformer, trained_on
 from ibq.config import UserError, exit_on_user_error
 from ibq.decoding import Decoder, settle
+from ibq.editing import Edit
 from ibq.files import write_array, write_text
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
@@ -41,6 +42,7 @@ from ibq.training.run import set_up_torch
 from tools.lib import ROOT, cores
 from tools.lib.options import add_device_option, add_settings, add_size_option, device_of, grid_of_size, settings_of
 from tools.lib.sample import files
+from tools.lib.sample.edit import EditOptions, edit_of
 
 PIECE = 256  # images, or what is the next multiple of a block
 MOST_PNG = 1_000  # images that are written as files of their own unless --files says so
@@ -49,6 +51,9 @@ Image i of a class is drawn with seed SEED + i. On a given device and precision 
 seed and sampler settings alone: not on the number of processes, nor on interruptions, after which the same command goes
 on. OUTPUT gets samples.npz (arr_0 uint8 [N, H, W, 3] and arr_1 the classes: ADM's form, which tools/evaluate.py and
 other evaluators read), samples.json (what made them), and the images as PNG files or in tar shards.
+
+With --image only a part of it is drawn, to fit the rest and the class; a transformer that was trained with order:
+random can draw any part, others one that begins somewhere in a row of tokens and goes on to the end of the image.
 """
 
 
@@ -67,6 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     amount.add_argument("--total", type=int, help="images in all, equally many of every class")
     add_settings(parser, SamplerConfig)
     add_size_option(parser, "as --grid says")
+    add_settings(parser, EditOptions)
     add("--seed", type=int, default=0)
     add("--files", choices=["png", "shards", "none"], help=f"beside the .npz (default: png up to {MOST_PNG:,} images)")
     add("--fresh", action="store_true", help="start over: remove what this tool has written to OUTPUT before")
@@ -135,7 +141,7 @@ def request_of(arguments: argparse.Namespace, rows_per_block: int, num_classes: 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate as the command line says."""
     arguments = parse(argv)
-    sampler = settings_of(SamplerConfig, arguments)
+    sampler, part = settings_of(SamplerConfig, arguments), settings_of(EditOptions, arguments)
     device_of(arguments)  # names the option if the device is not there
     set_up_torch(training=False)
     device = dist.setup(arguments.device)
@@ -150,21 +156,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     # One number of rows for all, also where the GPUs have not the same memory.
     sampler = replace(sampler, rows_per_block=-dist.largest(-sampler.rows_per_block))
     request = request_of(arguments, sampler.rows_per_block, transformer.config.num_classes)
+    edit = edit_of(part, sampler, tokenizer, transformer.config)
     form = arguments.files or ("png" if len(request.labels) <= MOST_PNG else "shards")
-    settings = asdict(sampler)
-    if own_grid:
-        del settings["grid"]  # sets that were drawn before there was a choice have none
-    description = {**hashes, "sampler": settings, "labels_sha256": weights_hash(_as_tensors(request))}
-    description |= {"sampler_version": SAMPLER_VERSION, "images": len(request.labels), "piece": request.piece}
+    description = hashes | described(request, sampler, edit, own_grid=own_grid)
     processes = cores() // dist.local_world_size()
     with explained(sampler), files.Writers(arguments.output, form, processes) as writers:
         if dist.on_main(lambda: files.begin(arguments.output, description, fresh=arguments.fresh)):
-            draw(request, tokenizer, transformer, sampler, arguments.output, writers)
+            draw(request, tokenizer, transformer, sampler, arguments.output, writers, edit)
             dist.on_main(lambda: finish(request, arguments, description, form))
     dist.barrier()
     if dist.is_main():
         print(f"{len(request.labels)} images in {arguments.output}")
     dist.shutdown()
+
+
+def described(request: Request, sampler: SamplerConfig, edit: Edit | None, *, own_grid: bool) -> dict:
+    """What the images are, beside the weights that draw them."""
+    settings = asdict(sampler)
+    if own_grid:
+        del settings["grid"]  # sets that were drawn before there was a choice have none
+    found = {"sampler": settings, "labels_sha256": weights_hash(_as_tensors(request))}
+    found |= {"sampler_version": SAMPLER_VERSION, "images": len(request.labels), "piece": request.piece}
+    if edit is not None:
+        hashed = weights_hash({"codes": edit.codes, "keep": edit.keep})
+        found["edit"] = {"sha256": hashed, "kept": edit.kept, "tokens": edit.keep.numel()}
+    return found
 
 
 def check_pair(arguments: argparse.Namespace, tokenizer: Tokenizer, transformer: Transformer, found: str) -> None:
@@ -186,6 +202,7 @@ def draw(
     sampler: SamplerConfig,
     folder: Path,
     writers: files.Writers,
+    edit: Edit | None = None,
 ) -> None:
     """Draw this rank's share of the missing pieces; each is a file that is whole or absent.
 
@@ -206,7 +223,7 @@ def draw(
             decoder = decoder_for(transformer, sampler)
             transformer.to("meta")  # its memory is for images
             tell(sampler, decoder)
-            codes = timed(codes_of(own, request, decoder, sampler), partial(clock.part, "codes"))
+            codes = timed(codes_of(own, request, decoder, sampler, edit), partial(clock.part, "codes"))
             images = pixels_of(codes, tokenizer, sampler.precision, partial(clock.part, "pixels"))
             for number in own:
                 write_array(files.piece_file(folder, number), _piece(images, request.part(number), progress.update))
@@ -217,11 +234,13 @@ def draw(
     dist.barrier()
 
 
-def codes_of(pieces: Iterable[int], request: Request, decoder: Decoder, sampler: SamplerConfig) -> Iterator[Tensor]:
+def codes_of(
+    pieces: Iterable[int], request: Request, decoder: Decoder, sampler: SamplerConfig, edit: Edit | None
+) -> Iterator[Tensor]:
     """The codes [n, h, w] of the blocks of these pieces, one block after the other."""
     for number in pieces:
         part = request.part(number)
-        yield from sample_blocks(decoder, request.labels[part], request.seeds[part], sampler)
+        yield from sample_blocks(decoder, request.labels[part], request.seeds[part], sampler, edit)
 
 
 def timed(blocks: Iterable[Tensor], part) -> Iterator[Tensor]:
@@ -271,6 +290,10 @@ def finish(request: Request, arguments: argparse.Namespace, description: dict, f
     info |= {"seed": arguments.seed, "classes": len(set(request.labels)), "count": count}
     info |= {"precision": description["sampler"]["precision"], "git": git_state(ROOT), "torch": torch.__version__}
     info |= {"tokenizer_path": str(arguments.tokenizer), "transformer_path": str(arguments.transformer)}
+    if "edit" in description:
+        part = settings_of(EditOptions, arguments)
+        given = {name: str(value) for name in ("image", "mask") if (value := getattr(part, name))}
+        info["edit"] = description["edit"] | given | ({} if part.box is None else {"box": part.box})
     write_text(folder / files.INFO_FILE, json.dumps(info, indent=1) + "\n")
     files.remove_pieces(folder)
 

@@ -151,11 +151,15 @@ def _check_grids(grids: Sequence[Grid]) -> None:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the positions decoded so far, static buffers [depth, R, kv_heads, T, head_dim]."""
+    """Keys and values of the positions decoded so far, static buffers [depth, R, kv_heads, T, head_dim].
+
+    `rope`: rows of the rotary table by step, where these are in an order of their own; see `Transformer.rotations`.
+    """
 
     keys: Tensor
     values: Tensor
     grid: Grid
+    rope: Tensor | None = None
 
     @property
     def layers(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -308,7 +312,8 @@ class Transformer(nn.Module):
 
         A position [1] on the device runs Triton's kernels between the products, the same at every position.
         """
-        fused, rope, update, gate = isinstance(position, Tensor), self._rope(x, cache.grid), None, None
+        fused, update, gate = isinstance(position, Tensor), None, None
+        rope = self._rope(x, cache.grid) if cache.rope is None else cache.rope
         for block, modulation, *cached in zip(self.blocks, condition.blocks, *cache.layers, strict=True):
             gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
             x, normed = block.attention_norm.after(x, update, gate, scale1, shift1, fused=fused)
@@ -317,15 +322,23 @@ class Transformer(nn.Module):
             update, gate = block.feed_forward.decode(normed, fused=fused), gamma2
         return self.head(self.head_nm.rmsnorm.after(x, update, gate, *condition.head, fused=fused)[1])
 
-    def target_rows(self, grid: Grid) -> Tensor | None:
-        """What is added to the inputs of a grid's steps in raster order [1 + T, C], none to one after the last.
+    def target_rows(self, grid: Grid, order: Tensor | None = None) -> Tensor | None:
+        """What is added to the inputs of a grid's steps in an order [T] (raster): [1 + T, C], the last row none.
 
         None where positions have no embeddings. Errors: ValueError for a grid that has positions without one.
         """
         if self.config.order == "raster":
             return None
-        places = self._places(torch.arange(math.prod(grid), device=self.target_emb.weight.device), grid)
-        return F.pad(self.target_emb(places), (0, 0, 0, 1))
+        order = self._raster(grid) if order is None else order
+        return F.pad(self.target_emb(self._places(order, grid)), (0, 0, 0, 1))
+
+    def rotations(self, grid: Grid, order: Tensor | None = None) -> Tensor:
+        """Rows [T, head_dim / 2] of the rotary table for the inputs of a grid's steps in an order [T] (raster)."""
+        order = self._raster(grid) if order is None else order
+        return rotations_in_order(self._rope(self.tok_emb.weight, grid), order[None])[0]
+
+    def _raster(self, grid: Grid) -> Tensor:
+        return torch.arange(math.prod(grid), device=self.tok_emb.weight.device)
 
     def _places(self, indices: Tensor, grid: Grid) -> Tensor:
         """Rows of `target_emb` for raster indices of a grid: the same row and column is the same in all grids."""

@@ -188,22 +188,26 @@ class ARScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OrderAnnealingConfig:
-    """For `model.order: random`: all images are in random order before `start`, then fewer and fewer, none from `end`.
+    """For `model.order: random`: all images are in random order before `start`, then fewer and fewer to `end`.
 
-    The default is RAR's, 200 and 300 of 400 epochs, as shares of the run.
+    From there on the share `last` is. The default is RAR's, 200 and 300 of 400 epochs, as shares of the run, and none
+    at the end. Models that are to fill in any part of an image (`ibq/editing.py`) want more than none.
     """
 
     unit: Literal["epochs", "steps", "run"] = "run"  # run: shares of it
     start: float = 0.5
     end: float = 0.75
+    last: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.start <= self.end < math.inf:
             raise ValueError(f"start: must lie between 0 and end, got {self.start} and {self.end}")
         if self.unit == "run" and self.end > 1:
             raise ValueError(f"end: {self.end} is no share of the run; use at most 1, or set unit to epochs or steps")
+        if not 0 <= self.last <= 1:
+            raise ValueError(f"last: must lie in [0, 1], got {self.last}; it is a share of the images")
 
     def random_share(self, step: int, *, steps_per_epoch: float, total_steps: int) -> float:
         """The probability with which an image is in random order at a step, from 0."""
         steps = {"epochs": steps_per_epoch, "steps": 1, "run": total_steps}[self.unit]
-        return annealed(step, start=self.start * steps, end=self.end * steps)
+        return self.last + (1 - self.last) * annealed(step, start=self.start * steps, end=self.end * steps)

@@ -25,12 +25,14 @@ from support.training import picture, png, write_best
 
 from ibq.api import generate
 from ibq.config import UserError, parse_config
-from ibq.data.transforms import to_unit_range
+from ibq.data.transforms import square, to_unit_range
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
-from ibq.pixels import decode_in_blocks
+from ibq.pixels import codes_of, decode_in_blocks
 from ibq.quantizers import BSQConfig, FSQConfig, IBQConfig, LFQConfig, VQConfig, build_quantizer
+from ibq.sampler import SamplerConfig
+from ibq.sampling import sample_codes
 from tools import demo
 from tools.lib.demo import models as demo_models
 from tools.lib.demo import views as views
@@ -56,6 +58,10 @@ def models(tmp_path_factory):
         transformer = Transformer(parse_config(TransformerConfig, TRANSFORMER | {"vocab_size": codes}))
         torch.nn.init.normal_(transformer.head.weight, std=0.5)
         write_best(folder / name / "best", transformer)
+    torch.manual_seed(1)
+    random = Transformer(parse_config(TransformerConfig, TRANSFORMER | {"order": "random"}))
+    torch.nn.init.normal_(random.head.weight, std=0.5)
+    write_best(folder / "random" / "best", random)
     shapes = TransformerConfig(**{**vars(transformer.config), "vocab_size": CODES, "grids": ((SIDE, SIDE), (2, 5))})
     write_best(folder / "shapes" / "best", Transformer(shapes))
     (folder / "transformer" / "classes.json").write_text(json.dumps(NAMES))
@@ -346,7 +352,7 @@ def test_what_the_page_has(models, monkeypatch):
 
     given = ["--tokenizer", str(models / "tokenizer"), "--device", "cpu"]
     several = demo_page.build(demo_models.open_models(demo.parse([*given, "--transformer", str(models / "shapes")])))
-    assert "transformer of 8 x 8 or 2 x 5 tokens" in json.dumps(several.get_config_file())
+    assert "transformer of 8 x 8 or 2 x 5 tokens" in json.dumps(several.get_config_file(), default=str)
     both = demo_models.open_models(demo.parse([*given, "--transformer", str(models / "transformer")]))
     page = demo_page.build(both)
     offered = [[block.visible for block in p.blocks.values() if block.elem_id == "grid"] for p in (several, page)]
@@ -354,11 +360,11 @@ def test_what_the_page_has(models, monkeypatch):
     named = {block.elem_id for block in page.blocks.values()}
     assert {"upload", "generate", "class"} <= named
     heavy = [event for event in page.fns.values() if event.concurrency_id == "model"]
-    assert len(heavy) == 2 and all(event.concurrency_limit == 1 for event in heavy)
+    assert len(heavy) == 6 and all(event.concurrency_limit == 1 for event in heavy)
     only = demo_page.build(demo_models.open_models(demo.parse(given)))
     named = {block.elem_id for block in only.blocks.values()}
     assert "upload" in named and "generate" not in named
-    assert "start the page with `--transformer`" in json.dumps(only.get_config_file())
+    assert "start the page with `--transformer`" in json.dumps(only.get_config_file(), default=str)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +375,7 @@ def test_bad_settings_get_a_message(models, values, words):
 
     given = ["--tokenizer", str(models / "tokenizer"), "--transformer", str(models / "transformer"), "--device", "cpu"]
     show = demo_page.generator(demo_models.open_models(demo.parse(given)))
-    ((picture, text),) = show(*values)
+    ((picture, text, _),) = show(*values)
     assert picture is None and text.startswith("These settings do not work") and words in text
 
 
@@ -380,7 +386,7 @@ def test_bf16_draws_what_tools_sample_draws(models, tmp_path, name, grid, rows):
     given = ["--tokenizer", str(models / "tokenizer"), "--transformer", str(models / name), "--device", "cpu"]
     given += ["--precision", "bf16", "--rows", "2"]
     show = demo_page.generator(demo_models.open_models(demo.parse(given)))
-    *earlier, (last, text) = show(2, 2, 5, 1.0, 1.0, 10, 0.95, *grid)
+    *earlier, (last, text, _) = show(2, 2, 5, 1.0, 1.0, 10, 0.95, *grid)
     assert len(earlier) == rows - 1 and earlier[0][1] == f"Row 1 of {rows} …"
     (command,) = re.findall(r"```\npython (.*)\n```", text)
     result = run_script(*shlex.split(command.replace("samples", str(tmp_path))), "--device", "cpu")
@@ -388,6 +394,48 @@ def test_bf16_draws_what_tools_sample_draws(models, tmp_path, name, grid, rows):
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as found:
         drawn = torch.from_numpy(found["arr_0"]).permute(0, 3, 1, 2)
     assert drawn.shape[2:] == (4 * rows, 20 if grid else 32) and np.array_equal(views.sheet(drawn), last)
+
+
+@pytest.mark.parametrize("name", ["random", "transformer"])
+def test_a_part_is_drawn_anew(models, tmp_path, name):
+    """Of a picture that was given; the rest, and what a raster model cannot draw, stays."""
+    from tools.lib.demo import edit as demo_edit
+    from tools.lib.demo import page as demo_page
+
+    given = ["--tokenizer", str(models / "tokenizer"), "--transformer", str(models / name), "--device", "cpu"]
+    loaded = demo_models.open_models(demo.parse([*given, "--rows", "2"]))
+    region, file = (3, 5, 2, 8, "the box"), saved(tmp_path / "x.png", png(picture(5, 64)))
+    codes, shown, text = demo_edit.opener(loaded, demo_page.grids_of(loaded))(str(file), "8 x 8", *region)
+    fitted = torch.from_numpy(square(picture(5, 64), 32).copy()).permute(2, 0, 1)
+    assert torch.equal(codes, loaded.tokenizer.encode(to_unit_range(fitted[None]))[0]) and text == ""
+    small = torch.from_numpy(shown)[::8, ::8]
+    assert (small[8:20, 4:] == views.GREY).all() and (small[:8] != views.GREY).any()
+    assert (torch.from_numpy(demo_edit.shower(loaded)(codes, *region[:4], "all around it"))[::8, ::8][:8] == 128).all()
+    draw = demo_edit.drawer(demo_page.generator(loaded))
+    *earlier, (last, text, drawn) = draw(codes, *region, 1, 2, 5, 2.0, 1.0, 10, 0.95, "8 x 8")
+    if name == "transformer":
+        assert last is None and "keep: a model of raster order" in text and earlier == []
+        *_, (last, text, drawn) = draw(codes, 5, 8, 1, 8, "the box", 1, 2, 5, 2.0, 1.0, 10, 0.95, "8 x 8")
+        assert torch.equal(drawn[:, :4], codes[:4].expand(2, -1, -1)) and "done in" in text
+        return
+    keep = torch.ones(8, 8, dtype=torch.bool)
+    keep[2:5, 1:8] = False
+    settings = {"guidance_scale": 2.0, "top_k": 10, "top_p": 0.95, "rows_per_block": 2}
+    expected = generate(loaded.tokenizer, loaded.transformer, [1, 1], seed=5, keep=keep, codes=codes, **settings)
+    assert np.array_equal(views.sheet(expected), last) and len(earlier) == SIDE - 1
+    assert torch.equal(drawn[:, keep], codes[keep].expand(2, -1)) and (drawn != codes).any()
+    taken, _, text = demo_edit.taker(loaded)(drawn, 2, *region)
+    assert torch.equal(taken, drawn[1]) and text == ""
+    for missing in (demo_edit.taker(loaded)(drawn, 3, *region), demo_edit.taker(loaded)(None, 1, *region)):
+        assert missing[0] is None and "no such picture" in missing[2]
+    ((last, text, _),) = draw(None, *region, 1, 2, 5, 2.0, 1.0, 10, 0.95, "8 x 8")
+    assert last is None and "no picture yet" in text
+    ((last, text, _),) = draw(codes, 5, 4, *region[2:], 1, 2, 5, 2.0, 1.0, 10, 0.95, "8 x 8")
+    assert last is None and "no code in the box" in text
+    assert (
+        "cannot be shown"
+        in demo_edit.opener(loaded, demo_page.grids_of(loaded))(str(saved(tmp_path / "y", b"no")), "8 x 8", *region)[2]
+    )
 
 
 # --- In the browser ---
@@ -575,6 +623,45 @@ def test_another_seed_is_another_image_and_bad_settings_get_a_message(browser):
     browser.keys("#seed input", "\ue003")  # backspace
     browser.click("#generate")
     message(browser, "generate", "These settings do not work")
+
+
+@browser_tests
+def test_a_part_of_the_last_picture_is_drawn_anew(browser, models, tmp_path):
+    """The transformer of this page knows raster order: another part than the lower one gets a message."""
+    browser.script("document.querySelector('#seed input').select()")
+    browser.keys("#seed input", "7")
+    before = apart(generated(browser), 4, 32)
+    browser.click("#edit-tab-button")
+    browser.script("document.querySelector('#edit-number input').select()")
+    browser.keys("#edit-number input", "3")
+    browser.click("#edit-take")
+    shown = torch.from_numpy(pixels(browser, "edit-picture")[::8, ::8].copy()).permute(2, 0, 1)
+    assert torch.equal(shown[:, :16], before[2][:, :16]) and (shown[:, 16:] == views.GREY).all()
+    browser.click("#edit-draw")
+    message(browser, "edit", "done in")
+    parts = [demo_models.load_tokenizer(models / "tokenizer", device="cpu")]
+    parts.append(demo_models.load_transformer(models / "transformer", device="cpu"))
+    settings = {"guidance_scale": 2.5, "top_p": 0.9}
+    label = browser.script("return document.querySelector('#class input').value")
+    config = SamplerConfig(**settings)
+    codes = sample_codes(parts[1], [int(label[0])] * 4, range(7, 11), config)[2]
+    expected = generate(
+        *parts, [int(label[0])] * 4, seed=7, codes=codes, keep=torch.arange(64).view(8, 8) < 32, **settings
+    )
+    browser.wait(lambda: torch.equal(apart(pixels(browser, "edit-samples"), 4, 32), expected), "the last picture")
+    browser.click("#edit-part label:nth-of-type(2)")
+    browser.click("#edit-draw")
+    assert "order: random" in message(browser, "edit", "These settings do not work")
+    browser.keys("#edit-upload input[type=file]", str(saved(tmp_path / "x.png", png(picture(5, 64)))))
+    given = torch.from_numpy(square(picture(5, 64), 32).copy()).permute(2, 0, 1)
+    expected = decode_in_blocks(parts[0], codes_of(parts[0], given[None]), block=1)[0, :, 16:]
+
+    def opened() -> bool:
+        shown = pixels(browser, "edit-picture")[::8, ::8].copy()
+        return torch.equal(torch.from_numpy(shown).permute(2, 0, 1)[:, 16:], expected)
+
+    browser.wait(opened, "the picture that was given")
+    browser.click("#generate-tab-button")
 
 
 @browser_tests

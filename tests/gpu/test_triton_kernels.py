@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ibq.decoding import Decoder
+from ibq.editing import Edit
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer_blocks import Attention, RMSNorm, rotary_table
 from ibq.models.vqgan import ResBlock
@@ -744,6 +745,10 @@ def test_images_of_the_kernels_are_those_of_the_plain_step(model, settings, devi
     fused.drawing = Drawing(fused, settled_for(fused, config), graph=None if device == "cuda" else NoGraph)
     request = [1, 2, 3], [5, 6, 7]
     assert torch.equal(sample_codes(fused, *request, config), sample_codes(plain, *request, config))
+    if "order" in model and not settings:
+        edit = Edit(codes=torch.arange(10).view(2, 5), keep=torch.arange(10).view(2, 5) % 3 == 0)
+        drawn = [sample_codes(decoder, *request, config, edit=edit) for decoder in (fused, plain)]
+        assert torch.equal(*drawn) and torch.equal(drawn[0][:, edit.keep], edit.codes[edit.keep].expand(3, -1))
     if device == "cuda":
         launched = Decoder(transformer, "fp32", config.rows)
         launched.drawing = Drawing(launched, settled_for(launched, config), graph=NoGraph)

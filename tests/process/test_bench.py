@@ -154,6 +154,31 @@ def test_training_steps(name, config, rate, tmp_path):
     assert "times the plain form's speed" in done.stdout
 
 
+def test_random_orders_beside_raster_order(tmp_path):
+    (tmp_path / "run.yaml").write_text(TINY_TRANSFORMER)
+    size = (
+        "--config",
+        str(tmp_path / "run.yaml"),
+        "--batch",
+        "2",
+        "--rounds",
+        "3",
+        "--depth",
+        "1",
+        "--compile",
+        "false",
+    )
+    done = bench("order-step", *size, "--json", str(tmp_path / "s.json"))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "s.json").read_text())
+    assert "3 rounds" in done.stdout
+    for clock in ("seconds", "cpu_seconds"):
+        raster, random = (figures[clock][order]["all"] for order in ("raster", "random"))
+        ratios = sorted(one / other for one, other in zip(random, raster, strict=True))
+        assert figures[clock]["ratio"]["median"] == ratios[1] and min(raster) > 0 and len(raster) == 3
+        assert f"median {ratios[1]:.3f}" in done.stdout
+
+
 @pytest.mark.parametrize("option", ["--codes=0", "--images=-1", "--device=cuda"])
 def test_bad_options_are_one_line(option, tmp_path):
     if option == "--device=cuda" and torch.cuda.is_available():

@@ -13,7 +13,13 @@ from support.training import CLASSES, CODES, write_best, write_images
 
 from ibq.config import UserError, parse_config
 from ibq.data.shards import open_images
-from ibq.evaluation.classifier import ClassifierConfig, LabelledImages, evaluate_with_classifier, train_classifier
+from ibq.evaluation.classifier import (
+    ClassifierConfig,
+    LabelledImages,
+    classify,
+    evaluate_with_classifier,
+    train_classifier,
+)
 from ibq.evaluation.features import Inception
 from ibq.evaluation.image_sets import NpzImages
 from ibq.models.perceptual import BACKBONES, build_lpips
@@ -273,6 +279,7 @@ def test_classifier_tells_real_classes_apart_and_noise_not(emoji):
     assert found["chance"] == pytest.approx(1 / 3)
     assert found["validation_balanced_accuracy"] > 0.5 > found["generated_balanced_accuracy"]
     assert found["generated_nearest_pixel"] > found["validation_nearest_pixel"]
+    assert found["generated_frechet"] > 3 * found["validation_frechet"] > 0
 
 
 def test_copies_have_no_distance_to_the_nearest_training_image(emoji):
@@ -280,6 +287,14 @@ def test_copies_have_no_distance_to_the_nearest_training_image(emoji):
     copies = LabelledImages(images=train.images[:20], labels=train.labels[:20])
     found = evaluate_with_classifier(train, validation, copies, 3, ClassifierConfig(steps=2))
     assert found["generated_nearest_pixel"] < 1e-6 < found["validation_nearest_pixel"]
+    same = evaluate_with_classifier(train, validation, train, 3, ClassifierConfig(steps=2))
+    assert abs(same["generated_frechet"]) < 1e-6 < same["validation_frechet"]
+    model = train_classifier(train.images, train.labels, 3, ClassifierConfig(steps=2))
+    features = [classify(model, part.images)[1].double().numpy() for part in (train, validation)]
+    (m1, c1), (m2, c2) = ((rows.mean(0), np.cov(rows, rowvar=False)) for rows in features)
+    root = np.sqrt(np.linalg.eigvals(c1 @ c2).real.clip(0)).sum()  # the trace of (C1 C2)^(1/2)
+    expected = ((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * root
+    assert same["validation_frechet"] == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
 def test_the_same_seed_gives_the_same_classifier(emoji):

@@ -14,7 +14,7 @@ from PIL import Image
 from support.models import TOKENIZER, TRANSFORMER
 from support.points import Points
 from support.processes import DEVNULL, run_ranks, run_script, script_environment, start_script
-from support.training import CLASSES, write_best
+from support.training import CLASSES, picture, write_best
 
 import ibq
 from ibq.config import parse_config
@@ -144,6 +144,44 @@ def test_what_it_says(models, tmp_path):
     assert other.returncode == 2 and "(rows_per_block 16, not 4)" in other.stderr
 
 
+def random_order(folder: Path) -> Transformer:
+    """A transformer of random orders, written there."""
+    torch.manual_seed(1)
+    transformer = Transformer(parse_config(TransformerConfig, TRANSFORMER | {"order": "random"}))
+    torch.nn.init.normal_(transformer.head.weight, std=0.5)
+    write_best(folder, transformer)
+    return transformer.eval()
+
+
+def test_a_part_of_a_picture_is_drawn_anew(models, tmp_path):
+    """By a box and by a mask that mean the same, as the Python API draws it; samples.json says so, and it goes on."""
+    transformer = random_order(tmp_path / "random" / "best")
+    image, mask = picture(3), Image.new("L", (64, 64))
+    image.save(tmp_path / "image.png")
+    mask.paste(255, (16, 32, 48, 64))  # 4 to 12 and 8 to 16 of 16 pixels: tokens 1, 2 of the last two rows
+    mask.save(tmp_path / "mask.png")
+    keep = torch.ones(4, 4, dtype=torch.bool)
+    keep[2:, 1:3] = False
+    models_of = ["--transformer", str(tmp_path / "random"), "--classes", "1", "--count", "3"]
+    shown = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    tokenizer = ibq.load_tokenizer(models / "tokenizer", device="cpu")
+    expected = ibq.generate(tokenizer, transformer, [1] * 3, keep=keep, images=shown)
+    for name, part in (("box", ["8", "4", "15", "12"]), ("mask", [str(tmp_path / "mask.png")])):
+        command = options(
+            models, tmp_path / name, *models_of, "--image", str(tmp_path / "image.png"), f"--{name}", *part
+        )
+        result = run_script(*command)
+        assert result.returncode == 0, result.stderr
+        assert np.array_equal(drawn(tmp_path / name)[0], expected.permute(0, 2, 3, 1).numpy())
+        found = json.loads((tmp_path / name / "samples.json").read_text())["edit"]
+        assert (found["kept"], found["tokens"], found["image"]) == (12, 16, str(tmp_path / "image.png"))
+        assert found[name] == ([8, 4, 15, 12] if name == "box" else part[0])
+    again = run_script(*command)
+    assert again.returncode == 0 and "3 images" in again.stdout
+    other = run_script(*command[:-2], "--box", "0", "0", "4", "4")
+    assert other.returncode == 2 and "another command" in other.stderr
+
+
 def test_pictures_in_bf16(models, tmp_path):
     more = ["--classes", "0", "2", "--count", "2", "--precision", "bf16", "--guidance-schedule", "cosine"]
     result = run_script(*options(models, tmp_path, *more))
@@ -172,9 +210,18 @@ def test_pictures_in_bf16(models, tmp_path):
         (["--guidance-schedule", "sine"], ["--guidance-schedule", "constant, linear"]),
         (["--guidance-power", "0"], ["--guidance-power", "MDTv2"]),
         (["--guidance-interval", "0.7", "0.2"], ["--guidance-interval"]),
+        (["--box", "0", "0", "4", "4"], ["--box: is a part of a picture; give that by --image"]),
+        (["--image", "x.png"], ["--image: needs what is drawn anew, either by --mask or by --box"]),
+        (["--image", "x.png", "--box", "4", "0", "4", "4"], ["--box: 4 0 4 4 holds no pixel"]),
+        (["--image", "x.png", "--box", "0", "0", "4", "4"], ["--image: x.png is no picture that can be read"]),
+        (["--image", "PICTURE", "--mask", "x.png"], ["--mask: x.png is no picture that can be read"]),
+        (["--image", "PICTURE", "--box", "0", "0", "4", "17"], ["--box: 0 0 4 17 goes beyond the image of 16 x 16"]),
+        (["--image", "PICTURE", "--box", "0", "0", "4", "4"], ["--box: a model of raster order", "order: random"]),
     ],
 )
 def test_impossible_options(models, tmp_path, more, words):
+    picture(1).save(models / "picture.png")
+    more = [word.replace("PICTURE", str(models / "picture.png")) for word in more]
     result = run_script(*options(models, tmp_path / "out", *more))
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert all(word in result.stderr for word in words), result.stderr

@@ -218,6 +218,7 @@ def test_a_step_is_in_the_orders_that_are_drawn(share):
         ({"unit": "steps", "start": 3, "end": 3}, {2: 1, 3: 0, 4: 0}),
         ({"start": 0, "end": 0}, {0: 0, 1: 0}),
         ({"start": 1, "end": 1}, {0: 1, 999: 1}),
+        ({"last": 0.2}, {0: 1, 500: 1, 625: 0.6, 750: 0.2, 999: 0.2}),
     ],
 )
 def test_annealing_by_hand(settings, expected):
@@ -232,6 +233,7 @@ def test_annealing_by_hand(settings, expected):
         ({"start": 0.8}, "start: must lie between 0 and end, got 0.8 and 0.75"),
         ({"end": 300}, "end: 300.0 is no share of the run; use at most 1, or set unit to epochs or steps"),
         ({"unit": "images"}, "unit: "),
+        ({"last": 1.5}, "last: must lie in [0, 1], got 1.5; it is a share of the images"),
     ],
 )
 def test_impossible_annealing(settings, message):

@@ -10,6 +10,7 @@ from support.models import VARIANTS, small_transformer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from ibq.editing import Edit
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.models.transformer_blocks import Attention, FeedForward, RMSNorm, rotate
 from ibq.sampler import SamplerConfig
@@ -156,6 +157,28 @@ def test_a_step_that_is_replayed_is_the_plain_one(variant, settings, monkeypatch
     decoder.drawing = Drawing(decoder, settled_for(decoder, config), graph=Recording)
     assert torch.equal(sample_codes(decoder, *request, config), expected)
     assert len(decoder.drawing._graph.calls) > 0
+
+
+def test_one_graph_serves_every_part_of_an_image_that_is_kept(monkeypatch):
+    """With plain forms in place of the kernels, and recordings in place of graphs."""
+    stand_in(monkeypatch)
+    transformer, made = small_transformer(tokens_per_side=4, vocab_size=64, order="random"), []
+    config, request = SamplerConfig(rows_per_block=3, precision="fp32"), ([1, 2, 3, 4], [5, 6, 7, 8])
+    decoder = decoder_for(transformer, config)
+    decoder.fused = True
+
+    def graph(*arguments):
+        made.append(Recording(*arguments))
+        return made[-1]
+
+    decoder.drawing = Drawing(decoder, settled_for(decoder, config), graph=graph)
+    plain, codes = sample_codes(transformer, *request, config), torch.arange(64).view(4, 4, 4)
+    for modulus, rest in ((3, 0), (2, 1), (1, 0), (20, 19)):
+        edit = Edit(codes=codes, keep=torch.arange(16).view(4, 4) % modulus == rest)
+        expected = sample_codes(transformer, *request, config, edit=edit)
+        assert torch.equal(sample_codes(decoder, *request, config, edit=edit), expected)
+        assert torch.equal(sample_codes(decoder, *request, config), plain), "after an edit all is in raster order"
+    assert torch.equal(expected, plain) and len(made) == 1
 
 
 def test_an_image_alone_in_three_and_in_sixty_four():

@@ -23,7 +23,7 @@ def blueprint_of(model: TransformerConfig) -> Blueprint:
 
 
 class Trainer:
-    """An engine and its task."""
+    """An engine and its task; a model of random orders learns all images in them."""
 
     def __init__(
         self,
@@ -36,7 +36,8 @@ class Trainer:
         self.engine = build_engine(engine, blueprint_of(model), settings)
         self.module, self.stopwatch = self.engine.module.train(), Stopwatch(device)
         hyper = GroupHyper(learning_rate=optimizer.learning_rate, weight_decay=optimizer.weight_decay)
-        self._task = ARTask(self.engine, hyper=lambda step: {"decay": hyper, "no_decay": hyper})
+        share = (lambda step: 1.0) if model.order == "random" else None
+        self._task = ARTask(self.engine, hyper=lambda step: {"decay": hyper, "no_decay": hyper}, random_share=share)
 
     def step(self, codes: Tensor, classes: Tensor) -> Tensor:
         """Train on a batch; this rank's loss."""

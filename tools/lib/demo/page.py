@@ -9,11 +9,13 @@ from pathlib import Path
 import gradio as gr
 
 from ibq.config import UserError
+from ibq.editing import Edit
 from ibq.models.transformer import Grid
 from ibq.pixels import decode_in_blocks
 from ibq.sampler import SamplerConfig
 from ibq.sampling import sample_rows
 from tools.lib.demo import views as views
+from tools.lib.demo.edit import editing_tab
 from tools.lib.demo.models import Models
 from tools.lib.options import words_of
 
@@ -51,7 +53,9 @@ def build(models: Models, example: Callable[[], Path | None] | None = None) -> g
                 reconstruction_tab(models, example)
             if models.transformer is not None:
                 with gr.Tab("Generate", elem_id="generate-tab"):
-                    generation_tab(models)
+                    settings, last = generation_tab(models)
+                with gr.Tab("Edit", elem_id="edit-tab"):
+                    editing_tab(models, grids_of(models), settings, last, generator(models), **ONE_AT_A_TIME)
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
@@ -157,8 +161,8 @@ def reconstructor(models: Models) -> Callable:
 # --- Generation ---
 
 
-def generation_tab(models: Models) -> None:
-    """Settings, and images that appear row by row."""
+def generation_tab(models: Models) -> tuple[list, gr.State]:
+    """Settings, and images that appear row by row; the settings' components, and where the codes drawn last are."""
     config, most = models.transformer.config, models.defaults.rows_per_block
     choices, grids = views.class_choices(models.names, config.num_classes), [*grids_of(models)]
     with gr.Row():
@@ -180,45 +184,54 @@ def generation_tab(models: Models) -> None:
                 label="Samples", format="png", interactive=False, elem_id="samples", buttons=["download", "fullscreen"]
             )
             message = gr.Markdown(elem_id="generate-message")
+    settings, last = [label, count, seed, guidance, temperature, top_k, top_p, grid], gr.State()
     event = start.click(
         generator(models),
-        [label, count, seed, guidance, temperature, top_k, top_p, grid],
-        [picture, message],
+        settings,
+        [picture, message, last],
         show_progress="minimal",
         show_progress_on=message,  # the picture should stay in sight
         api_visibility="private",
         **ONE_AT_A_TIME,
     )
     stop.click(lambda: "Stopped.", None, message, cancels=[event], queue=False, api_visibility="private")
+    return settings, last
 
 
 def generator(models: Models) -> Callable:
-    """(class, images, seed, guidance, temperature, top-k, top-p, grid) -> (picture, message) after every row."""
+    """(class, images, seed, guidance, temperature, top-k, top-p, grid) -> (picture, message, codes) after every row.
 
-    def show(*values):
+    Codes [n, h, w] come with the last one. With an `edit`, what it keeps is in the picture from the beginning.
+    """
+
+    def show(*values, edit: Edit | None = None):
         if None in values:
-            yield None, "These settings do not work: a field is empty."
+            yield None, "These settings do not work: a field is empty.", gr.skip()
             return
         try:
-            yield from _grow(models, *values)
+            yield from _grow(models, *values, edit=edit)
         except ValueError as error:
-            yield None, views.escaped(f"These settings do not work: {error}.")
+            yield None, views.escaped(f"These settings do not work: {error}."), gr.skip()
         except (RuntimeError, MemoryError) as error:
             advice = "Try fewer images, or start the page with less --rows."
-            yield None, f"That did not work: {views.escaped(_short(error))}. {advice}"
+            yield None, f"That did not work: {views.escaped(_short(error))}. {advice}", gr.skip()
 
     return show
 
 
-def _grow(models: Models, label, count, seed, guidance, temperature, top_k, top_p, grid="") -> Iterator[tuple]:
+def _grow(
+    models: Models, label, count, seed, guidance, temperature, top_k, top_p, grid="", edit: Edit | None = None
+) -> Iterator[tuple]:
     settings = {"guidance_scale": float(guidance), "temperature": float(temperature)}
     settings |= {"top_k": int(top_k), "top_p": float(top_p), "grid": grids_of(models).get(grid)}
     sampler = replace(models.defaults, **settings)
+    sampler = sampler if edit is None else edit.fitted(sampler, models.transformer.config, int(count))
     decoder = models.decoder(sampler)
     count, seed, side = int(count), int(seed), (sampler.grid or decoder.config.code_grids[0])[0]
     started, decoding = time.monotonic(), 0.0
-    for codes in sample_rows(decoder, [int(label)] * count, range(seed, seed + count), sampler):
-        drawing, rows = time.monotonic() - started - decoding, codes.shape[1]
+    grown = sample_rows(decoder, [int(label)] * count, range(seed, seed + count), sampler, edit)
+    for rows, codes in enumerate(grown, start=1):
+        drawing = time.monotonic() - started - decoding
         if rows == side:
             break
         if decoding <= max(drawing, PATIENCE_S * rows):  # slow decoders must not make up most of the time
@@ -226,16 +239,14 @@ def _grow(models: Models, label, count, seed, guidance, temperature, top_k, top_
             with models.autocast():
                 images = views.unfinished(models.tokenizer, codes, side)
             decoding += time.monotonic() - begun
-            yield views.sheet(images), f"Row {rows} of {side} …"
+            yield views.sheet(images), f"Row {rows} of {side} …", gr.skip()
         else:
-            yield gr.skip(), f"Row {rows} of {side} …"
+            yield gr.skip(), f"Row {rows} of {side} …", gr.skip()
     with models.autocast():
         images = decode_in_blocks(models.tokenizer, codes)
     seconds = time.monotonic() - started
-    yield (
-        views.sheet(images),
-        f"Row {side} of {side}: done in {seconds:.1f} s. {_command(models, label, count, seed, sampler)}",
-    )
+    how = _command(models, label, count, seed, sampler) if edit is None else "Image i is drawn with seed + i."
+    yield views.sheet(images), f"Row {side} of {side}: done in {seconds:.1f} s. {how}", codes
 
 
 def _command(models: Models, label: int, count: int, seed: int, sampler: SamplerConfig) -> str:
