@@ -44,7 +44,7 @@ def test_operators_of_a_code(monkeypatch):
     as_one(monkeypatch, RMSNorm, "after", recorder)
     as_one(monkeypatch, Attention, "_attend", recorder)
     as_one(monkeypatch, FeedForward, "_gated", recorder)
-    as_one(monkeypatch, Drawing, "_draw", recorder)
+    as_one(monkeypatch, Drawing, "code", recorder)
     with torch.inference_mode():
         drawing.begin(decoder, [1, 2], [3, 4])
         drawing.advance(decoder, 0)
