@@ -146,6 +146,11 @@ class TransformerConfig:
         return self.head.digits(self.vocab_size)
 
     @property
+    def splits(self) -> bool:
+        """Whether tensor parallelism knows its layers."""
+        return self.adaln and self.head.kind == "plain"
+
+    @property
     def code_grids(self) -> tuple[Grid, ...]:
         """Rows and columns of codes of the images that it is for; the first is drawn unless another is asked for."""
         return self.grids or ((self.tokens_per_side, self.tokens_per_side),)
