@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -113,7 +114,7 @@ class TransformerConfig:
             )
         if self.shared_adaln and not self.adaln:
             raise ValueError("shared_adaln: plain norms share nothing; set adaln=true, or leave shared_adaln out")
-        self.head.digits(self.vocab_size)
+        _ = self.digits  # errors at once
 
     @property
     def num_heads(self) -> int:
@@ -140,7 +141,7 @@ class TransformerConfig:
         """Hidden channels of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256."""
         return hidden_width(self.model_width)
 
-    @property
+    @cached_property
     def digits(self) -> tuple[int, ...]:
         """How many values each part has that a code is drawn as: (V,) for the plain head."""
         return self.head.digits(self.vocab_size)

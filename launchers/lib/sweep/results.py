@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -112,6 +113,7 @@ def transformer_figures(run: Run, logged: Sequence[Mapping[str, Any]]) -> dict[s
         "tokens": images * model.num_tokens,
         "flops": images * transformer_flops(model).textbook,
         "nll": validations[-1] if validations else None,
+        "bits_per_image": validations[-1] * model.num_tokens / math.log(2) if validations else None,
         "best_nll": min(validations, default=None),
         "train_loss": losses[-1] if losses else None,
         "held_out": int(run.held_out),
