@@ -23,15 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibq.models.transformer_blocks import Block, FeedForward, Head, RMSNorm, embedding, linear
-
-FFN_MULTIPLE = 256
-
-
-def hidden_width(width: int) -> int:
-    """Hidden channels of a feed-forward part: 8/3 of the width, rounded up to a multiple of 256."""
-    return -(-int(8 * width / 3) // FFN_MULTIPLE) * FFN_MULTIPLE
-
+from ibq.models.transformer_blocks import Block, FeedForward, Head, RMSNorm, embedding, hidden_width, linear
 
 # --- Settings ---
 

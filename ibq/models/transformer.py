@@ -36,9 +36,18 @@ from ibq.models.heads import (
     PlainHeadConfig,
     SubCodeEmbedding,
     SubCodeHead,
-    hidden_width,
 )
-from ibq.models.transformer_blocks import Attention, Block, FeedForward, Head, HeadNorm, embedding, linear, rotary_table
+from ibq.models.transformer_blocks import (
+    Attention,
+    Block,
+    FeedForward,
+    Head,
+    HeadNorm,
+    embedding,
+    hidden_width,
+    linear,
+    rotary_table,
+)
 from ibq.ops.dropout import dropout
 
 Grid = tuple[int, int]  # rows and columns of codes

@@ -13,6 +13,7 @@ from ibq.ops.dropout import dropout
 from ibq.ops.linear_cross_entropy import linear_cross_entropy
 
 NORM_EPS = 1e-5
+FFN_MULTIPLE = 256
 # What "selective" recomputation keeps: the results that are dear to make again.
 KEPT = [
     torch.ops.aten.mm.default,
@@ -154,6 +155,11 @@ class Attention(nn.Module):
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def hidden_width(width: int) -> int:
+    """Hidden channels of a feed-forward part: 8/3 of the width, rounded up to a multiple of 256."""
+    return -(-int(8 * width / 3) // FFN_MULTIPLE) * FFN_MULTIPLE
 
 
 class FeedForward(nn.Module):

@@ -6,8 +6,9 @@ channels and T tokens, as it is written below. The inner transformer's blocks ar
 
 from dataclasses import dataclass, replace
 
-from ibq.models.heads import MaskedBitsHeadConfig, PlainHeadConfig, hidden_width
+from ibq.models.heads import MaskedBitsHeadConfig, PlainHeadConfig
 from ibq.models.transformer import TransformerConfig
+from ibq.models.transformer_blocks import hidden_width
 
 
 @dataclass(frozen=True, kw_only=True)
