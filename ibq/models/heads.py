@@ -184,6 +184,11 @@ class BitEmbedding(nn.Module):
         return self.linear(2 * bits_in(codes, self.bits).to(self.linear.weight.dtype) - 1)
 
 
+def embedding_of(head: HeadConfig, digits: Sequence[int], width: int) -> SubCodeEmbedding | BitEmbedding:
+    """The embedding of codes that goes with a head that is not plain."""
+    return SubCodeEmbedding(digits, width) if head.kind == "factorised" else BitEmbedding(len(digits), width)
+
+
 # --- Sub-codes ---
 
 
@@ -341,6 +346,17 @@ class MaskedBitsHead(nn.Module):
         for layer, modulation in zip(self.layers, modulations, strict=True):
             x = layer(x, modulation)
         return self.outputs(self.norm(x))
+
+
+def head_of(head: HeadConfig, digits: Sequence[int], width: int) -> SubCodeHead | BitsHead | MaskedBitsHead:
+    """A head that is not plain."""
+    match head:
+        case FactorisedHeadConfig():
+            return SubCodeHead(digits, width)
+        case BitsHeadConfig():
+            return BitsHead(len(digits), width)
+        case MaskedBitsHeadConfig():
+            return MaskedBitsHead(head, len(digits), width)
 
 
 def draw_masks(bits: Tensor) -> Tensor:

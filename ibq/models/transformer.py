@@ -23,20 +23,7 @@ from torch import Tensor, nn
 from ibq import initial
 from ibq.initial import Initial
 from ibq.models.code_order import rotations_in_order
-from ibq.models.heads import (
-    BitEmbedding,
-    BitsHead,
-    BitsHeadConfig,
-    Chooser,
-    FactorisedHeadConfig,
-    HeadConfig,
-    InnerTransformer,
-    MaskedBitsHead,
-    MaskedBitsHeadConfig,
-    PlainHeadConfig,
-    SubCodeEmbedding,
-    SubCodeHead,
-)
+from ibq.models.heads import Chooser, HeadConfig, InnerTransformer, PlainHeadConfig, embedding_of, head_of
 from ibq.models.transformer_blocks import (
     Attention,
     Block,
@@ -241,7 +228,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         width = config.model_width
-        self.tok_emb = _embedding_of_codes(config)
+        plain = config.head.kind == "plain"
+        self.tok_emb = embedding(config.vocab_size, width) if plain else embedding_of(config.head, config.digits, width)
         self.class_emb = embedding(config.num_classes + 1, width)
         if config.order == "random":
             self.target_emb = embedding(math.prod(config.positions), width)
@@ -251,7 +239,7 @@ class Transformer(nn.Module):
         if config.head.kind == "factorised":
             self.inner = InnerTransformer([_inner_block(config) for _ in range(config.head.layers)])
         self.head_nm = HeadNorm(width, adaptive=config.adaln)
-        self.head = _head(config)
+        self.head = Head(width, config.vocab_size) if plain else head_of(config.head, config.digits, width)
         self._rotary_tables: dict[tuple, Tensor] = {}  # of the grids that were met
         self._initialize()
 
@@ -380,18 +368,15 @@ class Transformer(nn.Module):
 
     def draw(self, decoded: Tensor, condition: Condition, chooser: Chooser) -> Tensor:
         """Codes [rows] from what `decode` gives: logits, hidden states or, before the inner transformer, the stream."""
-        match self.config.head:
-            case PlainHeadConfig():
-                return chooser.code(decoded, 0)
-            case FactorisedHeadConfig():
+        if self.config.head.kind == "plain":
+            return chooser.code(decoded, 0)
+        if not hasattr(self, "inner"):
+            return self.head.draw(decoded, chooser)
 
-                def norm(x: Tensor) -> Tensor:
-                    return self.head_nm.rmsnorm(x, *condition.head)
+        def norm(x: Tensor) -> Tensor:
+            return self.head_nm.rmsnorm(x, *condition.head)
 
-                rope = self._inner_rope(decoded)
-                return self.inner.draw(decoded, self.head, norm, self.tok_emb, rope, chooser)
-            case _:
-                return self.head.draw(decoded, chooser)
+        return self.inner.draw(decoded, self.head, norm, self.tok_emb, self._inner_rope(decoded), chooser)
 
     def target_rows(self, grid: Grid) -> Tensor | None:
         """What is added to the inputs of a grid's steps in raster order [1 + T, C], none to one after the last.
@@ -504,30 +489,6 @@ def _layers(config: TransformerConfig, **settings) -> Block:
     attention = Attention(width, config.num_heads, config.num_kv_heads, config.residual_dropout)
     feed_forward = FeedForward(width, config.ffn_width, config.ffn_dropout)
     return Block(width, attention, feed_forward, **settings)
-
-
-def _embedding_of_codes(config: TransformerConfig) -> nn.Module:
-    width = config.model_width
-    match config.head:
-        case PlainHeadConfig():
-            return embedding(config.vocab_size, width)
-        case FactorisedHeadConfig():
-            return SubCodeEmbedding(config.digits, width)
-        case BitsHeadConfig() | MaskedBitsHeadConfig():
-            return BitEmbedding(len(config.digits), width)
-
-
-def _head(config: TransformerConfig) -> nn.Module:
-    width = config.model_width
-    match config.head:
-        case PlainHeadConfig():
-            return Head(width, config.vocab_size)
-        case FactorisedHeadConfig():
-            return SubCodeHead(config.digits, width)
-        case BitsHeadConfig():
-            return BitsHead(len(config.digits), width)
-        case MaskedBitsHeadConfig():
-            return MaskedBitsHead(config.head, len(config.digits), width)
 
 
 def _check_indices(name: str, indices: Tensor, limit: int, remedy: str) -> None:
