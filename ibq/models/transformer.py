@@ -143,8 +143,8 @@ class TransformerConfig:
         return self.head.digits(self.vocab_size)
 
     @property
-    def splits(self) -> bool:
-        """Whether tensor parallelism knows its layers."""
+    def is_plain(self) -> bool:
+        """Whether it has the plain head and adaptive norms: the only one that tensor parallelism can split."""
         return self.adaln and self.head.kind == "plain"
 
     @property

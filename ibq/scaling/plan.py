@@ -126,7 +126,7 @@ class TransformerStage(Stage):
 
     def tensor_sizes(self) -> dict[str, int]:
         """See `Stage`."""
-        if not self.config.splits:
+        if not self.config.is_plain:
             return {}
         return {"heads": self.config.num_heads, "key and value heads": self.config.num_kv_heads}
 

@@ -106,7 +106,7 @@ def transformer_weights(config: TransformerConfig, tensor: int = 1) -> dict[str,
     products = _block_products(config)
     hidden = 3 * width * config.ffn_width if share_of(config.ffn_width, tensor) < tensor else 0  # not split
     codes = table_parameters(config)
-    splits = config.splits and share_of(config.vocab_size, tensor) == tensor
+    splits = config.is_plain and share_of(config.vocab_size, tensor) == tensor
     table = Weights(split=codes) if splits else Weights(whole=codes)
     of_block = {"whole_products": hidden, "products": products}
     shared = Weights()
@@ -127,7 +127,7 @@ def transformer_weights(config: TransformerConfig, tensor: int = 1) -> dict[str,
         "inner": Weights() if inner is None else transformer_weights(inner, tensor)["block"],
         "shared": shared,
         "head_norm": Weights(split=last + (2 * width if config.adaln else 0), whole=width, products=last),
-        "head": table if config.splits else Weights(whole=head_parameters(config)),
+        "head": table if config.is_plain else Weights(whole=head_parameters(config)),
     }
 
 

@@ -70,7 +70,7 @@ class ARRunConfig:
         """How many ranks share each matrix, and so see the same data; UserError where the model cannot be split so."""
         ranks, model = getattr(self.engine, "tensor_parallel", 1), self.model
         if ranks > 1:
-            if not model.splits:
+            if not model.is_plain:
                 raise UserError(
                     "engine.tensor_parallel: ranks share no matrices of plain norms and of heads but the plain one; "
                     "set it to 1, and shard by engine.kind=fsdp or zero"
