@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ibq.config import ConfigError, UserError, parse_config
 from ibq.decoding import Decoder
+from ibq.engine import compilation
 from ibq.models import heads
 from ibq.models.heads import (
     BitsHeadConfig,
@@ -23,6 +24,8 @@ from ibq.models.heads import (
     join,
     split,
 )
+from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.noise import uniforms
 from ibq.quantizers import LFQConfig, build_quantizer
@@ -387,3 +390,28 @@ def test_tensor_parallelism_is_refused():
 def test_other_heads_have_no_logits():
     with pytest.raises(ValueError, match="head: of kind bits has no logits"):
         model_of("bits").logits(*request()[:2])
+
+
+@pytest.mark.parametrize(("model", "compiled"), [("plain", True), ("factorised", True), ("tokenizer", False)])
+def test_what_is_compiled_unasked_on_a_gpu(model, compiled, monkeypatch):
+    """Outer and inner blocks are two kinds, which takes seconds; a tokenizer has one for each level."""
+    with torch.device("meta"):
+        module = Tokenizer(TokenizerConfig()) if model == "tokenizer" else model_of_shapes(model)
+    found = []
+    monkeypatch.setattr(compilation, "missing_for_compile", lambda _: "")
+    monkeypatch.setattr(compilation, "require_compile", lambda *_: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: found.append(self))
+    assert compilation.compile_units(module, None, torch.device("cuda")) == compiled
+    assert found == (module.units() if compiled else [])
+    assert not compilation.compile_units(torch.nn.Linear(2, 2), None, torch.device("cuda")), "has no units"
+
+
+def model_of_shapes(name: str) -> Transformer:
+    return Transformer(TransformerConfig(**SIZE, head=HEADS[name]))
+
+
+def test_an_inner_block_is_one_graph_for_the_compiler():
+    block = model_of("factorised").inner.blocks[0]
+    inputs = torch.randn(4, 2, 16, requires_grad=True), torch.randn(1, 16), torch.polar(*torch.rand(2, 2, 4))
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), block(*inputs), rtol=1e-5, atol=1e-5)
