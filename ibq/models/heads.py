@@ -3,10 +3,10 @@
 `plain` has a logit for every code (`Head` of `transformer_blocks.py`). The others take a code for a number of several
 digits, of which the first is the least significant, as in the codes of LFQ and BSQ (`ibq/quantizers/lookup_free.py`):
 
-- `factorised` (Open-MAGVIT2, arXiv 2409.04410, section 3.2): a code is a few sub-codes, by default 2^6 and 2^12 of
+- `factorised` (Open-MAGVIT2, arXiv 2409.04410): a code is a few sub-codes, by default 2^6 and 2^12 of
   2^18. An inner transformer over the sub-codes of one code predicts each from the hidden state and the sub-codes
   before it, log p(code) = sum_k log p(sub-code k | sub-codes before it, hidden state).
-- `bits` (the bitwise classifier of Infinity, arXiv 2412.04431, section 3.3): the bits of a code are independent of each
+- `bits` (the infinite-vocabulary classifier of Infinity, arXiv 2412.04431): the bits of a code are independent of each
   other given the hidden state.
 - `masked_bits` (masked bit modeling, BAR, arXiv 2602.09024): a small network predicts the masked bits of a code from
   the hidden state and the bits that are known.
@@ -292,7 +292,7 @@ class MaskedBitsHead(nn.Module):
     In training a number of masked bits is drawn for every token, uniformly of 1 to D, and then which; the result is D
     times the mean negative log likelihood of the masked ones. Its expectation is the negative log likelihood when bits
     are filled in one by one in a random order, averaged over the orders: by Jensen's inequality no less than that of
-    their mixture (Hoogeboom et al., arXiv 2110.02037, equation 8).
+    their mixture (Hoogeboom et al., arXiv 2110.02037, section 3).
 
     In evaluation, and when drawing, bits are filled in by `groups`, always the same ones in the same order, a group's
     bits independently of each other: log p(code) = sum_s sum_{d in group s} log p(bit d | groups before s, hidden
