@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibq.models.heads import Chooser
 from ibq.models.transformer import Condition, Grid, KVCache, Transformer, TransformerConfig
+from ibq.models.transformer_blocks import Head
 from ibq.ops.backend import missing_for_compile
 from ibq.sampler import Precision, SamplerConfig, check_precision
 
@@ -23,8 +25,12 @@ def settle(config: SamplerConfig, model: TransformerConfig | None, device: torch
     The CPU has fp32 and 16 rows; a GPU bf16 and up to 256 rows, the largest power of two whose images take half of its
     memory. It does not depend on what else is there at the moment: the same command gives the same images again. The
     model may be None where the rows are a number, and the grid stays open then.
+    Errors: ValueError for filters where codes are drawn bit by bit.
     """
     if model is not None:
+        if config.filtered and max(model.digits) == 2:
+            name = "top_k" if config.top_k else "top_p"
+            raise ValueError(f"{name}: this transformer draws bits (head: {model.head.kind}); use temperature instead")
         config = replace(config, grid=tuple(config.grid or model.code_grids[0]))
     on_gpu = device.type == "cuda"
     if config.precision == "auto":
@@ -46,8 +52,8 @@ def bytes_a_row(config: SamplerConfig, model: TransformerConfig) -> int:
     tokens = max(model.num_tokens, math.prod(config.grid or (1,)))
     sequences, width = 2 if config.guided else 1, DTYPES[config.precision].itemsize
     cache = 2 * model.depth * model.num_kv_heads * tokens * model.head_dim * width
-    sorting = 24 if config.top_p < 1 else 0
-    return sequences * (cache + 4 * model.vocab_size) + (24 + sorting) * model.vocab_size
+    sorting, values = 24 if config.top_p < 1 else 0, max(model.digits)
+    return sequences * (cache + 4 * values) + (24 + sorting) * values
 
 
 class Decoder:
@@ -61,7 +67,7 @@ class Decoder:
     def __init__(self, transformer: Transformer, precision: Precision, rows: int):
         check_precision(precision)
         self.precision, self.rows, self.config = precision, rows, transformer.config
-        self.dtype, self.device = DTYPES[precision], transformer.head.weight.device
+        self.dtype, self.device = DTYPES[precision], transformer.class_emb.weight.device
         self.null_class = transformer.null_class
         self._transformer = _prepared(transformer, self.dtype, rows)
         self.fused = can_fuse(self.config, self.device)
@@ -88,18 +94,24 @@ class Decoder:
 
         `targets`: of `target_rows`.
         """
+        tok_emb = self._transformer.tok_emb
         if targets is None:
-            out.copy_(self._transformer.tok_emb(codes))
-        elif isinstance(position, Tensor):
+            out.copy_(tok_emb(codes))
+        elif isinstance(position, Tensor) and isinstance(tok_emb, nn.Embedding):
             from ibq.ops import triton_decode_step  # only where Triton is installed
 
-            triton_decode_step.embed(codes, self._transformer.tok_emb.weight, targets, position, out)
+            triton_decode_step.embed(codes, tok_emb.weight, targets, position, out)
         else:
-            torch.add(self._transformer.tok_emb(codes), targets[position + 1].expand_as(out), out=out)
+            target = targets[position + 1]  # [C], or [1, C] by a position on the device
+            torch.add(tok_emb(codes), target.expand_as(out), out=out)
 
     def step(self, x: Tensor, condition: Condition, cache: KVCache, position: int | Tensor) -> Tensor:
         """Logits [rows, V], in the decoder's precision, of the code at `position`; see `Transformer.decode`."""
         return self._transformer.decode(x, condition, cache, position)
+
+    def draw(self, decoded: Tensor, condition: Condition, chooser: Chooser) -> Tensor:
+        """The codes that follow from the result of `step`; see `Transformer.draw`."""
+        return self._transformer.draw(decoded, condition, chooser)
 
     def weight_bytes(self) -> int:
         """Bytes of the weights that every step reads: those of the blocks without their modulations, and the head."""
@@ -121,13 +133,17 @@ def _prepared(transformer: Transformer, dtype: torch.dtype, rows: int) -> Transf
         {name: value.detach().to(dtype) for name, value in transformer.state_dict().items()}, assign=True
     )
     copied.eval().requires_grad_(False)
-    for block in copied.blocks:
+    for block in copied.units():
         gate, up = block.feed_forward.w1.weight, block.feed_forward.w3.weight
         block.feed_forward.w13 = PackedLinear(torch.cat([gate, up]), None, rows)
         del block.feed_forward.w1, block.feed_forward.w3
         for owner, name in (*((block.attention, name) for name in ("wqkv", "wo")), (block.feed_forward, "w2")):
             owner.register_module(name, PackedLinear(getattr(owner, name).weight, None, rows))
-    copied.head = PackedLinear(copied.head.weight, None, rows)
+    heads = [(copied, "head")] if isinstance(copied.head, Head) else []
+    if transformer.config.head.kind == "factorised":
+        heads = [(copied.head.parts, str(number)) for number in range(len(copied.head.parts))]
+    for owner, name in heads:
+        owner.register_module(name, PackedLinear(getattr(owner, name).weight, None, rows))
     return copied
 
 

@@ -23,7 +23,7 @@ from ibq.sampler import LARGEST_SEED, SamplerConfig, check_filter
 
 def decoder_for(transformer: Transformer, config: SamplerConfig) -> Decoder:
     """What draws with these settings, for several calls of `sample_codes`."""
-    config = settle(config, transformer.config, transformer.head.weight.device)
+    config = settle(config, transformer.config, transformer.class_emb.weight.device)
     return Decoder(transformer, config.precision, config.rows)
 
 
@@ -33,7 +33,7 @@ def settled_for(transformer: Transformer | Decoder, config: SamplerConfig) -> Sa
     Errors: ValueError for settings that a decoder was not made for.
     """
     if isinstance(transformer, Transformer):
-        return settle(config, transformer.config, transformer.head.weight.device)
+        return settle(config, transformer.config, transformer.class_emb.weight.device)
     own = {"rows_per_block": transformer.rows // (2 if config.guided else 1), "precision": transformer.precision}
     config = replace(config, **{name: value for name, value in own.items() if getattr(config, name) == "auto"})
     config = settle(config, transformer.config, transformer.device)
@@ -187,7 +187,8 @@ class Drawing:
         self.config, self.rows = config, config.rows_per_block
         device, tokens = decoder.device, math.prod(config.grid)
         self.codes = torch.zeros(self.rows, tokens, dtype=torch.int64, device=device)
-        self._numbers = torch.zeros(self.rows, tokens, dtype=torch.float64, device=device)
+        self._draws = len(decoder.config.digits)  # of one code
+        self._numbers = torch.zeros(self._draws, self.rows, tokens, dtype=torch.float64, device=device)
         self._scales = torch.tensor(config.scales(tokens), device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._cache = decoder.new_cache(config.grid)
@@ -199,14 +200,15 @@ class Drawing:
         self._condition: Condition | None = None
         self._x: Tensor | None = None  # what the next step takes, [config.rows, C]
         self._graph: StepGraph | None = None
-        self._wants_graph = decoder.fused
+        self._wants_graph = self._fused = decoder.fused
 
     def begin(self, decoder: Decoder, classes: Sequence[int], seeds: Sequence[int], edit: Edit | None = None) -> None:
         """Start a block of up to `rows` images; rows that are left over draw images of no class."""
         padding, null = self.rows - len(classes), decoder.null_class
         rows = [int(label) for label in classes] + [null] * padding + [null] * (self.config.rows - self.rows)
         self._put(decoder.condition(send(rows, decoder.device)))
-        self._numbers.copy_(uniforms([*seeds, *[0] * padding], self.codes.shape[1], decoder.device))
+        numbers = uniforms([*seeds, *[0] * padding], self.codes.shape[1] * self._draws, decoder.device)
+        self._numbers.copy_(numbers.unflatten(1, (-1, self._draws)).permute(2, 0, 1))
         self._arrange(decoder, edit)
         self._to_start()
         if self._wants_graph:
@@ -231,7 +233,7 @@ class Drawing:
         if edit is not None:
             order = edit.order.to(decoder.device)
             self._kept, self._given = edit.kept, edit.in_order(self.rows).to(decoder.device)
-            self._numbers.copy_(self._numbers[:, order])
+            self._numbers.copy_(self._numbers[..., order])
         if self._targets is not None:
             self._targets.copy_(decoder.target_rows(self.config.grid, order))
             self._cache.rope.copy_(decoder.rotations(self.config.grid, order))
@@ -252,24 +254,35 @@ class Drawing:
             self._x += self._targets[0]
 
     def _step(self, decoder: Decoder, position: int | Tensor) -> None:
-        drawn = self._draw(decoder.step(self._x, self._condition, self._cache, position), fused=decoder.fused)
+        self._fused = decoder.fused
+        decoded = decoder.step(self._x, self._condition, self._cache, position)
+        drawn = decoder.draw(decoded, self._condition, self)
         self.codes.index_copy_(1, self._position, drawn[:, None])
         both = self._x.view(-1, self.rows, self._x.shape[1])  # with and without class
         decoder.embed(drawn, self._targets, position, both)
         self._position += 1
 
-    def _draw(self, logits: Tensor, *, fused: bool) -> Tensor:
-        """Codes [rows] at the position, from the logits [config.rows, V] of a step."""
-        config, scales = self.config, self._scales if self.config.guided else None
-        if fused and config.temperature > 0 and not config.filtered:
+    def code(self, logits: Tensor, number: int) -> Tensor:
+        """Codes [rows] at the position, or a part of theirs, from the logits [config.rows, V] of a step."""
+        config, scales, numbers = self.config, self._scales if self.config.guided else None, self._numbers[number]
+        if self._fused and config.temperature > 0 and not config.filtered:
             from ibq.ops import triton_draw  # only where Triton is installed
 
-            return triton_draw.draw(logits, scales, self._numbers, self._position, config.temperature)
+            return triton_draw.draw(logits, scales, numbers, self._position, config.temperature)
+        return draw(self._guided(logits), numbers.index_select(1, self._position), config)[:, 0]
+
+    def bits(self, log_odds: Tensor, first: int) -> Tensor:
+        """Bits [rows, m] of the codes at the position, by log odds [config.rows, m] that are independent."""
+        numbers = self._numbers[first : first + log_odds.shape[1]].index_select(2, self._position)[..., 0].t()
+        return draw_bits(self._guided(log_odds), numbers, self.config)
+
+    def _guided(self, logits: Tensor) -> Tensor:
+        """In float32, with class and without joined by the guidance of the position."""
         logits = logits.float()
-        if scales is not None:
-            cond, uncond = logits.chunk(2)
-            logits = uncond + scales.index_select(0, self._position) * (cond - uncond)
-        return draw(logits, self._numbers.index_select(1, self._position), config)[:, 0]
+        if not self.config.guided:
+            return logits
+        cond, uncond = logits.chunk(2)
+        return uncond + self._scales.index_select(0, self._position) * (cond - uncond)
 
     def _capture(self, decoder: Decoder) -> None:
         try:
@@ -312,6 +325,13 @@ def draw(logits: Tensor, numbers: Tensor, config: SamplerConfig) -> Tensor:
     if config.temperature == 0:
         return logits.argmax(-1, keepdim=True)
     return pick(filter_logits(logits / config.temperature, config.top_k, config.top_p), numbers)
+
+
+def draw_bits(log_odds: Tensor, numbers: Tensor, config: SamplerConfig) -> Tensor:
+    """Bits [R, m] by log odds [R, m], 1 where a random number of [R, m] passes the probability of 0."""
+    if config.temperature == 0:
+        return (log_odds > 0).long()
+    return (numbers >= torch.sigmoid(-log_odds.double() / config.temperature)).long()
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -27,6 +27,7 @@ BENCHES = {
     "quantizer": "index backpropagation without tables against the textbook form",
     "layer": "IBQ as a layer of a small autoencoder, beside the quantizer of vector-quantize-pytorch",
     "head-loss": "the head's cross-entropy without logits against the textbook form",
+    "heads": "a training step with each head of the transformer, at 262,144 codes",
     "ar-step": "a training step of the transformer against a plain form and the machine's product rate",
     "order-step": "what random orders cost a training step of the transformer, in rounds beside raster order",
     "tokenizer-step": "a training step of the tokenizer's GAN against a plain form",

@@ -104,7 +104,7 @@ def check(config: TransformerPlan | TokenizerPlan, stage: Stage, own: Layout, ma
         return
     sizes = stage.tensor_sizes()
     if not sizes:
-        raise UserError("engine.tensor_parallel: a tokenizer cannot be split; set it to 1")
+        raise UserError("engine.tensor_parallel: this model cannot be split; set it to 1")
     tokens = stage.common_tokens if own.sequence else None
     check_tensor_parallel(own.tensor, heads=sizes["heads"], kv_heads=sizes["key and value heads"], tokens=tokens)
 

@@ -152,7 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.size is not None:
         sampler = replace(sampler, grid=grid_of_size(arguments.size, tokenizer.config))
     own_grid = sampler.grid is None
-    sampler = settle(sampler, transformer.config, device)
+    try:
+        sampler = settle(sampler, transformer.config, device)
+    except ValueError as error:  # begins with a setting, which is an option's name
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
     # One number of rows for all, also where the GPUs have not the same memory.
     sampler = replace(sampler, rows_per_block=-dist.largest(-sampler.rows_per_block))
     request = request_of(arguments, sampler.rows_per_block, transformer.config.num_classes)

@@ -28,11 +28,12 @@ def compile_units(
 ) -> bool:
     """Compile the module's units at their first use, for the shapes that they meet; whether that will be.
 
-    `setting` None: on a GPU where it can, if all units are alike, so that it takes seconds and not minutes. UserError
-    where there is no compiler. `without_hooks`: of the units' own hooks nothing is compiled, and they run around it.
+    `setting` None: on a GPU where it can, if its units are of one kind or two, so that it takes seconds and not
+    minutes. UserError where there is no compiler. `without_hooks`: of the units' own hooks nothing is compiled, and
+    they run around it.
     """
     if setting is None:
-        setting = device.type == "cuda" and not missing_for_compile("cuda") and _alike(units_of(module))
+        setting = device.type == "cuda" and not missing_for_compile("cuda") and _kinds(units_of(module)) in (1, 2)
     if setting:
         require_compile(device.type, "engine.compile", "set engine.compile=false")
     units = units_of(module) if setting else []
@@ -54,5 +55,6 @@ def uncompiled(applies: bool) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if applies else contextlib.nullcontext()
 
 
-def _alike(units: list[nn.Module]) -> bool:
-    return len({tuple((name, p.shape) for name, p in unit.named_parameters()) for unit in units}) == 1
+def _kinds(units: list[nn.Module]) -> int:
+    """How many of them differ, and so would be compiled each by itself."""
+    return len({tuple((name, p.shape) for name, p in unit.named_parameters()) for unit in units})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ibq.interop import llamagen, open_magvit2, seed_voken
 from ibq.interop.lightning_tokenizer import Weights
+from ibq.interop.open_magvit2_transformer import is_open_magvit2
 from ibq.interop.published import Hints, Published
 from ibq.interop.reference_tensors import read_file, table_of, wrapper_of
 from ibq.progress import say
@@ -38,7 +39,7 @@ def family_of(names: Iterable[str]) -> str:
     names = [name.removeprefix("first_stage_model.") for name in names]
     if any(name.startswith(("encoder.conv_blocks.", "decoder.conv_blocks.", "layers.")) for name in names):
         return "llamagen"
-    if any(name.startswith(("encoder.mid_block.", "decoder.adaptive.")) for name in names):
+    if any(name.startswith(("encoder.mid_block.", "decoder.adaptive.")) or is_open_magvit2(name) for name in names):
         return "open-magvit2"
     return "seed-voken"
 

@@ -2,8 +2,7 @@
 
 Their network is VQGAN's with attention at the lowest resolution alone, their quantizer the nearest of unit vectors:
 names are all that differs. A file holds its tensors under `model`, and the averaged ones under `ema` where the run kept
-averages; the published files have one set. LlamaGen's transformers have no adaptive norms: they do not fit this
-project's transformer and are refused.
+averages; the published files have one set. LlamaGen's transformers, which have no adaptive norms, are not read.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,7 +38,7 @@ def read(path: str | Path, weights: Weights = "ema", hints: Hints = Hints()) -> 
     state = table_of(checkpoint, path, "ema" if kept == "ema" else "model", "state_dict")
     if any(name.startswith("layers.") for name in state):
         raise ValueError(
-            f"{source}: is a transformer of LlamaGen, which has no adaptive norms and does not fit this project's; "
+            f"{source}: is a transformer of LlamaGen, which has no adaptive norms and names that are not read here; "
             "give a tokenizer's file"
         )
     state.pop(CODES_SEEN, None)

@@ -31,6 +31,8 @@ TRANSFORMER_ARGUMENTS = {
     **{"resid_dropout_p": "residual_dropout", "ffn_dropout_p": "ffn_dropout", "token_drop": "token_dropout"},
     **{"alng": "adaln_gamma_init"},
 }
+# What its code fixes and ours has options for.
+FIXED = {"head.kind": "plain", "adaln": True, "rope_base": 10000.0, "grids": None, "order": "raster"}
 SMALLEST_HEAD = 4  # channels: whatever the heads are, their size divides by it
 PUBLISHED_HEAD, PUBLISHED_TOKENS_PER_SIDE = 64, 16
 
@@ -59,7 +61,7 @@ def transformer_of(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 
 def transformer_state(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The transformer's part of the reference's checkpoint; ValueError where its code has no such model."""
-    require_settings(config, {"rope_base": 10000.0, "grids": None, "order": "raster"}, "SEED-Voken")
+    require_settings(config, FIXED, "SEED-Voken")
     return {reference_transformer_name(name): value for name, value in tensors.items()}
 
 

@@ -4,13 +4,16 @@ Llama blocks (RMSNorm, SwiGLU, 2-D rotary embedding; LlamaGen, arXiv 2406.06525)
 arXiv 2212.09748; VAR, arXiv 2404.02905), as IBQ (arXiv 2412.02692) uses them. The class embedding is both the
 start token and the condition of every adaptive norm. Parameter names are those of the reference checkpoints,
 without the prefix `transformer.` and with `class_emb.weight` for `class_emb.embedding_table.weight`. With random orders
-(RAR, arXiv 2411.00776) a learned embedding of the position that is predicted next is added to every input.
+(RAR, arXiv 2411.00776) a learned embedding of the position that is predicted next is added to every input. What
+predicts a code from its hidden state is one of `heads.py`.
 """
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -20,12 +23,23 @@ from torch import Tensor, nn
 from ibq import initial
 from ibq.initial import Initial
 from ibq.models.code_order import rotations_in_order
-from ibq.models.transformer_blocks import Attention, Block, FeedForward, Head, HeadNorm, embedding, linear, rotary_table
+from ibq.models.heads import Chooser, HeadConfig, InnerTransformer, PlainHeadConfig, embedding_of, head_of
+from ibq.models.transformer_blocks import (
+    Attention,
+    Block,
+    FeedForward,
+    Head,
+    HeadNorm,
+    embedding,
+    hidden_width,
+    linear,
+    rotary_table,
+)
 from ibq.ops.dropout import dropout
 
 Grid = tuple[int, int]  # rows and columns of codes
 INIT_STD = 0.02
-FFN_MULTIPLE = 256
+LAST_LAYER = re.compile(r"head\.((parts\.\d+|linear|outputs)\.)?weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +66,10 @@ class TransformerConfig:
     ffn_dropout: float = 0.1
     token_dropout: float = 0.1
     class_dropout: float = 0.1
+    adaln: bool = True  # false: plain norms; the class is the start token alone, as in LlamaGen and Open-MAGVIT2
     adaln_gamma_init: float = 1e-3
     shared_adaln: bool = False
+    head: HeadConfig = field(default_factory=PlainHeadConfig)  # what predicts a code; see `heads.py`
     rope_base: float = 10000.0
     order: Literal["raster", "random"] = "raster"  # random: with embeddings of the position that is predicted next
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass instead of keeping what they made
@@ -92,6 +108,9 @@ class TransformerConfig:
                 f"condition_dim: {self.condition_dim} differs from the width {self.model_width}, but the "
                 "class embedding is start token and condition at once; leave condition_dim out"
             )
+        if self.shared_adaln and not self.adaln:
+            raise ValueError("shared_adaln: plain norms share nothing; set adaln=true, or leave shared_adaln out")
+        _ = self.digits  # errors at once
 
     @property
     def num_heads(self) -> int:
@@ -116,7 +135,17 @@ class TransformerConfig:
     @property
     def ffn_width(self) -> int:
         """Hidden channels of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256."""
-        return -(-int(8 * self.model_width / 3) // FFN_MULTIPLE) * FFN_MULTIPLE
+        return hidden_width(self.model_width)
+
+    @cached_property
+    def digits(self) -> tuple[int, ...]:
+        """How many values each part has that a code is drawn as: (V,) for the plain head."""
+        return self.head.digits(self.vocab_size)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has the plain head and adaptive norms: the only one that tensor parallelism can split."""
+        return self.adaln and self.head.kind == "plain"
 
     @property
     def code_grids(self) -> tuple[Grid, ...]:
@@ -203,21 +232,24 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         width = config.model_width
-        self.tok_emb = embedding(config.vocab_size, width)
+        plain = config.head.kind == "plain"
+        self.tok_emb = embedding(config.vocab_size, width) if plain else embedding_of(config.head, config.digits, width)
         self.class_emb = embedding(config.num_classes + 1, width)
         if config.order == "random":
             self.target_emb = embedding(math.prod(config.positions), width)
         self.blocks = nn.ModuleList(_block(config, number) for number in range(config.depth))
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), linear(width, 6 * width, bias=True))
-        self.head_nm = HeadNorm(width)
-        self.head = Head(width, config.vocab_size)
+        if config.head.kind == "factorised":
+            self.inner = InnerTransformer([_inner_block(config) for _ in range(config.head.layers)])
+        self.head_nm = HeadNorm(width, adaptive=config.adaln)
+        self.head = Head(width, config.vocab_size) if plain else head_of(config.head, config.digits, width)
         self._rotary_tables: dict[tuple, Tensor] = {}  # of the grids that were met
         self._initialize()
 
     def units(self) -> list[nn.Module]:
         """The parts that an engine compiles, and gathers if it shards weights, one at a time."""
-        return [*self.blocks]
+        return [*self.blocks, *(self.inner.blocks if hasattr(self, "inner") else ())]
 
     @property
     def null_class(self) -> int:
@@ -238,10 +270,10 @@ class Transformer(nn.Module):
         """The initial value of one parameter; `name` as in `named_parameters`.
 
         The gates gamma start small, so that every block starts near the identity (VAR, arXiv 2404.02905), and
-        the head at zero, so that the first loss is ln V.
+        the head's last layer at zero, so that the first loss is ln V.
         """
         width, gamma = self.config.model_width, self.config.adaln_gamma_init
-        if name == "head.weight" or name.endswith(".bias"):
+        if name.endswith(".bias") or LAST_LAYER.fullmatch(name):
             return Initial()
         if name.endswith(("norm.weight", "rmsnorm.weight")):
             return Initial(mean=1.0)
@@ -258,24 +290,37 @@ class Transformer(nn.Module):
         Any grid will do, unless its positions have embeddings; codes [B, T] are for the model's grid that has T.
         In training mode dropout is active and a class becomes `null_class` with probability `class_dropout`.
         Errors: ValueError for wrong shapes or types and, on the CPU only (elsewhere the check would wait for
-        the device), for codes and classes out of range.
+        the device), for codes and classes out of range. What the result of a masked head is, `MaskedBitsHead` says.
         """
-        hidden = self._hidden(codes, classes, order).flatten(0, 1)
-        targets = codes.flatten(1) if order is None else codes.flatten(1).gather(1, order)
-        nll = self.head(hidden, targets.flatten().long())
+        x, modulation = self._stream(codes, classes, order)
+        targets = (codes.flatten(1) if order is None else codes.flatten(1).gather(1, order)).long()
+        if hasattr(self, "inner"):
+            inner = self.inner(x, targets, self.tok_emb, self._inner_rope(x))  # [B, T, K, C]
+            hidden = self.head_nm(inner.flatten(1, 2), modulation).view(-1, *inner.shape[2:])
+        else:
+            hidden = self.head_nm(x, modulation).flatten(0, 1)
+        nll = self.head(hidden, targets.flatten())
         return nll.view(len(codes), -1).clone()  # not a view: engines put hooks on the output
 
     def logits(self, codes: Tensor, classes: Tensor, order: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V]: those at i predict code i of the order. Codes, modes and errors as in `forward`."""
-        return self.head(self._hidden(codes, classes, order))
+        """Logits [B, T, V]: those at i predict code i of the order. Codes, modes and errors as in `forward`.
+
+        ValueError for a head that has none.
+        """
+        if self.config.head.kind != "plain":
+            raise ValueError(f"head: of kind {self.config.head.kind} has no logits of all codes; use forward")
+        return self.head(self.head_nm(*self._stream(codes, classes, order)))
 
     def condition(self, classes: Tensor) -> Condition:
         """Everything that decoding needs of classes [R]."""
         self._check_classes(classes)
         embedding = self.class_emb(classes)
         condition = self._block_condition(embedding)
-        blocks = tuple(block.modulation(condition).unbind(1) for block in self.blocks)
-        return Condition(embedding, blocks, self.head_nm.modulation(embedding).unbind(1))
+        if self.config.adaln:
+            blocks = tuple(block.modulation(condition).unbind(1) for block in self.blocks)
+            return Condition(embedding, blocks, self.head_nm.modulation(embedding).unbind(1))
+        one, zero = torch.ones_like(embedding), torch.zeros_like(embedding)
+        return Condition(embedding, ((one, one, zero, zero, zero, zero),) * len(self.blocks), (zero, zero))
 
     def new_cache(
         self, rows: int, dtype: torch.dtype | None = None, device=None, *, grid: Grid | None = None
@@ -284,7 +329,7 @@ class Transformer(nn.Module):
 
         Precision and device default to those of the weights.
         """
-        cfg, weight, grid = self.config, self.tok_emb.weight, grid or self.config.code_grids[0]
+        cfg, weight, grid = self.config, self.class_emb.weight, grid or self.config.code_grids[0]
         shape = (cfg.depth, rows, cfg.num_kv_heads, math.prod(grid), cfg.head_dim)
         dtype, device = dtype or weight.dtype, weight.device if device is None else device
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)), grid)
@@ -292,8 +337,9 @@ class Transformer(nn.Module):
     def decode_step(self, codes: Tensor | None, condition: Condition, cache: KVCache, position: int) -> Tensor:
         """Logits [R, V] of the code at `position`; `codes` [R] are those at position - 1, None at position 0.
 
-        Positions must come in order, as every call adds one to the cache. Call `eval()` first: dropout would
-        be active in training mode. Errors: ValueError for a position out of range or without its codes.
+        Of another head than the plain one what `draw` takes. Positions must come in order, as every call adds one to
+        the cache. Call `eval()` first: dropout would be active in training mode. Errors: ValueError for a position out
+        of range or without its codes.
         """
         tokens = math.prod(cache.grid)
         if (codes is None) != (position == 0) or not 0 <= position < tokens:
@@ -306,7 +352,7 @@ class Transformer(nn.Module):
         return self.decode(x if targets is None else x + targets[position], condition, cache, position)
 
     def decode(self, x: Tensor, condition: Condition, cache: KVCache, position: int | Tensor) -> Tensor:
-        """Logits [R, V] of `decode_step` for its input x [R, C]: the class embedding, or that of the code before.
+        """The result of `decode_step` for its input x [R, C]: the class embedding, or that of the code before.
 
         `target_rows` of the position, where there are any, have been added.
 
@@ -320,7 +366,22 @@ class Transformer(nn.Module):
             update, gate = block.attention.decode(normed, rope, *cached, position), gamma1
             x, normed = block.ffn_norm.after(x, update, gate, scale2, shift2, fused=fused)
             update, gate = block.feed_forward.decode(normed, fused=fused), gamma2
-        return self.head(self.head_nm.rmsnorm.after(x, update, gate, *condition.head, fused=fused)[1])
+        if hasattr(self, "inner"):
+            return torch.addcmul(x, gate, update)
+        hidden = self.head_nm.rmsnorm.after(x, update, gate, *condition.head, fused=fused)[1]
+        return self.head(hidden) if self.config.head.kind == "plain" else hidden
+
+    def draw(self, decoded: Tensor, condition: Condition, chooser: Chooser) -> Tensor:
+        """Codes [rows] from what `decode` gives: logits, hidden states or, before the inner transformer, the stream."""
+        if self.config.head.kind == "plain":
+            return chooser.code(decoded, 0)
+        if not hasattr(self, "inner"):
+            return self.head.draw(decoded, chooser)
+
+        def norm(x: Tensor) -> Tensor:
+            return self.head_nm.rmsnorm(x, *condition.head)
+
+        return self.inner.draw(decoded, self.head, norm, self.tok_emb, self._inner_rope(decoded), chooser)
 
     def target_rows(self, grid: Grid, order: Tensor | None = None) -> Tensor | None:
         """What is added to the inputs of a grid's steps in an order [T] (raster): [1 + T, C], the last row none.
@@ -350,8 +411,8 @@ class Transformer(nn.Module):
             )
         return indices // width * columns + indices % width
 
-    def _hidden(self, codes: Tensor, classes: Tensor, order: Tensor | None) -> Tensor:
-        """Hidden states [B, T, C] before the head."""
+    def _stream(self, codes: Tensor, classes: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream [B, T, C] after the last block, and the modulation of the final norm."""
         grid = self._grid_of(codes)
         self._check_classes(classes, len(codes))
         if order is not None and self.config.order == "raster":
@@ -361,7 +422,7 @@ class Transformer(nn.Module):
             classes = classes.masked_fill(dropped, self.null_class)
         embedding = self.class_emb(classes)  # [B, C]
         x = self._blocks(codes.flatten(1), grid, embedding, order)
-        return self.head_nm(x, self.head_nm.modulation(embedding))
+        return x, self.head_nm.modulation(embedding)
 
     def _blocks(self, codes: Tensor, grid: Grid, embedding: Tensor, order: Tensor | None = None) -> Tensor:
         """The residual stream after the last block, [B, T, C], for codes [B, T] of a grid."""
@@ -396,6 +457,11 @@ class Transformer(nn.Module):
                 self._rotary_tables[key] = table.to(like.device, key[-1].to_complex())
         return self._rotary_tables[key]
 
+    def _inner_rope(self, like: Tensor) -> Tensor:
+        """Rotations of the inner transformer's positions: those of a row of codes, after the class."""
+        parts = len(self.config.digits)
+        return self._rope(like, (1, parts))[:parts]
+
     def _grid_of(self, codes: Tensor) -> Grid:
         """The grid of codes [B, h, w], or [B, T] where one of the model's alone has T; ValueError for others."""
         grids = [tuple(codes.shape[1:])]
@@ -419,13 +485,23 @@ class Transformer(nn.Module):
 
 
 def _block(config: TransformerConfig, number: int) -> Block:
-    width = config.model_width
-    attention = Attention(width, config.num_heads, config.num_kv_heads, config.residual_dropout)
-    feed_forward = FeedForward(width, config.ffn_width, config.ffn_dropout)
     recompute = None
     if config.gradient_checkpointing and number % config.checkpoint_every == 0:
         recompute = "cheap" if config.checkpoint_selective else "all"
-    return Block(width, attention, feed_forward, shared_adaln=config.shared_adaln, recompute=recompute)
+    adaln = "none" if not config.adaln else "shared" if config.shared_adaln else "own"
+    return _layers(config, adaln=adaln, recompute=recompute)
+
+
+def _inner_block(config: TransformerConfig) -> Block:
+    """Of the inner transformer: with plain norms, as the class has come in by the hidden state."""
+    return _layers(config, adaln="none", recompute="all" if config.gradient_checkpointing else None)
+
+
+def _layers(config: TransformerConfig, **settings) -> Block:
+    width = config.model_width
+    attention = Attention(width, config.num_heads, config.num_kv_heads, config.residual_dropout)
+    feed_forward = FeedForward(width, config.ffn_width, config.ffn_dropout)
+    return Block(width, attention, feed_forward, **settings)
 
 
 def _check_indices(name: str, indices: Tensor, limit: int, remedy: str) -> None:

@@ -13,6 +13,7 @@ from ibq.ops.dropout import dropout
 from ibq.ops.linear_cross_entropy import linear_cross_entropy
 
 NORM_EPS = 1e-5
+FFN_MULTIPLE = 256
 # What "selective" recomputation keeps: the results that are dear to make again.
 KEPT = [
     torch.ops.aten.mm.default,
@@ -59,16 +60,18 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv 1910.07467), then the adaptive scale and shift; statistics in float32."""
+    """Root mean square norm (arXiv 1910.07467), then an adaptive scale and shift; statistics in float32."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """RMSNorm(x) * (1 + scale) + shift for x [B, T, C] and scale, shift [B, 1, C]."""
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """RMSNorm(x) * (1 + scale) + shift for x [B, T, C] and scale, shift [B, 1, C]; or the norm alone."""
         high = x if x.dtype == torch.float64 else x.float()
         normed = high * torch.rsqrt(high.square().mean(-1, keepdim=True) + NORM_EPS)
+        if scale is None:
+            return (normed * self.weight).to(x.dtype)
         # The learned weight is folded into the scale, which is one row per image instead of one per token.
         scale, shift = scale.to(high.dtype), shift.to(high.dtype)
         return torch.addcmul(shift, normed, self.weight * (1 + scale)).to(x.dtype)
@@ -116,6 +119,11 @@ class Attention(nn.Module):
             return self.wo(triton_decode_step.attend(qkv, rope, keys, values, position))
         return self.wo(self._attend(qkv, rope[position : position + 1], keys, values, position))
 
+    def new_cache(self, rows: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Empty keys and values [rows, kv_heads, tokens, head_dim], of the precision and the device of `like`."""
+        shape = (rows, self.kv_heads, tokens, self.head_dim)
+        return like.new_zeros(shape), like.new_zeros(shape)
+
     def _attend(self, qkv: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
         """[R, C] of the new position's queries, keys and values [R, (heads + 2 kv_heads) head_dim]."""
         q, k, v = self._heads(qkv[:, None], rope)
@@ -147,6 +155,11 @@ class Attention(nn.Module):
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def hidden_width(width: int) -> int:
+    """Hidden channels of a feed-forward part: 8/3 of the width, rounded up to a multiple of 256."""
+    return -(-int(8 * width / 3) // FFN_MULTIPLE) * FFN_MULTIPLE
 
 
 class FeedForward(nn.Module):
@@ -181,7 +194,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward part, each behind an adaptive norm and a gate (adaLN-Zero of DiT).
 
-    `recompute`: what the backward pass makes again instead of keeping it: nothing, "all", or what is "cheap".
+    `adaln`: whether the condition goes through a layer of its own, through one that blocks share, or norms are plain
+    and there are no gates. `recompute`: what the backward pass makes again instead of keeping it: nothing, "all", or
+    what is "cheap".
     """
 
     def __init__(
@@ -190,14 +205,14 @@ class Block(nn.Module):
         attention: Attention,
         feed_forward: FeedForward,
         *,
-        shared_adaln: bool,
+        adaln: Literal["own", "shared", "none"],
         recompute: Literal["all", "cheap"] | None = None,
     ):
         super().__init__()
         self.recompute = recompute
-        if shared_adaln:
+        if adaln == "shared":
             self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, width))
-        else:
+        elif adaln == "own":
             self.ada_lin = nn.Sequential(nn.SiLU(), linear(width, 6 * width, bias=True))
         self.attention = attention
         self.feed_forward = feed_forward
@@ -205,12 +220,14 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(width)
 
     def modulation(self, condition: Tensor) -> Tensor:
-        """gamma1, gamma2, scale1, scale2, shift1, shift2 as [B, 6, C].
+        """gamma1, gamma2, scale1, scale2, shift1, shift2 as [B, 6, C]; those of plain norms are constant, [1, 6, 1].
 
         `condition` is the class embedding [B, C], or with `shared_adaln` the shared layer's output [B, 6, C].
         """
         if hasattr(self, "ada_gss"):
             return self.ada_gss[0] + condition
+        if not hasattr(self, "ada_lin"):
+            return torch.cat([condition.new_ones(1, 2, 1), condition.new_zeros(1, 4, 1)], dim=1)
         return self.ada_lin(condition).unflatten(-1, (6, -1))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
@@ -226,17 +243,25 @@ class Block(nn.Module):
         x = torch.addcmul(x, gamma1, self.attention(self.attention_norm(x, scale1, shift1), rope))
         return torch.addcmul(x, gamma2, self.feed_forward(self.ffn_norm(x, scale2, shift2)))
 
+    def decode(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+        """One new position, x [R, C] -> [R, C], of a block with plain norms; the rest as in `Attention.decode`."""
+        x = x + self.attention.decode(self.attention_norm(x), rope, keys, values, position)
+        return x + self.feed_forward.decode(self.ffn_norm(x), fused=False)
+
 
 class HeadNorm(nn.Module):
-    """The final adaptive norm; its scale and shift always come from the class embedding."""
+    """The final norm; where it is adaptive, its scale and shift always come from the class embedding."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, *, adaptive: bool = True):
         super().__init__()
         self.rmsnorm = RMSNorm(width)
-        self.ada_lin = nn.Sequential(nn.SiLU(), linear(width, 2 * width, bias=True))
+        if adaptive:
+            self.ada_lin = nn.Sequential(nn.SiLU(), linear(width, 2 * width, bias=True))
 
     def modulation(self, embedding: Tensor) -> Tensor:
-        """Scale and shift [B, 2, C] of the class embedding [B, C]."""
+        """Scale and shift [B, 2, C] of the class embedding [B, C]; those of a plain norm are zeros [1, 2, 1]."""
+        if not hasattr(self, "ada_lin"):
+            return embedding.new_zeros(1, 2, 1)
         return self.ada_lin(embedding).unflatten(-1, (2, -1))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from ibq.models.discriminator import DiscriminatorConfig
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
+from ibq.scaling.heads import inner_config
 from ibq.scaling.layouts import Layout, Training, numerics
 from ibq.scaling.memory import Block, Network
 from ibq.scaling.tokenizer import discriminator_layers, perceptual_layers, tokenizer_parts
 from ibq.scaling.transformer import (
     EXACT,
     Numerics,
+    Weights,
     block_kept,
     block_saved,
     head_saved,
@@ -30,22 +32,10 @@ def transformer_network(config: TransformerConfig, layout: Layout, training: Tra
     values = numerics(layout, training)
     t, rows = layout.tensor, training.micro_batch
     weights = transformer_weights(config, t)
-    share = {"tensor": t, "hidden": share_of(config.ffn_width, t), "sequence": layout.sequence}
-    block = weights["block"]
-    saved = rows * on_rank(block_saved(config, values), **share)
-    working = rows * _block_working(config, layout, values)
-    blocks = [
-        Block(
-            elements=block.local(t),
-            products=block.local_products(t),
-            kept=rows * on_rank(block_kept(config, values, recomputed=recomputed), **share),
-            saved=saved,
-            working=working,
-            recomputed=recomputed,
-        )
-        for recomputed in recomputed_blocks(config)
-    ]
-    root = [part.local(t) for name, part in weights.items() if name != "block"]
+    blocks = _blocks(config, weights["block"], layout, training)
+    if (inner := inner_config(config)) is not None:
+        blocks += _blocks(inner, weights["inner"], layout, training)
+    root = [part.local(t) for name, part in weights.items() if name not in ("block", "inner")]
     head = weights["head"].local(t)
     tokens = rows * config.num_tokens
     forward, backward = _head_working(config, values, tokens, head, t)
@@ -59,6 +49,25 @@ def transformer_network(config: TransformerConfig, layout: Layout, training: Tra
         head_forward=forward,
         head_backward=backward,
     )
+
+
+def _blocks(config: TransformerConfig, weights: Weights, layout: Layout, training: Training) -> list[Block]:
+    """The blocks of a transformer, outer or inner, on one rank."""
+    values, t, rows = numerics(layout, training), layout.tensor, training.micro_batch
+    share = {"tensor": t, "hidden": share_of(config.ffn_width, t), "sequence": layout.sequence}
+    saved = rows * on_rank(block_saved(config, values), **share)
+    working = rows * _block_working(config, layout, values)
+    return [
+        Block(
+            elements=weights.local(t),
+            products=weights.local_products(t),
+            kept=rows * on_rank(block_kept(config, values, recomputed=recomputed), **share),
+            saved=saved,
+            working=working,
+            recomputed=recomputed,
+        )
+        for recomputed in recomputed_blocks(config)
+    ]
 
 
 def _block_working(config: TransformerConfig, layout: Layout, values: Numerics) -> float:
@@ -76,9 +85,12 @@ def _block_working(config: TransformerConfig, layout: Layout, values: Numerics) 
 def _head_working(
     config: TransformerConfig, values: Numerics, tokens: int, head: float, tensor: int
 ) -> tuple[float, float]:
-    """Temporaries of the lean head: its input rounded and a tile; backward also both gradients in float32."""
+    """Temporaries of the lean head: its input rounded and a tile; backward also both gradients in float32.
+
+    Of a factorised one the largest part's; those of bits are small beside the blocks'.
+    """
     stream, size = tokens * config.model_width, values.compute
-    vocab = config.vocab_size / share_of(config.vocab_size, tensor)
+    vocab = max(config.digits) / share_of(config.vocab_size, tensor)
     tile = min(vocab, HEAD_TILE[0]) * min(tokens, HEAD_TILE[1])
     if values.device == "cuda":
         tile = min(HEAD_WORKSPACE / size, tokens * vocab)

@@ -11,6 +11,7 @@ from ibq.engine.configs import EngineConfig, FsdpEngineConfig, LocalEngineConfig
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.scaling.hardware import GIB, Gpu
+from ibq.scaling.heads import inner_config
 from ibq.scaling.layouts import Layout, Training, rules
 from ibq.scaling.memory import Memory, Network, peak_memory
 from ibq.scaling.networks import TokenizerLosses, frozen_tokenizer, tokenizer_network, transformer_network
@@ -99,6 +100,8 @@ class TransformerStage(Stage):
         weights = transformer_weights(self.config)
         names = {"embeddings": "embeddings", "head_norm": "final norm", "head": "head", "shared": "shared norms' layer"}
         found = {f"{self.config.depth} blocks": self.config.depth * weights["block"].count}
+        if (inner := inner_config(self.config)) is not None:
+            found[f"{inner.depth} inner blocks"] = inner.depth * weights["inner"].count
         return found | {text: weights[name].count for name, text in names.items() if weights[name].count}
 
     def flops(self) -> dict[str, Flops]:
@@ -123,6 +126,8 @@ class TransformerStage(Stage):
 
     def tensor_sizes(self) -> dict[str, int]:
         """See `Stage`."""
+        if not self.config.is_plain:
+            return {}
         return {"heads": self.config.num_heads, "key and value heads": self.config.num_kv_heads}
 
     def size(self) -> ModelSize:
@@ -208,7 +213,7 @@ def layouts(stage: Stage, machine: Machine) -> Iterator[Layout]:
     common = {"gpus": machine.gpus, "gpus_per_node": machine.gpus_per_node}
     several = machine.gpus > 1
     yield Layout(kind="local", **common)
-    if stage.tensor_sizes():  # DeepSpeed is for transformers
+    if isinstance(stage, TransformerStage):  # DeepSpeed is for them
         if several:
             yield from (zero_layout(ZeroEngineConfig(stage=number), stage, machine) for number in (1, 2, 3))
         for optimizer, parameters in (("cpu", "none"), ("cpu", "cpu"), ("nvme", "none"), ("nvme", "nvme")):

@@ -11,6 +11,14 @@ from typing import Literal
 
 from ibq.engine.configs import ModelSize
 from ibq.models.transformer import TransformerConfig
+from ibq.scaling.heads import (
+    head_bytes,
+    head_flops,
+    head_parameters,
+    inner_config,
+    largest_matrices,
+    table_parameters,
+)
 
 Device = Literal["cpu", "cuda"]
 Checkpointing = Literal["none", "full", "selective"]
@@ -88,7 +96,8 @@ def share_of(size: int, tensor: int) -> int:
 
 
 def transformer_weights(config: TransformerConfig, tensor: int = 1) -> dict[str, Weights]:
-    """Parameters by part: `embeddings`, `block` (each of `depth`), `shared`, `head_norm`, `head`; exact.
+    """Parameters by part: `embeddings`, `block` (each of `depth`), `inner` (each block of the inner transformer),
+    `shared`, `head_norm`, `head`; exact.
 
     What is split is said for `tensor` ranks: the heads divide by it, other layers that do not stay whole.
     """
@@ -96,43 +105,56 @@ def transformer_weights(config: TransformerConfig, tensor: int = 1) -> dict[str,
     ada, norms = 6 * width * width, 2 * width
     products = _block_products(config)
     hidden = 3 * width * config.ffn_width if share_of(config.ffn_width, tensor) < tensor else 0  # not split
-    codes = config.vocab_size * width
-    table = Weights(whole=codes) if share_of(config.vocab_size, tensor) < tensor else Weights(split=codes)
+    codes = table_parameters(config)
+    splits = config.is_plain and share_of(config.vocab_size, tensor) == tensor
+    table = Weights(split=codes) if splits else Weights(whole=codes)
     of_block = {"whole_products": hidden, "products": products}
-    if config.shared_adaln:
+    shared = Weights()
+    if not config.adaln:
+        block = Weights(split=products - hidden, whole=norms + hidden, **of_block)
+    elif config.shared_adaln:
         block = Weights(split=products - hidden, whole=norms + hidden + 6 * width, **of_block)
         shared = Weights(split=ada + 6 * width, products=ada)
     else:
         of_block["products"] += ada
         block = Weights(split=products - hidden + ada + 6 * width, whole=norms + hidden, **of_block)
-        shared = Weights()
+    last = 2 * width * width if config.adaln else 0
+    inner = inner_config(config)
     rows = config.num_classes + 1 + (math.prod(config.positions) if config.order == "random" else 0)
     return {
         "embeddings": Weights(split=table.split, whole=table.whole + rows * width),
         "block": block,
+        "inner": Weights() if inner is None else transformer_weights(inner, tensor)["block"],
         "shared": shared,
-        "head_norm": Weights(split=2 * width * width + 2 * width, whole=width, products=2 * width * width),
-        "head": table,
+        "head_norm": Weights(split=last + (2 * width if config.adaln else 0), whole=width, products=last),
+        "head": table if config.is_plain else Weights(whole=head_parameters(config)),
     }
+
+
+def _repeats(config: TransformerConfig) -> dict[str, int]:
+    """How often a part of `transformer_weights` is there that is not there once."""
+    inner = inner_config(config)
+    return {"block": config.depth, "inner": 0 if inner is None else inner.depth}
 
 
 def transformer_parameters(config: TransformerConfig) -> int:
     """All parameters."""
-    return sum(
-        part.count * (config.depth if name == "block" else 1) for name, part in transformer_weights(config).items()
-    )
+    repeats = _repeats(config)
+    return sum(part.count * repeats.get(name, 1) for name, part in transformer_weights(config).items())
 
 
 def model_size(config: TransformerConfig) -> ModelSize:
     """The sizes that ZeRO goes by; a unit is a block."""
     width = config.model_width
     matrices = (
-        max(config.vocab_size, config.num_classes + 1) * width,
-        6 * width * width,  # of the adaptive norms
+        *largest_matrices(config),
+        (config.num_classes + 1) * width,
+        6 * width * width if config.adaln else 0,
         (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * width,
         width * config.ffn_width,
     )
-    unit = transformer_weights(config)["block"].count
+    weights = transformer_weights(config)
+    unit = max(weights["block"].count, weights["inner"].count)
     return ModelSize(total=transformer_parameters(config), unit=unit, largest=max(matrices))
 
 
@@ -156,23 +178,38 @@ def transformer_flops(config: TransformerConfig) -> Flops:
     """FLOPs of one image of T tokens; forward and backward exactly as FlopCounterMode counts the textbook form.
 
     forward = L (2 T (C (h + 2 k) d + C^2 + 3 C F) + 4 T^2 C + 12 C^2) + 4 C^2 + 2 T V C, where 12 C^2 and 4 C^2 are the
-    adaptive norms' layers, once an image; with `shared_adaln` one for all blocks. backward = 2 forward: the gradients
-    of both operands of every product. Causality is not deducted, as in the textbook form.
+    adaptive norms' layers, once an image; with `shared_adaln` one for all blocks, with plain norms none; 2 T V C are
+    the plain head's, see `ibq.scaling.heads` for others. backward = 2 forward: the gradients of both operands of every
+    product. An inner transformer has T sequences of K sub-codes. Causality is not deducted, as in the textbook form.
 
     Recomputed: the logits in the head's backward pass (2 T V C), the scores in that of fused attention (2 T^2 C a
     block), and with full checkpointing the forward pass of every recomputed block.
     """
     tokens, width = config.num_tokens, config.model_width
-    attention = 4 * tokens * tokens * width
-    ada = 2 * 6 * width * width
-    block = 2 * tokens * _block_products(config) + attention
-    logits = 2 * tokens * config.vocab_size * width
-    forward = config.depth * block + ada * (1 if config.shared_adaln else config.depth)
-    forward += 2 * 2 * width * width + logits
-    again = 0
-    if checkpointing(config) == "full":
-        again = sum(recomputed_blocks(config)) * (block + (0 if config.shared_adaln else ada))
-    return Flops(forward=forward, backward=2 * forward, recomputed=logits + config.depth * attention // 2 + again)
+    ada = 2 * 6 * width * width if config.adaln else 0
+    blocks, attention, again = _block_flops(config, tokens)
+    forward = blocks + ada * (1 if config.shared_adaln else config.depth) + ada // 3
+    if checkpointing(config) == "full" and not config.shared_adaln:
+        again += sum(recomputed_blocks(config)) * ada
+    if (inner := inner_config(config)) is not None:
+        more, its_attention, its_again = _block_flops(inner, len(config.digits))
+        forward, attention, again = forward + more, attention + its_attention, again + its_again
+    head = head_flops(config)
+    forward += head.forward
+    return Flops(
+        forward=forward, backward=2 * forward - head.inputs, recomputed=head.recomputed + attention // 2 + again
+    )
+
+
+def _block_flops(config: TransformerConfig, length: int) -> tuple[int, int, int]:
+    """FLOPs of all blocks without their adaptive norms, of their attention alone, and of what is recomputed in full.
+
+    The tokens attend within sequences of so many.
+    """
+    attention = 4 * config.num_tokens * length * config.model_width
+    block = 2 * config.num_tokens * _block_products(config) + attention
+    again = sum(recomputed_blocks(config)) * block if checkpointing(config) == "full" else 0
+    return config.depth * block, config.depth * attention, again
 
 
 def unsplit_flops(config: TransformerConfig, tensor: int) -> int:
@@ -205,8 +242,9 @@ def block_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
     tokens, width, hidden = config.num_tokens, config.model_width, config.ffn_width
     stream, size = tokens * width, numerics.compute
     packed, rotated = ((config.num_heads + groups * config.num_kv_heads) * config.head_dim for groups in (2, 1))
-    modulation = [] if config.shared_adaln else [Saved(name="ada_lin input", bytes=size * width)]
-    modulation.append(Saved(name="modulation", bytes=size * 6 * width, dear=True))
+    modulation = [Saved(name="modulation", bytes=size * 6 * width, dear=True)] if config.adaln else []
+    if config.adaln and not config.shared_adaln:
+        modulation.insert(0, Saved(name="ada_lin input", bytes=size * width))
 
     return [
         *modulation,
@@ -229,11 +267,12 @@ def block_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
 def _norm_saved(name: str, config: TransformerConfig, numerics: Numerics, outputs: int = 1) -> list[Saved]:
     """What an adaptive norm saves, and its output, rounded so many times, for the products after it."""
     tokens, width = config.num_tokens, config.model_width
+    scale = [Saved(name=f"{name} scale, with and without weight", bytes=2 * 4 * width)] if config.adaln else []
     return [
         Saved(name=f"{name} input", bytes=4 * tokens * width, lies="tokens"),
         Saved(name=f"{name} normalized", bytes=4 * tokens * width, lies="tokens"),
         Saved(name=f"{name} 1 / rms", bytes=4 * tokens, lies="tokens"),
-        Saved(name=f"{name} scale, with and without weight", bytes=2 * 4 * width),
+        *scale,
         Saved(name=f"{name} output", bytes=outputs * numerics.compute * tokens * width),
     ]
 
@@ -241,10 +280,11 @@ def _norm_saved(name: str, config: TransformerConfig, numerics: Numerics, output
 def _end_saved(name: str, config: TransformerConfig, numerics: Numerics, dropout: float) -> list[Saved]:
     """What the dropout and the gate at the end of a part of a block save."""
     stream, size = config.num_tokens * config.model_width, numerics.compute
-    output = Saved(name=f"{name} output", bytes=size * stream, lies="tokens", dear=True)
+    # The output is for the gate's gradient.
+    output = [Saved(name=f"{name} output", bytes=size * stream, lies="tokens", dear=True)] if config.adaln else []
     if not dropout:
-        return [output]
-    return [Saved(name=f"{name} dropout mask", bytes=numerics.mask(size) * stream, lies="tokens"), output]
+        return output
+    return [Saved(name=f"{name} dropout mask", bytes=numerics.mask(size) * stream, lies="tokens"), *output]
 
 
 def block_kept(config: TransformerConfig, numerics: Numerics, *, recomputed: bool) -> list[Saved]:
@@ -272,25 +312,29 @@ def root_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
             Saved(name="places of the predicted codes", bytes=8 * tokens),
             Saved(name="rotations in the order of the codes", bytes=8 * tokens * config.head_dim // 2),
         ]
+    # With an inner transformer, the digits of codes that are seen, of those before the sub-codes, and of the targets.
+    parts, digits = (1, 2) if inner_config(config) is None else (len(config.digits), 3 * len(config.digits))
+    adaptive = []
+    if config.adaln:
+        adaptive = [
+            Saved(name="class embedding and its activation", bytes=(root + numerics.compute) * width),
+            Saved(name="final norm scale, with and without weight", bytes=2 * 4 * width),
+        ]
     return [
         *mask,
         *orders,
-        Saved(name="codes", bytes=2 * 8 * tokens),
-        Saved(name="class embedding and its activation", bytes=(root + numerics.compute) * width),
-        Saved(name="final norm input", bytes=4 * stream),
-        Saved(name="final norm normalized", bytes=4 * stream),
-        Saved(name="final norm 1 / rms", bytes=4 * tokens),
-        Saved(name="final norm scale, with and without weight", bytes=2 * 4 * width),
+        Saved(name="codes", bytes=digits * 8 * tokens),
+        *adaptive,
+        Saved(name="final norm input", bytes=4 * stream * parts),
+        Saved(name="final norm normalized", bytes=4 * stream * parts),
+        Saved(name="final norm 1 / rms", bytes=4 * tokens * parts),
     ]
 
 
 def head_saved(config: TransformerConfig, numerics: Numerics) -> list[Saved]:
-    """What the lean head saves: its input and two numbers a token, but no logits."""
+    """What the head saves: of a lean one its input and two numbers a token, but no logits."""
     size = numerics.root if numerics.root == 2 or numerics.stream == 4 else numerics.stream
-    return [
-        Saved(name="head input", bytes=size * config.num_tokens * config.model_width),
-        Saved(name="log-sum-exp of logits", bytes=2 * 4 * config.num_tokens),
-    ]
+    return [Saved(name=name, bytes=size) for name, size in head_bytes(config, numerics.compute, size).items()]
 
 
 def on_rank(saved: list[Saved], *, tensor: int = 1, hidden: int = 1, sequence: bool = False) -> float:

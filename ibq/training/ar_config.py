@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ibq.config import UserError
 from ibq.data.codes import CodeDataConfig
 from ibq.data.shards import ImageDataConfig
 from ibq.engine.base import OptimizerConfig
@@ -69,6 +70,11 @@ class ARRunConfig:
         """How many ranks share each matrix, and so see the same data; UserError where the model cannot be split so."""
         ranks, model = getattr(self.engine, "tensor_parallel", 1), self.model
         if ranks > 1:
+            if not model.is_plain:
+                raise UserError(
+                    "engine.tensor_parallel: ranks share no matrices of plain norms and of heads but the plain one; "
+                    "set it to 1, and shard by engine.kind=fsdp or zero"
+                )
             tokens = model.common_tokens if self.engine.sequence_parallel else None
             check_tensor_parallel(ranks, heads=model.num_heads, kv_heads=model.num_kv_heads, tokens=tokens)
         return ranks

@@ -98,6 +98,27 @@ loss: {gan: {discriminator: {channels: 8, layers: 2}}}
 """
 
 
+def test_heads(tmp_path):
+    (tmp_path / "t.yaml").write_text(TINY_TRANSFORMER)
+    size = ("--config", str(tmp_path / "t.yaml"), "--codes", "4096", "--batch", "2", "--steps", "1", "--rounds", "1")
+    done = bench("heads", *size, "--device", "cpu", "--json", str(tmp_path / "h.json"))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "h.json").read_text())
+    assert list(figures["heads"]) == ["plain", "factorised", "bits", "masked_bits"]
+    for head, found in figures["heads"].items():
+        assert found["tokens_per_second"] == pytest.approx(2 * 16 / found["seconds"]) and head in done.stdout
+    plain, factorised = (figures["heads"][head] for head in ("plain", "factorised"))
+    assert plain["parameters"] - factorised["parameters"] == 2 * 64 * (4096 - 16 - 256) - inner_parameters(64)
+    assert plain["seconds_of_plain"] == plain["peak_gib_of_plain"] == 1
+    losses = [one["losses"][0] for one in figures["rounds"][0].values()]
+    assert losses == pytest.approx([math.log(4096)] * 4, rel=1e-3)
+
+
+def inner_parameters(width: int) -> int:
+    """Of two blocks: projections, the feed-forward part and two norms."""
+    return 2 * (4 * width**2 + 3 * width * 256 + 2 * width)
+
+
 def test_sample(tmp_path):
     (tmp_path / "t.yaml").write_text(TINY_TRANSFORMER)
     (tmp_path / "k.yaml").write_text(TINY_TOKENIZER)

@@ -278,13 +278,6 @@ def meta_tokenizer(config: TokenizerConfig) -> State:
         return Tokenizer(config).state_dict()
 
 
-def test_open_magvit2_transformers_do_not_fit(tmp_path):
-    network = {f"first_stage_model.{n}": v for n, v in open_magvit2_state(**SMALL_MAGVIT).items()}
-    torch.save({"state_dict": network | {"transformer.x": torch.zeros(1)}}, tmp_path / "ar.ckpt")
-    with pytest.raises(UserError, match="factorized codes"):
-        run("import", "open-magvit2", tmp_path / "ar.ckpt", tmp_path / "x.safetensors")
-
-
 # --- LlamaGen -------------------------------------------------------------------------------------
 
 

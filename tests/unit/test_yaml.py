@@ -8,6 +8,7 @@ from support import ROOT
 from support.golden import golden_json
 
 from ibq.config import load_config
+from ibq.models.heads import FactorisedHeadConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
 from ibq.training.ar_config import ARRunConfig
@@ -79,6 +80,18 @@ def test_random_order_file():
     assert tuple(added.shape) == (256, 1024) and 342_994_944 + added.numel() == 343_257_088
     shares = [random.order_annealing.random_share(s, steps_per_epoch=1, total_steps=400) for s in (199, 250, 300)]
     assert shares == [1, 0.5, 0]
+
+
+@pytest.mark.parametrize(("size", "layers", "count"), [("b", 2, 343_654_400), ("l", 3, 679_303_680)])
+def test_files_of_262144_codes(size, layers, count):
+    plain, many = (load_config(ARRunConfig, YAML / f"{name}.yaml") for name in (size, f"{size}_262144"))
+    head = FactorisedHeadConfig(sub_codes=(64, 4096), layers=layers)
+    data = replace(plain.data, train="data/codes_262144/train", validation="data/codes_262144/val")
+    assert (
+        replace(plain, output=many.output, data=data, model=replace(plain.model, vocab_size=2**18, head=head)) == many
+    )
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Transformer(many.model).parameters()) == count
 
 
 def test_short_transformer_file():

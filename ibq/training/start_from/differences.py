@@ -23,9 +23,12 @@ def settings_of(config: TokenizerConfig | TransformerConfig) -> Settings:
     """Every setting on which a model's tensors, or what they mean, depend."""
     if isinstance(config, TransformerConfig):
         names = {"width": "model_width", "heads": "num_heads", "kv_heads": "num_kv_heads"}
-        same = ("vocab_size", "num_classes", "depth", "shared_adaln", "rope_base", "order", "grids")
+        same = ("vocab_size", "num_classes", "depth", "adaln", "shared_adaln", "rope_base", "order", "grids")
         names |= dict(zip(same, same, strict=True))
         found = {f"model.{name}": getattr(config, attribute) for name, attribute in names.items()}
+        found |= {f"model.head.{name.name}": getattr(config.head, name.name) for name in fields(config.head)}
+        if config.head.kind == "factorised":
+            found["model.head.sub_codes"] = config.digits
         return found | {"model.tokens_per_side": None if config.grids else config.tokens_per_side}
     same = ("network", "in_channels", "channels", "channel_multipliers", "res_blocks", "latent_channels", "norm_groups")
     found = {f"model.{name}": getattr(config, name) for name in (*same, "resolution")}

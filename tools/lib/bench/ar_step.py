@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibq.config import load_section
+from ibq.config import UserError, load_section
 from ibq.engine.base import OptimizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.scaling.transformer import transformer_flops
@@ -31,6 +31,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace) -> dict:
     """Each form in a fresh process, then the machine's own rates."""
     config = load_section(TransformerConfig, arguments.config, "model")  # errors before the wait
+    if not config.is_plain:
+        raise UserError("--config: the plain form has the plain head and adaptive norms alone; see the bench heads")
     figures = bench_step.measure_forms(arguments, measure_form, measure_rates)
     flops = arguments.batch * transformer_flops(config).textbook
     for form in bench_step.FORMS:

@@ -120,6 +120,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     set_up_torch(training=False)
     device = torch.device(arguments.device)
     config = load_section(TransformerConfig, arguments.config, "model")
+    if not config.is_plain:
+        raise UserError("--config: the textbook's sampler has the plain head and adaptive norms alone; give another")
     tokens = config.num_tokens if arguments.tokens is None else arguments.tokens
     if not 1 <= tokens <= config.num_tokens or min(arguments.rows) < 1 or arguments.rounds < 1:
         raise UserError(f"--tokens: 1 to {config.num_tokens}; --rows and --rounds: at least 1")

@@ -140,7 +140,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     """Of `export`, beyond its own."""
     add = parser.add_argument
     add("--format", choices=FAMILIES, help="write the checkpoint of another implementation, instead of .safetensors")
-    add("--tokenizer", type=Path, help="seed-voken: the tokenizer that an AR checkpoint also holds")
+    add("--tokenizer", type=Path, help="the tokenizer that an AR checkpoint also holds")
     add("--rest", type=Path, help="what `import --rest` has kept of the file that the checkpoint was imported from")
 
 
@@ -163,15 +163,16 @@ def checkpoint_of(source: Source, tokenizer: Source | None, rest, arguments: arg
     config, weights = source.config, next(iter(source.sets))
     one_set = source.chosen(arguments.weights)
     raw, averaged = source.chosen("raw"), source.chosen("ema")
-    if tokenizer is not None and not (arguments.format == "seed-voken" and isinstance(config, TransformerConfig)):
-        raise ValueError("is not a transformer for seed-voken; leave --tokenizer out")
+    writers = {"seed-voken": seed_voken.write_transformer, "open-magvit2": open_magvit2.write_transformer}
+    if tokenizer is not None and not (arguments.format in writers and isinstance(config, TransformerConfig)):
+        raise ValueError("is not a transformer for seed-voken or open-magvit2; leave --tokenizer out")
     if rest is not None and (len(source.sets) > 1 or not isinstance(config, TokenizerConfig)):
         raise ValueError("is not a tokenizer from `import --rest`; leave --rest out")
     if isinstance(config, TransformerConfig):
-        if arguments.format != "seed-voken":
+        if arguments.format not in writers:
             raise ValueError(f"a transformer of this project does not fit {FAMILIES[arguments.format].title}")
         pair = None if tokenizer is None else (tokenizer.config, tokenizer.chosen("ema"))
-        return lightning(seed_voken.write_transformer(config, one_set, pair), source.facts)
+        return lightning(writers[arguments.format](config, one_set, pair), source.facts)
     match arguments.format:
         case "llamagen":
             if rest is not None:
