@@ -7,7 +7,14 @@ from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.scaling.layouts import Layout, Training, numerics
 from ibq.scaling.memory import Block, Network
-from ibq.scaling.tokenizer import discriminator_layers, perceptual_layers, tokenizer_parts
+from ibq.scaling.tokenizer import tokenizer_parts
+from ibq.scaling.tokenizer_losses import (
+    GramFeatures,
+    discriminator_layers,
+    feature_layers,
+    gram_layers,
+    perceptual_layers,
+)
 from ibq.scaling.transformer import (
     EXACT,
     Numerics,
@@ -103,6 +110,7 @@ class TokenizerLosses:
 
     discriminator: DiscriminatorConfig | None
     perceptual: bool
+    gram: GramFeatures | None = None
 
 
 def tokenizer_network(config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, training: Training) -> Network:
@@ -153,9 +161,16 @@ def _losses(config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, tr
         weights = sum(layer.parameters for layer in layers)
         one = rows * sum(layer.saved for layer in layers) + autocast * weights
         saved += one
-        own_step = 2 * one + 4 * weights
+        own_step = 2 * one + 4 * weights  # without what the frozen features pass through: it is not kept there
+        frozen = feature_layers(losses.discriminator, values)
+        frozen_weights = sum(layer.parameters for layer in frozen)
+        saved += rows * sum(layer.saved for layer in frozen) + autocast * frozen_weights
+        extra += 4 * frozen_weights
         # Weights and moments, a copy of both in case the step must be undone, and DDP's buckets.
         extra += (2 * (4 + training.moments) + (4 if layout.gpus > 1 else 0)) * weights
+    if losses.gram is not None:
+        layers = gram_layers(losses.gram, losses.discriminator, config.resolution, values)
+        saved += rows * sum(layer.saved for layer in layers)
     return {
         "head_saved": saved,
         "head_forward": max(0.0, own_step - saved),

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ibq.config import exit_on_user_error, load_section, parse_config
 from ibq.engine.tensor_parallel import tensor_piece
 from ibq.models.code_order import draw_orders
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from ibq.models.perceptual import PerceptualConfig, build_perceptual
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
@@ -37,14 +37,12 @@ from ibq.scaling.layouts import Layout, Training, numerics, rules
 from ibq.scaling.memory import peak_memory
 from ibq.scaling.networks import TokenizerLosses, tokenizer_network, transformer_network
 from ibq.scaling.plan import TransformerStage
-from ibq.scaling.tokenizer import (
+from ibq.scaling.tokenizer import quantizer_parameters, tokenizer_flops, tokenizer_parts
+from ibq.scaling.tokenizer_losses import (
     discriminator_flops,
     discriminator_layers,
     perceptual_flops,
     perceptual_layers,
-    quantizer_parameters,
-    tokenizer_flops,
-    tokenizer_parts,
 )
 from ibq.scaling.traffic import parameter_traffic, ring, tensor_traffic
 from ibq.scaling.transformer import (
@@ -197,7 +195,7 @@ def test_flops_of_tokenizers():
 
 
 def test_flops_of_the_losses_networks():
-    config = DiscriminatorConfig(channels=16)
+    config = PatchDiscriminatorConfig(channels=16)
     with torch.device("meta"):
         images = torch.rand(BATCH, 3, 64, 64)
         fakes = torch.rand(BATCH, 3, 64, 64, requires_grad=True)
@@ -276,7 +274,7 @@ def test_what_tokenizers_save(precision, recomputed, selective):
 def test_what_the_losses_networks_save(precision):
     kind, autocast = PRECISIONS[precision], precision == "autocast"
     images, fakes = torch.rand(BATCH, 3, 64, 64), torch.rand(BATCH, 3, 64, 64, requires_grad=True)
-    config = DiscriminatorConfig(channels=16)
+    config = PatchDiscriminatorConfig(channels=16)
     for model, inputs, layers in (
         (PatchDiscriminator(config), (fakes,), discriminator_layers(config, 64, kind)),
         (build_perceptual(PerceptualConfig(weights="random")), (images, fakes), perceptual_layers(64, kind)),
@@ -376,7 +374,7 @@ def planned_peak(found: dict, gpus: int) -> float:
     )
     if "resolution" in found["model"]:
         config = parse_config(TokenizerConfig, found["model"])
-        losses = TokenizerLosses(discriminator=DiscriminatorConfig(channels=16), perceptual=True)
+        losses = TokenizerLosses(discriminator=PatchDiscriminatorConfig(channels=16), perceptual=True)
         network = tokenizer_network(config, losses, layout, training)
     else:
         network = transformer_network(parse_config(TransformerConfig, found["model"]), layout, training)

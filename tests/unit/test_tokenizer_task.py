@@ -8,7 +8,7 @@ import torch
 from ibq.engine.base import EngineSettings, OptimizerConfig, StepResult
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.local import LocalEngine
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig
@@ -42,7 +42,7 @@ def task_of(judged_by: str) -> tuple[TokenizerTask, list[int]]:
     )
     # Plain descent: a step is the gradient, whatever its size.
     settings = EngineSettings(optimizer=OptimizerConfig(kind="sgd"), device=CPU, accumulation=2)
-    discriminator = DiscriminatorConfig(channels=4)
+    discriminator = PatchDiscriminatorConfig(channels=4)
     task = TokenizerTask(
         LocalEngine(Blueprint(name="tokenizer", build=lambda: Tokenizer(model), seed=0), settings),
         LocalEngine(Blueprint(name="judge", build=lambda: PatchDiscriminator(discriminator), seed=0), settings),

@@ -26,7 +26,8 @@ from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.ops import textbook
 from ibq.ops.backend import image_format
 from ibq.quantizers import IBQConfig
-from ibq.scaling.tokenizer import discriminator_flops, perceptual_flops, quantizer_flops, tokenizer_flops
+from ibq.scaling.tokenizer import quantizer_flops, tokenizer_flops
+from ibq.scaling.tokenizer_losses import discriminator_flops, perceptual_flops
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
 from ibq.training.tokenizer_config import TokenizerLossConfig
