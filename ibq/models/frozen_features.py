@@ -46,8 +46,6 @@ class FrozenFeatures(nn.Module):
             load(self.backbone, _read(config), config)
         self.identity = f"{_name(config)} {_digest(config, self.backbone.state_dict())}"
         self.backbone.fit(config.side)
-        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -64,9 +62,9 @@ class FrozenFeatures(nn.Module):
 
     def _features(self, images: Tensor) -> list[Tensor]:
         with torch.autocast(images.device.type, enabled=False):
-            normalized = ((images + 1) / 2 - self.mean) / self.std
+            pixels = normalized(images)
         first = 1 + self.config.transformer.registers
-        found = self.backbone(normalized, self.config.layers)
+        found = self.backbone(pixels, self.config.layers)
         return [(tokens[:, first:] + tokens[:, :1]).transpose(1, 2).contiguous() for tokens in found]
 
     def _cropped(self, images: Tensor) -> Tensor:
@@ -86,6 +84,15 @@ class FrozenFeatures(nn.Module):
         if images.shape[2:] == side:
             return images
         return F.interpolate(images, size=side, mode="area" if min(images.shape[2:]) > side[0] else "bicubic")
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [-1, 1] with ImageNet's mean and standard deviation of each channel."""
+    channels = [
+        ((images[:, channel] + 1) / 2 - mean) / std
+        for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
+    ]
+    return torch.stack(channels, dim=1)
 
 
 def _precise(images: Tensor) -> Tensor:

@@ -29,11 +29,11 @@ MOVED = (
     "training.validate_every=null",
 )
 GROUPS = "loss.gan.discriminator.norm_images=4"
-ALONE = {"one group": (), "groups of 4": (GROUPS,), "adaptive": ("loss.gan.adaptive=true", "training.micro_batch=4")}
+ALONE = {"one group": (), "groups of 4": (GROUPS,), "adaptive": ("loss.gan.adaptive=true",)}
 TOGETHER = {
     "one group": ("one group", ("training.micro_batch=4",)),
     "groups of 4": ("groups of 4", (GROUPS, "training.micro_batch=4")),
-    "adaptive": ("adaptive", ("loss.gan.adaptive=true", "training.micro_batch=2")),
+    "adaptive": ("adaptive", ("loss.gan.adaptive=true", "training.micro_batch=4")),
     "FSDP2": ("one group", ("training.micro_batch=4", "engine.kind=fsdp")),
     "per rank": ("one group", ("training.micro_batch=4", "statistics=rank")),
 }
