@@ -28,6 +28,7 @@ MOVED = (
     "training.micro_batch=4",
     "training.validate_every=null",
 )
+LAST = "checkpoints/step-00000001"
 GROUPS = "loss.gan.discriminator.norm_images=4"
 ALONE = {"one group": (), "groups of 4": (GROUPS,), "adaptive": ("loss.gan.adaptive=true",)}
 TOGETHER = {
@@ -161,9 +162,11 @@ def test_a_patch_discriminator_does_not_go_on_from_one_on_features(place, traine
 
 def test_a_run_may_start_from_one_with_another_discriminator(place, trained, tmp_path, capsys):
     """Its weights are taken, but for the discriminator's; both ways."""
-    assert train(place, tmp_path / "patch", f"start_from={trained}", "training.max_steps=1") == 0
+    assert train(place, tmp_path / "patch", f"start_from={trained / LAST}", "training.max_steps=1") == 0
     assert "of another kind, on frozen features" in (said := capsys.readouterr()).err + said.out
-    assert train(place, tmp_path / "back", *MOVED, f"start_from={tmp_path / 'patch'}", "training.max_steps=1") == 0
+    assert (
+        train(place, tmp_path / "back", *MOVED, f"start_from={tmp_path / 'patch' / LAST}", "training.max_steps=1") == 0
+    )
     assert "loss.gan.discriminator.kind is features" in (said := capsys.readouterr()).err + said.out
 
 
