@@ -159,7 +159,8 @@ def _losses(config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, tr
     if losses.discriminator is not None:
         layers = discriminator_layers(losses.discriminator, config.resolution, values)
         weights = sum(layer.parameters for layer in layers)
-        one = rows * sum(layer.saved for layer in layers) + autocast * weights
+        normalized = getattr(losses.discriminator, "spectral_norm", False)  # then float32 weights are copies too
+        one = rows * sum(layer.saved for layer in layers) + (values.compute if normalized else autocast) * weights
         saved += one
         own_step = 2 * one + 4 * weights  # without what the frozen features pass through: it is not kept there
         frozen = feature_layers(losses.discriminator, values)

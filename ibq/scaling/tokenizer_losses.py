@@ -98,7 +98,12 @@ def _backbone_layers(config: FeaturesDiscriminatorConfig, numerics: Numerics) ->
         Layer(parameters=0, flops=24 * maps * of.width, saved=(2 * 4 + 4 * size) * maps + 16 * tokens, backward=1),
         Layer(parameters=0, flops=4 * tokens * maps, saved=4 * size * maps + 4 * of.heads * tokens),
     ]
-    first = Layer(parameters=_backbone_parameters(config), flops=2 * pixels * of.width, backward=1)
+    first = Layer(
+        parameters=_backbone_parameters(config),
+        flops=2 * pixels * of.width,
+        saved=size * 3 * config.side**2,
+        backward=1,
+    )
     return [first, *block * max(config.layers)]
 
 

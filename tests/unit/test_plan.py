@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ibq.config import exit_on_user_error, load_section, parse_config
 from ibq.engine.tensor_parallel import tensor_piece
+from ibq.losses import gram_loss
 from ibq.models.code_order import draw_orders
 from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
-from ibq.models.perceptual import PerceptualConfig, build_perceptual
+from ibq.models.feature_discriminator import FeatureDiscriminator, FeaturesDiscriminatorConfig
+from ibq.models.frozen_features import FrozenFeatures
+from ibq.models.perceptual import PerceptualConfig, build_perceptual, perceptual_features
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.models.vision_transformer import VisionTransformerConfig
 from ibq.ops import textbook
 from ibq.quantizers import (
     BSQConfig,
@@ -41,6 +46,8 @@ from ibq.scaling.tokenizer import quantizer_parameters, tokenizer_flops, tokeniz
 from ibq.scaling.tokenizer_losses import (
     discriminator_flops,
     discriminator_layers,
+    feature_layers,
+    gram_flops,
     perceptual_flops,
     perceptual_layers,
 )
@@ -215,6 +222,45 @@ def test_flops_of_the_losses_networks():
     assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in perceptual.parameters())
 
 
+FEATURES = FeaturesDiscriminatorConfig(
+    backbone=VisionTransformerConfig(width=48, depth=3, heads=2, patch=8, side=64, layer_scale=True, registers=2),
+    layers=(0, 1, 2),
+    side=64,
+    head_width=32,
+    weights="random",
+    augment=0.0,
+)
+
+
+def test_flops_of_a_discriminator_on_features():
+    features, model = FrozenFeatures(FEATURES), FeatureDiscriminator(FEATURES)
+    images, fakes = torch.rand(BATCH, 3, 64, 64), torch.rand(BATCH, 3, 64, 64, requires_grad=True)
+    own = counted(lambda: model(features(images)).sum() + model(features(fakes.detach())).sum())
+    model.requires_grad_(False)
+    frozen = counted(lambda: model(features(fakes)).sum())
+    flops = discriminator_flops(FEATURES, 64)
+    assert own[0] + frozen[0] == BATCH * flops.forward and own[1] + frozen[1] == BATCH * flops.backward
+    layers = discriminator_layers(FEATURES, 64, PRECISE)
+    assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters())
+    layers = feature_layers(FEATURES, PRECISE)
+    assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in features.parameters())
+    assert feature_layers(PatchDiscriminatorConfig(), PRECISE) == []
+
+
+@pytest.mark.parametrize("kind", ["perceptual", "discriminator"])
+def test_flops_of_gram_losses(kind):
+    images, fakes = torch.rand(BATCH, 3, 64, 64), torch.rand(BATCH, 3, 64, 64, requires_grad=True)
+    see = FrozenFeatures(FEATURES).plain
+    if kind == "perceptual":
+        see = partial(perceptual_features, build_perceptual(PerceptualConfig(weights="random")))
+    found = counted(lambda: gram_loss(see(fakes), see(images)))
+    flops = gram_flops(kind, FEATURES, 64)
+    if kind == "perceptual":  # without the 1 x 1 products of LPIPS, which the plan lets stand
+        assert found == pytest.approx((BATCH * flops.forward, BATCH * flops.backward), rel=0.01)
+    else:
+        assert found == (BATCH * flops.forward, BATCH * flops.backward)
+
+
 # --- Saved tensors --------------------------------------------------------------------------------
 
 
@@ -281,6 +327,19 @@ def test_what_the_losses_networks_save(precision):
     ):
         found = saved_bytes(model, lambda model=model, inputs=inputs: model(*inputs), autocast)
         assert found == pytest.approx(BATCH * sum(layer.saved for layer in layers), rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+def test_what_a_discriminator_on_features_saves(precision):
+    kind, autocast = PRECISIONS[precision], precision == "autocast"
+    features, model = FrozenFeatures(FEATURES), FeatureDiscriminator(FEATURES)
+    images, fakes = torch.rand(BATCH, 3, 64, 64), torch.rand(BATCH, 3, 64, 64, requires_grad=True)
+    found = saved_bytes(model, lambda: model(features(images)), autocast)
+    planned = BATCH * sum(layer.saved for layer in discriminator_layers(FEATURES, 64, kind))
+    weights = 0 if autocast else 4 * sum(p.numel() for p in model.parameters() if p.dim() == 3)  # divided by sigma
+    assert found == pytest.approx(planned + weights, rel=0.02)
+    found = saved_bytes(features, lambda: features(fakes), autocast)
+    assert found == pytest.approx(BATCH * sum(layer.saved for layer in feature_layers(FEATURES, kind)), rel=0.02)
 
 
 # --- Peak memory, measured ------------------------------------------------------------------------
