@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq import losses
-from ibq.config import load_section
+from ibq.config import UserError, load_section
 from ibq.data.transforms import to_unit_range
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.configs import LocalEngineConfig
 from ibq.engine.local import LocalEngine
-from ibq.models.discriminator import PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from ibq.models.perceptual import build_lpips
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
@@ -49,6 +49,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     """Each form in a fresh process, then the machine's own rates."""
     model = load_section(TokenizerConfig, arguments.config, "model")  # errors before the wait
     loss = load_section(TokenizerLossConfig, arguments.config, "loss")
+    if not isinstance(loss.gan.discriminator, PatchDiscriminatorConfig):
+        raise UserError("loss.gan.discriminator.kind: the bench has patch alone; give a config with that")
     figures = bench_step.measure_forms(arguments, measure_form, measure_rates)
     flops = needed_flops(model, loss)
     floor = arguments.batch * sum(flops[precision] / figures["rates"][precision] for precision in flops)
