@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", required=True, type=Path, metavar="FILE.safetensors", help="write the backbone here")
     for name, default in (("width", 96), ("depth", 4), ("heads", 3), ("patch", 4), ("side", 32)):
         add(f"--{name}", type=int, default=default, help="of the transformer (default: %(default)s)")
-    add("--steps", type=int, default=400, help="of 128 images (default: %(default)s)")
+    add("--steps", type=int, default=200, help="of 128 images (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-3, help="at its peak (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
     add_device_option(parser)
