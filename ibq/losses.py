@@ -1,5 +1,6 @@
 """Losses of the tokenizer's GAN: pure functions of tensors."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -52,6 +53,23 @@ def lecam_regularizer(real: Tensor, fake: Tensor, average_real: Tensor, average_
 def lecam_update(average: Tensor, logits_mean: Tensor, decay: float = LECAM_DECAY) -> Tensor:
     """The moving average after one more batch; it is updated before it is used."""
     return average * decay + logits_mean.detach() * (1 - decay)
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """Products of channels, over C L: [B, C, L] -> [B, C, C] (arXiv 1603.08155, equation 3)."""
+    return features @ features.transpose(1, 2) / (features.shape[1] * features.shape[2])
+
+
+def gram_loss(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Squared Frobenius distance of Gram matrices (arXiv 1603.08155, equation 4), summed over layers; mean over images.
+
+    `features` and `wanted` of each layer: [B, C, ...].
+    """
+    found = [
+        (gram_matrix(x.flatten(2)) - gram_matrix(y.flatten(2))).square().sum(dim=(1, 2)).mean()
+        for x, y in zip(features, wanted, strict=True)
+    ]
+    return sum(found[1:], found[0])
 
 
 def adaptive_weight(nll_gradient: Tensor, gan_gradient: Tensor, scale: float) -> Tensor:

@@ -21,7 +21,9 @@ import torch
 from ibq import dist
 from ibq.config import UserError, exit_on_user_error
 from ibq.engine.configs import LocalEngineConfig
-from ibq.models.discriminator import PatchDiscriminator
+from ibq.models.discriminator import build_discriminator
+from ibq.models.feature_discriminator import FeaturesDiscriminatorConfig
+from ibq.models.frozen_features import FrozenFeatures
 from ibq.models.perceptual import build_perceptual
 from ibq.models.tokenizer import Tokenizer
 from ibq.ops.backend import image_format
@@ -43,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with command.part("model"):
             # One rank downloads the weights.
             perceptual = dist.main_first(lambda: build_perceptual(config.loss.perceptual))
+            features = dist.main_first(lambda: frozen_features(config))
         with command.part("data"), naming(command.source):
             data = image_data(config.data, config.model.resolution, config.seed, config.training.batch_size)
         command.bind(data)
         start = command.start(partial(open_fit, config))
         with command.part("engine"):
-            task = build_task(command, data, perceptual)
+            task = build_task(command, data, perceptual, features)
         command.check_schedule(task.learning_rate)
         warmup, total = config.codebook_start.warmup_steps, config.training.total_steps(data.steps_per_epoch)
         if warmup >= total:
@@ -64,7 +67,16 @@ def open_fit(config: TokenizerRunConfig, start: TokenizerStartConfig) -> tuple[S
     return source, fit_tokenizer(source, config, start)
 
 
-def build_task(command: Command, data: RunData, perceptual: torch.nn.Module | None) -> TokenizerTask:
+def frozen_features(config: TokenizerRunConfig) -> FrozenFeatures | None:
+    """What the discriminator sees of images; None where it sees the images themselves, or there is none."""
+    gan = config.loss.gan
+    on_features = gan.enabled and isinstance(gan.discriminator, FeaturesDiscriminatorConfig)
+    return FrozenFeatures(gan.discriminator) if on_features else None
+
+
+def build_task(
+    command: Command, data: RunData, perceptual: torch.nn.Module | None, features: FrozenFeatures | None
+) -> TokenizerTask:
     """Networks, engines and the task that trains them."""
     config: TokenizerRunConfig = command.config
     steps_per_epoch = data.steps_per_epoch
@@ -74,7 +86,7 @@ def build_task(command: Command, data: RunData, perceptual: torch.nn.Module | No
     engine = partial(command.engine, data=data, memory_format=memory_format)
     gan, discriminator = config.loss.gan, None
     if gan.enabled:  # small, and with batch statistics of its own: never sharded
-        build = partial(PatchDiscriminator, gan.discriminator)
+        build = partial(build_discriminator, gan.discriminator)
         whole = replace(config.optimizer, groups={})  # which name parameters of the tokenizer
         discriminator = engine("discriminator", build, config=LocalEngineConfig(), optimizer=whole, ema_decay=None)
     build = partial(Tokenizer, config.model)
@@ -83,6 +95,7 @@ def build_task(command: Command, data: RunData, perceptual: torch.nn.Module | No
         discriminator,
         config.loss,
         perceptual=None if perceptual is None else perceptual.to(command.device),
+        features=None if features is None else features.to(command.device),
         learning_rate=lambda step: config.schedule.learning_rate(peak, step, steps_per_epoch, total_steps),
         statistics=config.statistics,
         usage_alarm=config.usage_alarm,

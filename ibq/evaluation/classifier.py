@@ -69,17 +69,29 @@ def train_classifier(
     UserError where fewer than two classes have images.
     """
     config = config or ClassifierConfig()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Classifier(num_classes, config)
+    fit_classifier(model.to(images.device), images, labels, config, advance)
+    return model
+
+
+def fit_classifier(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    config: ClassifierConfig,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> None:
+    """Train any network of uint8 images -> logits in the same way, and leave it frozen, in eval mode."""
     present = labels.unique()
     if len(present) < 2:
         raise UserError(f"a classifier needs training images of at least 2 classes, found {len(present)}")
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = Classifier(num_classes, config)
-    model = model.to(images.device).train()
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
-    weights = (1 / labels.bincount(minlength=num_classes).clamp_min(1).double())[labels].cpu()
+    weights = (1 / labels.bincount().clamp_min(1).double())[labels].cpu()
     for _ in range(config.steps):
         chosen = torch.multinomial(weights, BATCH, replacement=True, generator=generator).to(images.device)
         moved = _moved(images[chosen], generator)
@@ -89,7 +101,7 @@ def train_classifier(
         optimizer.step()
         schedule.step()
         advance(1)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
 
 
 def _moved(images: Tensor, generator: torch.Generator) -> Tensor:

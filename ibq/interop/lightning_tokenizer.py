@@ -23,7 +23,7 @@ from ibq.interop.reference_tensors import (
     shape_of,
     take,
 )
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 
@@ -159,12 +159,12 @@ def discriminator_shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def infer_discriminator_config(tensors: Mapping[str, Tensor]) -> DiscriminatorConfig:
+def infer_discriminator_config(tensors: Mapping[str, Tensor]) -> PatchDiscriminatorConfig:
     """The configuration of the patch discriminator that these weights imply."""
     channels = shape_of(tensors, "main.0.weight", 4, f"{DISCRIMINATOR}main.0.weight")[0]
     # `main`: a convolution and its activation; `layers` times convolution, norm, activation; a convolution.
     last = count_numbered(tensors, r"main\.(\d+)\.") - 1
-    return DiscriminatorConfig(channels=channels, layers=max(1, (last - 2) // 3))
+    return PatchDiscriminatorConfig(channels=channels, layers=max(1, (last - 2) // 3))
 
 
 def _blurring_discriminator_shapes(tensors: Mapping[str, Tensor]) -> Shapes:

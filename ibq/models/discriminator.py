@@ -1,18 +1,24 @@
-"""PatchGAN discriminator (pix2pix, arXiv 1611.07004) with batch statistics per rank or over all ranks."""
+"""Discriminators, chosen in a config by `kind`; here PatchGAN (pix2pix, arXiv 1611.07004).
+
+Batch statistics are per rank or over all ranks.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ibq.config import require_least
+from ibq.models.feature_discriminator import FeatureDiscriminator, FeaturesDiscriminatorConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig:
+class PatchDiscriminatorConfig:
     """Patch discriminator; the defaults are the paper's."""
 
+    kind: Literal["patch"] = "patch"
     channels: int = 64
     layers: int = 3  # strided convolutions
 
@@ -60,7 +66,7 @@ class PatchDiscriminator(nn.Module):
     4x4 convolutions: `layers` with stride 2, one with stride 1 and one to the logits; channels double up to 8 times.
     """
 
-    def __init__(self, config: DiscriminatorConfig):
+    def __init__(self, config: PatchDiscriminatorConfig):
         super().__init__()
         self.config = config
         channels = config.channels
@@ -99,3 +105,15 @@ class PatchDiscriminator(nn.Module):
             if isinstance(module, BatchNorm2d):
                 module.mean_over_ranks = mean_over_ranks
                 module.world_size = world_size
+
+
+DiscriminatorConfig = PatchDiscriminatorConfig | FeaturesDiscriminatorConfig
+
+
+def build_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | FeatureDiscriminator:
+    """The discriminator that `config` describes."""
+    match config:
+        case PatchDiscriminatorConfig():
+            return PatchDiscriminator(config)
+        case FeaturesDiscriminatorConfig():
+            return FeatureDiscriminator(config)

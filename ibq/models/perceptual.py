@@ -10,7 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ibq.config import UserError
 
@@ -77,6 +77,11 @@ def build_lpips(net: str, weights: str, *, remedy: str, sha256: str | None = Non
     if state is not None:
         _load(network.net, state, weights, backbone)
     return network.requires_grad_(False).eval()
+
+
+def perceptual_features(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """What LPIPS compares of images in [-1, 1], before it normalizes: [B, C, h, w] of each tap."""
+    return list(network.net(network.scaling_layer(images)))
 
 
 def _read(backbone: Backbone, weights: str, remedy: str, sha256: str | None) -> dict:

@@ -8,7 +8,14 @@ from ibq.models.transformer import TransformerConfig
 from ibq.scaling.heads import inner_config
 from ibq.scaling.layouts import Layout, Training, numerics
 from ibq.scaling.memory import Block, Network
-from ibq.scaling.tokenizer import discriminator_layers, perceptual_layers, tokenizer_parts
+from ibq.scaling.tokenizer import tokenizer_parts
+from ibq.scaling.tokenizer_losses import (
+    GramFeatures,
+    discriminator_layers,
+    feature_layers,
+    gram_layers,
+    perceptual_layers,
+)
 from ibq.scaling.transformer import (
     EXACT,
     Numerics,
@@ -115,6 +122,7 @@ class TokenizerLosses:
 
     discriminator: DiscriminatorConfig | None
     perceptual: bool
+    gram: GramFeatures | None = None
 
 
 def tokenizer_network(config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, training: Training) -> Network:
@@ -163,11 +171,19 @@ def _losses(config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, tr
     if losses.discriminator is not None:
         layers = discriminator_layers(losses.discriminator, config.resolution, values)
         weights = sum(layer.parameters for layer in layers)
-        one = rows * sum(layer.saved for layer in layers) + autocast * weights
+        normalized = getattr(losses.discriminator, "spectral_norm", False)  # then float32 weights are copies too
+        one = rows * sum(layer.saved for layer in layers) + (values.compute if normalized else autocast) * weights
         saved += one
-        own_step = 2 * one + 4 * weights
+        own_step = 2 * one + 4 * weights  # without what the frozen features pass through: it is not kept there
+        frozen = feature_layers(losses.discriminator, values)
+        frozen_weights = sum(layer.parameters for layer in frozen)
+        saved += rows * sum(layer.saved for layer in frozen) + autocast * frozen_weights
+        extra += 4 * frozen_weights
         # Weights and moments, a copy of both in case the step must be undone, and DDP's buckets.
         extra += (2 * (4 + training.moments) + (4 if layout.gpus > 1 else 0)) * weights
+    if losses.gram is not None:
+        layers = gram_layers(losses.gram, losses.discriminator, config.resolution, values)
+        saved += rows * sum(layer.saved for layer in layers)
     return {
         "head_saved": saved,
         "head_forward": max(0.0, own_step - saved),

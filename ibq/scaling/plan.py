@@ -15,13 +15,14 @@ from ibq.scaling.heads import inner_config
 from ibq.scaling.layouts import Layout, Training, rules
 from ibq.scaling.memory import Memory, Network, peak_memory
 from ibq.scaling.networks import TokenizerLosses, frozen_tokenizer, tokenizer_network, transformer_network
-from ibq.scaling.tokenizer import (
+from ibq.scaling.tokenizer import tokenizer_flops, tokenizer_parts
+from ibq.scaling.tokenizer_losses import (
     discriminator_flops,
     discriminator_layers,
+    feature_layers,
+    gram_flops,
     perceptual_flops,
     perceptual_layers,
-    tokenizer_flops,
-    tokenizer_parts,
 )
 from ibq.scaling.traffic import Traffic, exposed_seconds, parameter_traffic, tensor_traffic
 from ibq.scaling.transformer import (
@@ -157,6 +158,8 @@ class TokenizerStage(Stage):
         if self.losses.discriminator is not None:
             layers = discriminator_layers(self.losses.discriminator, side, EXACT)
             found["discriminator"] = sum(layer.parameters for layer in layers)
+            if frozen := feature_layers(self.losses.discriminator, EXACT):
+                found["features (frozen)"] = sum(layer.parameters for layer in frozen)
         if self.losses.perceptual:
             found["LPIPS (frozen)"] = sum(layer.parameters for layer in perceptual_layers(side, EXACT))
         return found
@@ -168,6 +171,8 @@ class TokenizerStage(Stage):
             found["discriminator"] = discriminator_flops(self.losses.discriminator, self.config.resolution)
         if self.losses.perceptual:
             found["LPIPS"] = perceptual_flops(self.config.resolution)
+        if self.losses.gram is not None:
+            found["Gram"] = gram_flops(self.losses.gram, self.losses.discriminator, self.config.resolution)
         return found
 
     def network(self, layout: Layout, training: Training) -> Network:

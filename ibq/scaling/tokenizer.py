@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and saved activations of a tokenizer and of the networks of its losses, from their configs alone.
+"""Parameters, FLOPs and saved activations of a tokenizer, from its config alone.
 
 A convolution of k x k from i to o channels that gives s x s pixels counts 2 k^2 i o s^2 FLOPs, in the backward pass
 once more for the gradient of its weight and once more for that of its input; attention over S positions of C channels
@@ -12,13 +12,9 @@ from functools import lru_cache
 import torch
 
 from ibq.config import UserError
-from ibq.models.discriminator import DiscriminatorConfig
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig, QuantizerConfig, SimVQConfig, VQConfig, build_quantizer
 from ibq.scaling.transformer import EXACT, Flops, Numerics
-
-# LPIPS: the channels of VGG-16's convolutions before each tap; a 2 x 2 pooling lies between two of them.
-VGG_TAPS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,82 +229,6 @@ def _quantizer(config: TokenizerConfig, numerics: Numerics) -> Part:
     layer = Layer(parameters=quantizer_parameters(quantizer), saved=saved)
     forward = Layer(parameters=0, flops=flops.forward, backward=0)
     return Part(name="quantizer", layers=(layer, forward))
-
-
-# --- Discriminator and LPIPS ----------------------------------------------------------------------
-
-
-def discriminator_layers(config: DiscriminatorConfig, resolution: int, numerics: Numerics) -> list[Layer]:
-    """The patch discriminator's convolutions of 4 x 4: each saves its input, as do the norms and activations."""
-    size = numerics.compute
-    widths = [config.channels * min(2**layer, 8) for layer in range(config.layers + 1)]
-    side, previous, layers = resolution // 2, 3, []
-    for number, width in enumerate(widths):
-        if number:
-            side = side // 2 if number < config.layers else side - 1
-        weights = 16 * previous * width
-        # The convolution's input, and what the norm and the activation after it save.
-        entering = size * 3 * resolution**2 if number == 0 else 0
-        maps = 2 if number == 0 else 3
-        layers.append(
-            Layer(
-                parameters=weights + (width if number == 0 else 2 * width),
-                flops=2 * weights * side * side,
-                saved=entering + maps * size * width * side * side,
-                backward=1 if number == 0 else 2,
-            )
-        )
-        previous = width
-    side -= 1
-    layers.append(Layer(parameters=16 * previous + 1, flops=2 * 16 * previous * side * side))
-    return layers
-
-
-def discriminator_flops(config: DiscriminatorConfig, resolution: int) -> Flops:
-    """FLOPs of one image: real and reconstruction in its own step, and the reconstruction, frozen, in the tokenizer's.
-
-    In its own step the first convolution's input needs no gradient; frozen, every convolution's input does, and no
-    weight.
-    """
-    layers = discriminator_layers(config, resolution, EXACT)
-    forward = sum(layer.flops for layer in layers)
-    own = sum(layer.backward * layer.flops for layer in layers)
-    return Flops(forward=3 * forward, backward=2 * own + forward)
-
-
-def perceptual_layers(resolution: int, numerics: Numerics) -> list[Layer]:
-    """VGG-16 up to its last tap, and what LPIPS does with each tap, for the reconstruction."""
-    size = numerics.compute
-    promoted = numerics.compute == 2 and numerics.device == "cuda"  # squares in float32
-    side, previous = resolution, 3
-    layers = [Layer(parameters=0, saved=size * 3 * side * side)]
-    for number, widths in enumerate(VGG_TAPS):
-        if number:
-            side //= 2
-            layers.append(Layer(parameters=0, saved=(8 + size) * previous * side * side))  # indices and values
-        for width in widths:
-            weights = 9 * previous * width
-            layers.append(
-                Layer(
-                    parameters=weights + width,
-                    flops=2 * weights * side * side,
-                    saved=size * width * side * side,
-                    backward=1,
-                )
-            )
-            previous = width
-        pixels = previous * side * side
-        tap = (4 + 4 + 2) if promoted else 2 * size
-        layers.append(Layer(parameters=previous, flops=2 * pixels, saved=tap * pixels, backward=1))
-    return layers
-
-
-def perceptual_flops(resolution: int) -> Flops:
-    """FLOPs of LPIPS for one image: VGG on image and reconstruction, and the gradient of the latter's pixels."""
-    layers = perceptual_layers(resolution, EXACT)
-    taps = sum(2 * widths[-1] * (resolution // 2**number) ** 2 for number, widths in enumerate(VGG_TAPS))
-    vgg = sum(layer.flops for layer in layers) - taps
-    return Flops(forward=2 * vgg + taps, backward=vgg + taps)
 
 
 # --- Together -------------------------------------------------------------------------------------

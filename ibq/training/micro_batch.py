@@ -49,7 +49,8 @@ def stage_of(config: Any, tokenizer: TokenizerConfig | None = None) -> Stage:
         case TokenizerConfig():
             gan, perceptual = config.loss.gan, config.loss.perceptual
             discriminator = gan.discriminator if gan.enabled else None
-            losses = TokenizerLosses(discriminator=discriminator, perceptual=perceptual.weight > 0)
+            gram = config.loss.gram.features if config.loss.gram.weight else None
+            losses = TokenizerLosses(discriminator=discriminator, perceptual=perceptual.weight > 0, gram=gram)
             return TokenizerStage(config.model, losses)
 
 

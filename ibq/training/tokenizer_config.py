@@ -11,7 +11,8 @@ from ibq.engine.base import OptimizerConfig
 from ibq.engine.configs import EngineConfig, LocalEngineConfig, ZeroEngineConfig
 from ibq.engine.heartbeat import HeartbeatConfig
 from ibq.losses import DiscriminatorLoss
-from ibq.models.discriminator import DiscriminatorConfig
+from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminatorConfig
+from ibq.models.feature_discriminator import FeaturesDiscriminatorConfig
 from ibq.models.perceptual import BACKBONES, PerceptualConfig
 from ibq.models.tokenizer_config import SMALLEST_IMAGE, TokenizerConfig
 from ibq.training.checkpoint import CheckpointConfig
@@ -35,7 +36,7 @@ class GanConfig:
     # Whose judgement the generator's loss is: the discriminator's after its own step on these images, as the reference
     # has it, or before, which with accumulation needs one pass through the tokenizer instead of two.
     judged_by: Literal["updated", "previous"] = "updated"
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=PatchDiscriminatorConfig)
 
     def __post_init__(self):
         for name in ("start_step", "weight", "lecam_weight"):
@@ -44,10 +45,24 @@ class GanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GramConfig:
+    """Distance of the Gram matrices of frozen features (Johnson et al., arXiv 1603.08155). Weight 0 switches it off."""
+
+    weight: float = 0.0
+    # Of VGG-16, those that LPIPS compares, or of the discriminator's backbone, at its `layers`.
+    features: Literal["perceptual", "discriminator"] = "perceptual"
+
+    def __post_init__(self):
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight: must be finite and not negative, got {self.weight}; 0 leaves it out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerLossConfig:
-    """Weights of the losses: L1 + LPIPS + GAN + quantization + entropy."""
+    """Weights of the losses: L1 + LPIPS + Gram + GAN + quantization + entropy."""
 
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    gram: GramConfig = field(default_factory=GramConfig)
     quantization_weight: float = 1.0
     entropy_weight: float = 0.05
     gan: GanConfig = field(default_factory=GanConfig)
@@ -56,6 +71,21 @@ class TokenizerLossConfig:
         for name in ("quantization_weight", "entropy_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: must be finite and not negative, got {getattr(self, name)}; 0 leaves it out")
+        self._check_gram()
+
+    def _check_gram(self) -> None:
+        if not self.gram.weight:
+            return
+        if self.gram.features == "perceptual" and not self.perceptual.weight:
+            raise ValueError(
+                "gram.features: perceptual are those of LPIPS, which perceptual.weight=0 leaves out; take discriminator"
+            )
+        on_features = self.gan.enabled and isinstance(self.gan.discriminator, FeaturesDiscriminatorConfig)
+        if self.gram.features == "discriminator" and not on_features:
+            raise ValueError(
+                "gram.features: discriminator needs gan.enabled=true and gan.discriminator.kind=features; or take "
+                "perceptual"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +149,8 @@ class TokenizerRunConfig:
         smallest = BACKBONES["vgg"].smallest if self.loss.perceptual.weight else SMALLEST_IMAGE
         check_shapes(self.data.buckets, self.model.downsampling, smallest)
         side, gan = min((min(shape) for shape in self.data.buckets), default=self.model.resolution), self.loss.gan
-        if gan.enabled and side < gan.discriminator.smallest_side:
+        patch = gan.enabled and isinstance(gan.discriminator, PatchDiscriminatorConfig)
+        if patch and side < gan.discriminator.smallest_side:
             raise ValueError(
                 f"loss.gan.discriminator.layers: {gan.discriminator.layers} layers need images of at least "
                 f"{gan.discriminator.smallest_side} pixels, not {side}; take fewer layers"

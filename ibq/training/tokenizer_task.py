@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from ibq.data.transforms import to_unit_range
 from ibq.engine.base import Engine, GroupHyper, snapshot
 from ibq.evaluation.codebook import latent_scale, reachable
 from ibq.evaluation.reconstruction import CodeUsage, evaluate_reconstruction
+from ibq.models.frozen_features import FrozenFeatures
+from ibq.models.perceptual import perceptual_features
 from ibq.models.tokenizer import Tokenizer
 from ibq.ops.kmeans import kmeans
 from ibq.progress import say
@@ -24,6 +27,7 @@ from ibq.training.tokenizer_config import CodebookStartConfig, TokenizerLossConf
 
 GRID_IMAGES = 8
 COLLAPSE_PAGE = "ibq/quantizers/COLLAPSE.md"
+FEATURES = "features"  # of a checkpoint's tensors: which frozen features the discriminator sees, as UTF-8
 
 
 class TokenizerTask:
@@ -43,6 +47,7 @@ class TokenizerTask:
         *,
         perceptual: torch.nn.Module | None,
         learning_rate,
+        features: FrozenFeatures | None = None,
         statistics: Literal["rank", "world"] = "rank",
         usage_alarm: float = 0.1,
         tokens_per_image: float | None = None,
@@ -55,6 +60,7 @@ class TokenizerTask:
             self.engines["discriminator"] = discriminator
         self.generator, self.discriminator, self.config = generator, discriminator, config
         self.perceptual, self.learning_rate, self.usage_alarm = perceptual, learning_rate, usage_alarm
+        self.features = features
         self.memory_format = memory_format
         self.codebook_start = codebook_start or CodebookStartConfig()
         self.first_batches = first_batches
@@ -181,8 +187,8 @@ class TokenizerTask:
         for real, fake in zip(reals, fakes, strict=True):
             with engine.micro_batch():
                 # Two separate passes, real first: batch normalization sees them apart.
-                real_logits = engine(real).float()
-                fake_logits = engine(fake).float()
+                real_logits = self._judged(engine, real)
+                fake_logits = self._judged(engine, fake)
                 self._update_lecam(real_logits, fake_logits, share)
                 loss = losses.discriminator_loss(gan.loss, real_logits, fake_logits)
                 lecam = losses.lecam_regularizer(real_logits, fake_logits, self.lecam["real"], self.lecam["fake"])
@@ -194,6 +200,11 @@ class TokenizerTask:
         result = engine.step(hyper)
         metrics["gradient_norm/discriminator"] = result.gradient_norm
         return result.skipped
+
+    def _judged(self, judge: Callable[[Any], Tensor], images: Tensor) -> Tensor:
+        """A discriminator's logits of the images, which it may see through frozen features."""
+        with self.discriminator.autocast():
+            return judge(images if self.features is None else self.features(images)).float()
 
     @torch.no_grad()
     def _update_lecam(self, real: Tensor, fake: Tensor, share: float) -> None:
@@ -215,6 +226,10 @@ class TokenizerTask:
                 lpips = self.perceptual(x, reconstruction).float().mean()
             _add(metrics, "loss/perceptual", lpips, share)
             nll = nll + config.perceptual.weight * lpips
+        if config.gram.weight:
+            gram = self._gram_loss(x, reconstruction)
+            _add(metrics, "loss/gram", gram, share)
+            nll = nll + config.gram.weight * gram
         loss = nll + config.quantization_weight * out.losses["quantization"]
         if "entropy" in out.losses:
             loss = loss + config.entropy_weight * out.losses["entropy"]
@@ -228,11 +243,18 @@ class TokenizerTask:
         _add(metrics, "loss/total", loss, share)
         return loss
 
+    def _gram_loss(self, x: Tensor, reconstruction: Tensor) -> Tensor:
+        see = partial(perceptual_features, self.perceptual)
+        if self.config.gram.features == "discriminator":
+            see = self.features.plain
+        with self.generator.autocast():
+            found, wanted = see(reconstruction), see(x)
+        return losses.gram_loss([layer.float() for layer in found], [layer.float() for layer in wanted])
+
     def _gan_loss(self, reconstruction: Tensor, nll: Tensor) -> tuple[Tensor, Tensor]:
         """The generator's loss against the frozen discriminator, and its weight."""
         discriminator = self.discriminator.module.requires_grad_(False)
-        with self.discriminator.autocast():
-            logits = discriminator(reconstruction).float()
+        logits = self._judged(discriminator, reconstruction)
         discriminator.requires_grad_(True)
         gan_loss = losses.non_saturating_generator_loss(logits)
         weight = torch.full((), self.config.gan.weight, device=logits.device)
@@ -302,11 +324,21 @@ class TokenizerTask:
 
     def rank_tensors(self) -> dict[str, Tensor]:
         """The averages, and the codes counted since the last log."""
-        return self._averages() | {f"{OWN}code_counts": self.usage.counts}
+        tensors = self._averages() | {f"{OWN}code_counts": self.usage.counts}
+        if self.features is not None:
+            tensors[FEATURES] = torch.tensor([*self.features.identity.encode()], dtype=torch.uint8)
+        return tensors
 
     def load_rank_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore them."""
-        for name, current in self.rank_tensors().items():
+        """Restore them; UserError where the discriminator has learned from other features."""
+        own = self.rank_tensors()
+        if FEATURES in own and not torch.equal(there := tensors[FEATURES], own.pop(FEATURES)):
+            raise UserError(
+                "loss.gan.discriminator: the checkpoint's has learned from other features "
+                f"({bytes(there.tolist()).decode()}, here {self.features.identity}); give the same backbone and "
+                "weights, or use --fresh to start over"
+            )
+        for name, current in own.items():
             if name in tensors or not name.startswith(OWN):
                 current.copy_(tensors[name])
 

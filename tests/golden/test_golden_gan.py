@@ -31,7 +31,7 @@ from ibq.losses import (
     non_saturating_generator_loss,
     vanilla_discriminator_loss,
 )
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 
 NAME = "losses_gan"
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
@@ -58,7 +58,7 @@ def as_float32(value: float) -> float:
 
 def load_discriminator(dtype: torch.dtype) -> PatchDiscriminator:
     sizes = golden_json(NAME)["discriminator"]
-    discriminator = PatchDiscriminator(DiscriminatorConfig(channels=sizes["ndf"], layers=sizes["n_layers"]))
+    discriminator = PatchDiscriminator(PatchDiscriminatorConfig(channels=sizes["ndf"], layers=sizes["n_layers"]))
     prefix = "disc_state/"
     tensors = golden_tensors(NAME)
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

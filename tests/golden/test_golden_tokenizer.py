@@ -32,7 +32,7 @@ from ibq.interop import seed_voken
 from ibq.interop.lightning_tokenizer import infer_discriminator_config
 from ibq.interop.reference_tensors import FIRST_STAGE
 from ibq.interop.seed_voken import infer_tokenizer_config, tokenizer_config_from_reference
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig
@@ -228,7 +228,7 @@ def test_discriminator_weights():
         assert torch.equal(raw[name], value), name
     settings = golden_json(NAME)["config"]["lossconfig"]["params"]
     config = infer_discriminator_config(raw)
-    assert config == DiscriminatorConfig(channels=settings["disc_ndf"], layers=settings["disc_num_layers"])
+    assert config == PatchDiscriminatorConfig(channels=settings["disc_ndf"], layers=settings["disc_num_layers"])
     for weights in (raw, ema):
         PatchDiscriminator(config).load_state_dict(weights, strict=True)
     state = read_golden_state()
@@ -422,7 +422,7 @@ def test_official_shapes(num_codes: str):
     assert len(listing) == counts["state_dict_entries"]
     config = tokenizer_config_from_reference(official()["config"] | {"n_embed": int(num_codes)})
     with torch.device("meta"):
-        tokenizer, discriminator = Tokenizer(config), PatchDiscriminator(DiscriminatorConfig())
+        tokenizer, discriminator = Tokenizer(config), PatchDiscriminator(PatchDiscriminatorConfig())
     ours = {our_name(n): s for n, s in listing.items() if not n.startswith(("loss.", "model_ema."))}
     assert {name: tuple(value.shape) for name, value in tokenizer.state_dict().items()} == ours
     prefix = "loss.discriminator."
@@ -444,7 +444,7 @@ def test_full_size_checkpoints_are_read_strictly(num_codes: str, monkeypatch: py
     for weights in ("raw", "ema"):
         tensors = read_tokenizer("full.ckpt", weights)
         assert infer_tokenizer_config(tensors) == expected
-        assert infer_discriminator_config(read_discriminator("full.ckpt", weights)) == DiscriminatorConfig()
+        assert infer_discriminator_config(read_discriminator("full.ckpt", weights)) == PatchDiscriminatorConfig()
     del state["decoder.up.0.block.0.conv1.bias"]
     with pytest.raises(ValueError, match=r"missing tensors: decoder\.up\.0\.block\.0\.conv1\.bias"):
         read_tokenizer("full.ckpt")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ibq.models.discriminator import BatchNorm2d, DiscriminatorConfig, PatchDiscriminator
+from ibq.models.discriminator import BatchNorm2d, PatchDiscriminator, PatchDiscriminatorConfig
 
 
 def draw(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -46,7 +46,7 @@ def test_evaluation_uses_the_running_statistics():
 
 
 def test_every_norm_of_the_discriminator_is_told():
-    discriminator = PatchDiscriminator(DiscriminatorConfig(channels=4, layers=2))
+    discriminator = PatchDiscriminator(PatchDiscriminatorConfig(channels=4, layers=2))
     calls = []
     discriminator.use_world_statistics(lambda value: calls.append(value) or value, world_size=3)
     norms = [module for module in discriminator.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -57,11 +57,11 @@ def test_every_norm_of_the_discriminator_is_told():
 
 @pytest.mark.parametrize(("layers", "side"), [(1, 14), (2, 6), (3, 2)])
 def test_patch_logits(layers: int, side: int):
-    discriminator = PatchDiscriminator(DiscriminatorConfig(channels=4, layers=layers))
+    discriminator = PatchDiscriminator(PatchDiscriminatorConfig(channels=4, layers=layers))
     assert discriminator(torch.zeros(2, 3, 32, 32)).shape == (2, 1, side, side)
 
 
 @pytest.mark.parametrize("field", ["channels", "layers"])
 def test_settings_that_cannot_work(field: str):
     with pytest.raises(ValueError, match=f"^{field}: "):
-        DiscriminatorConfig(**{field: 0})
+        PatchDiscriminatorConfig(**{field: 0})

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ibq.config import exit_on_user_error, load_section, parse_config
 from ibq.engine.tensor_parallel import tensor_piece
+from ibq.losses import gram_loss
 from ibq.models.code_order import draw_orders
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from ibq.models.perceptual import PerceptualConfig, build_perceptual
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from ibq.models.feature_discriminator import FeatureDiscriminator, FeaturesDiscriminatorConfig
+from ibq.models.frozen_features import FrozenFeatures
+from ibq.models.perceptual import PerceptualConfig, build_perceptual, perceptual_features
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.models.vision_transformer import VisionTransformerConfig
 from ibq.ops import textbook
 from ibq.quantizers import (
     BSQConfig,
@@ -37,14 +42,14 @@ from ibq.scaling.layouts import Layout, Training, numerics, rules
 from ibq.scaling.memory import peak_memory
 from ibq.scaling.networks import TokenizerLosses, tokenizer_network, transformer_network
 from ibq.scaling.plan import TransformerStage
-from ibq.scaling.tokenizer import (
+from ibq.scaling.tokenizer import quantizer_parameters, tokenizer_flops, tokenizer_parts
+from ibq.scaling.tokenizer_losses import (
     discriminator_flops,
     discriminator_layers,
+    feature_layers,
+    gram_flops,
     perceptual_flops,
     perceptual_layers,
-    quantizer_parameters,
-    tokenizer_flops,
-    tokenizer_parts,
 )
 from ibq.scaling.traffic import parameter_traffic, ring, tensor_traffic
 from ibq.scaling.transformer import (
@@ -197,7 +202,7 @@ def test_flops_of_tokenizers():
 
 
 def test_flops_of_the_losses_networks():
-    config = DiscriminatorConfig(channels=16)
+    config = PatchDiscriminatorConfig(channels=16)
     with torch.device("meta"):
         images = torch.rand(BATCH, 3, 64, 64)
         fakes = torch.rand(BATCH, 3, 64, 64, requires_grad=True)
@@ -215,6 +220,45 @@ def test_flops_of_the_losses_networks():
     assert counted(lambda: perceptual(images, fakes).sum()) == (BATCH * flops.forward, BATCH * flops.backward)
     layers = perceptual_layers(64, PRECISE)
     assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in perceptual.parameters())
+
+
+FEATURES = FeaturesDiscriminatorConfig(
+    backbone=VisionTransformerConfig(width=48, depth=3, heads=2, patch=8, side=64, layer_scale=True, registers=2),
+    layers=(0, 1, 2),
+    side=64,
+    head_width=32,
+    weights="random",
+    augment=0.0,
+)
+
+
+def test_flops_of_a_discriminator_on_features():
+    features, model = FrozenFeatures(FEATURES), FeatureDiscriminator(FEATURES)
+    images, fakes = torch.rand(BATCH, 3, 64, 64), torch.rand(BATCH, 3, 64, 64, requires_grad=True)
+    own = counted(lambda: model(features(images)).sum() + model(features(fakes.detach())).sum())
+    model.requires_grad_(False)
+    frozen = counted(lambda: model(features(fakes)).sum())
+    flops = discriminator_flops(FEATURES, 64)
+    assert own[0] + frozen[0] == BATCH * flops.forward and own[1] + frozen[1] == BATCH * flops.backward
+    layers = discriminator_layers(FEATURES, 64, PRECISE)
+    assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters())
+    layers = feature_layers(FEATURES, PRECISE)
+    assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in features.parameters())
+    assert feature_layers(PatchDiscriminatorConfig(), PRECISE) == []
+
+
+@pytest.mark.parametrize("kind", ["perceptual", "discriminator"])
+def test_flops_of_gram_losses(kind):
+    images, fakes = torch.rand(BATCH, 3, 64, 64), torch.rand(BATCH, 3, 64, 64, requires_grad=True)
+    see = FrozenFeatures(FEATURES).plain
+    if kind == "perceptual":
+        see = partial(perceptual_features, build_perceptual(PerceptualConfig(weights="random")))
+    found = counted(lambda: gram_loss(see(fakes), see(images)))
+    flops = gram_flops(kind, FEATURES, 64)
+    if kind == "perceptual":  # without the 1 x 1 products of LPIPS, which the plan lets stand
+        assert found == pytest.approx((BATCH * flops.forward, BATCH * flops.backward), rel=0.01)
+    else:
+        assert found == (BATCH * flops.forward, BATCH * flops.backward)
 
 
 # --- Saved tensors --------------------------------------------------------------------------------
@@ -276,13 +320,26 @@ def test_what_tokenizers_save(precision, recomputed, selective):
 def test_what_the_losses_networks_save(precision):
     kind, autocast = PRECISIONS[precision], precision == "autocast"
     images, fakes = torch.rand(BATCH, 3, 64, 64), torch.rand(BATCH, 3, 64, 64, requires_grad=True)
-    config = DiscriminatorConfig(channels=16)
+    config = PatchDiscriminatorConfig(channels=16)
     for model, inputs, layers in (
         (PatchDiscriminator(config), (fakes,), discriminator_layers(config, 64, kind)),
         (build_perceptual(PerceptualConfig(weights="random")), (images, fakes), perceptual_layers(64, kind)),
     ):
         found = saved_bytes(model, lambda model=model, inputs=inputs: model(*inputs), autocast)
         assert found == pytest.approx(BATCH * sum(layer.saved for layer in layers), rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+def test_what_a_discriminator_on_features_saves(precision):
+    kind, autocast = PRECISIONS[precision], precision == "autocast"
+    features, model = FrozenFeatures(FEATURES), FeatureDiscriminator(FEATURES)
+    images, fakes = torch.rand(BATCH, 3, 64, 64), torch.rand(BATCH, 3, 64, 64, requires_grad=True)
+    found = saved_bytes(model, lambda: model(features(images)), autocast)
+    planned = BATCH * sum(layer.saved for layer in discriminator_layers(FEATURES, 64, kind))
+    weights = 0 if autocast else 4 * sum(p.numel() for p in model.parameters() if p.dim() == 3)  # divided by sigma
+    assert found == pytest.approx(planned + weights, rel=0.02)
+    found = saved_bytes(features, lambda: features(fakes), autocast)
+    assert found == pytest.approx(BATCH * sum(layer.saved for layer in feature_layers(FEATURES, kind)), rel=0.02)
 
 
 # --- Peak memory, measured ------------------------------------------------------------------------
@@ -376,7 +433,7 @@ def planned_peak(found: dict, gpus: int) -> float:
     )
     if "resolution" in found["model"]:
         config = parse_config(TokenizerConfig, found["model"])
-        losses = TokenizerLosses(discriminator=DiscriminatorConfig(channels=16), perceptual=True)
+        losses = TokenizerLosses(discriminator=PatchDiscriminatorConfig(channels=16), perceptual=True)
         network = tokenizer_network(config, losses, layout, training)
     else:
         network = transformer_network(parse_config(TransformerConfig, found["model"]), layout, training)

@@ -32,7 +32,7 @@ from ibq.data.index import sha256_of
 from ibq.interop import llamagen, open_magvit2, seed_voken
 from ibq.interop.families import family_of, read_published
 from ibq.interop.reference_tensors import read_file
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer
@@ -185,7 +185,7 @@ def test_full_size_tokenizers_are_written_with_the_official_names(num_codes, mon
     config = TokenizerConfig(quantizer=IBQConfig(num_codes=int(num_codes)))
     with torch.device("meta"):
         state = Tokenizer(config).state_dict()
-        discriminator = PatchDiscriminator(DiscriminatorConfig()).state_dict()
+        discriminator = PatchDiscriminator(PatchDiscriminatorConfig()).state_dict()
     written = seed_voken.write_tokenizer(config, state, state, discriminator)
     assert shapes(written) == official_tokenizer(num_codes)
     monkeypatch.setattr(seed_voken, "read_state", lambda path: written)

@@ -1,19 +1,26 @@
 """Parts of the tokenizer's training step."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from ibq.engine.base import EngineSettings, OptimizerConfig, StepResult
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.local import LocalEngine
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.losses import gram_loss
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from ibq.models.feature_discriminator import FeaturesDiscriminatorConfig
+from ibq.models.frozen_features import FrozenFeatures
+from ibq.models.perceptual import PerceptualConfig, build_perceptual, perceptual_features
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
+from ibq.models.vision_transformer import VisionTransformerConfig
 from ibq.quantizers import IBQConfig
 from ibq.training.metrics import Stopwatch
-from ibq.training.tokenizer_config import GanConfig, TokenizerLossConfig
+from ibq.training.tokenizer_config import GanConfig, GramConfig, TokenizerLossConfig
 from ibq.training.tokenizer_task import TokenizerTask
 
 CPU = torch.device("cpu")
@@ -42,7 +49,7 @@ def task_of(judged_by: str) -> tuple[TokenizerTask, list[int]]:
     )
     # Plain descent: a step is the gradient, whatever its size.
     settings = EngineSettings(optimizer=OptimizerConfig(kind="sgd"), device=CPU, accumulation=2)
-    discriminator = DiscriminatorConfig(channels=4)
+    discriminator = PatchDiscriminatorConfig(channels=4)
     task = TokenizerTask(
         LocalEngine(Blueprint(name="tokenizer", build=lambda: Tokenizer(model), seed=0), settings),
         LocalEngine(Blueprint(name="judge", build=lambda: PatchDiscriminator(discriminator), seed=0), settings),
@@ -83,6 +90,31 @@ def test_judged_by_the_previous_discriminator_needs_one_pass(monkeypatch):
 
     monkeypatch.setattr(unmoved.discriminator, "step", stay)
     torch.testing.assert_close(tokenizer, change(unmoved)[0])
+
+
+def test_gram_losses_are_of_what_lpips_compares_or_of_the_discriminators_features():
+    x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    perceptual = build_perceptual(PerceptualConfig(weights="random"))
+    taps = [perceptual_features(perceptual, images) for images in (x, y)]
+    distance = sum(
+        lin((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square()).mean(dim=(2, 3))
+        for lin, a, b in zip(perceptual.lins, *taps, strict=True)
+    )
+    torch.testing.assert_close(distance, perceptual(x, y).flatten(1), rtol=1e-4, atol=1e-7)
+
+    backbone = VisionTransformerConfig(width=16, depth=2, heads=2, patch=8, side=32)
+    features = FrozenFeatures(FeaturesDiscriminatorConfig(backbone=backbone, layers=(1, 2), side=32, weights="random"))
+    seen = {"perceptual": taps, "discriminator": [features.plain(images) for images in (x, y)]}
+    for kind, (wanted, found) in seen.items():
+        task = SimpleNamespace(
+            config=SimpleNamespace(gram=GramConfig(weight=1.0, features=kind)),
+            perceptual=perceptual,
+            features=features,
+            generator=SimpleNamespace(autocast=nullcontext),
+        )
+        expected = gram_loss(found, wanted)
+        assert float(expected) > 0
+        torch.testing.assert_close(TokenizerTask._gram_loss(task, x, y), expected)
 
 
 @pytest.mark.parametrize("judged_by", ["updated", "previous"])

@@ -8,6 +8,7 @@ from support import ROOT
 from support.golden import golden_json
 
 from ibq.config import load_config
+from ibq.models.feature_discriminator import FeaturesDiscriminatorConfig
 from ibq.models.heads import FactorisedHeadConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer
@@ -52,6 +53,17 @@ def test_transformer_files(size):
 @pytest.mark.parametrize("kind, name", [(TokenizerRunConfig, "tokenizer"), (ARRunConfig, "transformer")])
 def test_quickstart_files(kind, name):
     load_config(kind, YAML / f"quickstart/{name}.yaml")
+
+
+def test_the_file_of_the_discriminator_on_features():
+    """The 262,144 codes with another discriminator, and nothing else."""
+    files = (YAML / f"tokenizer_262144{name}.yaml" for name in ("", "_features"))
+    plain, other = (load_config(TokenizerRunConfig, file) for file in files)
+    gan = replace(plain.loss.gan, discriminator=FeaturesDiscriminatorConfig())
+    assert replace(plain, output=other.output, loss=replace(plain.loss, gan=gan)) == other
+    found = other.loss.gan.discriminator
+    assert (found.layers, found.kernel, found.norm_images, found.side, found.crop) == ((0, 3, 6, 9, 12), 9, 8, 224, 0.5)
+    assert (found.augment, found.cutout, found.spectral_norm) == (1.0, 0.2, True)
 
 
 IMAGENET = 1_281_167

@@ -21,7 +21,7 @@ from ibq.engine.base import EngineSettings, GroupHyper, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.build import build_engine
 from ibq.engine.configs import FsdpEngineConfig, LocalEngineConfig, ZeroEngineConfig
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from ibq.models.perceptual import PerceptualConfig, build_perceptual
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
@@ -67,7 +67,7 @@ def transformer_step(case: dict, engines: list) -> Callable[[], object]:
 
 def tokenizer_step(case: dict, engines: list) -> Callable[[], object]:
     config = parse_config(TokenizerConfig, case["model"])
-    discriminator = DiscriminatorConfig(channels=16)
+    discriminator = PatchDiscriminatorConfig(channels=16)
     tokenizer = engine_of(case, "tokenizer", lambda: Tokenizer(config))
     other = engine_of(case, "discriminator", lambda: PatchDiscriminator(discriminator), kind="local", ema=None)
     engines += [tokenizer, other]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ibq import dist
 from ibq.config import UserError
 from ibq.interop.lightning_tokenizer import infer_discriminator_config
-from ibq.models.discriminator import PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.transformer import Transformer, TransformerConfig
 from ibq.ops.codebook import directions, resized_codebook
@@ -212,6 +212,10 @@ def _discriminator(source: Source, config: Any, start: TokenizerStartConfig) -> 
         return None, NOT_THERE
     if "discriminator" not in start.also:
         return None, "not in start_from.also"
+    if not isinstance(gan.discriminator, PatchDiscriminatorConfig):
+        return None, f"loss.gan.discriminator.kind is {gan.discriminator.kind}"
+    if any(name.startswith("heads.") for name in tensors):
+        return None, "it is of another kind, on frozen features"
     if not any(name.startswith("main.") for name in tensors):
         return None, "it is of another kind, with blurred downsampling"
     there, here = infer_discriminator_config(tensors), gan.discriminator

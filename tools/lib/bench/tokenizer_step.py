@@ -13,20 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq import losses
-from ibq.config import load_section
+from ibq.config import UserError, load_section
 from ibq.data.transforms import to_unit_range
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.configs import LocalEngineConfig
 from ibq.engine.local import LocalEngine
-from ibq.models.discriminator import PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from ibq.models.perceptual import build_lpips
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.ops import textbook
 from ibq.ops.backend import image_format
 from ibq.quantizers import IBQConfig
-from ibq.scaling.tokenizer import discriminator_flops, perceptual_flops, quantizer_flops, tokenizer_flops
+from ibq.scaling.tokenizer import quantizer_flops, tokenizer_flops
+from ibq.scaling.tokenizer_losses import discriminator_flops, perceptual_flops
 from ibq.training.metrics import Stopwatch
 from ibq.training.run import set_up_torch
 from ibq.training.tokenizer_config import TokenizerLossConfig
@@ -48,6 +49,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     """Each form in a fresh process, then the machine's own rates."""
     model = load_section(TokenizerConfig, arguments.config, "model")  # errors before the wait
     loss = load_section(TokenizerLossConfig, arguments.config, "loss")
+    if not isinstance(loss.gan.discriminator, PatchDiscriminatorConfig):
+        raise UserError("loss.gan.discriminator.kind: the bench has patch alone; give a config with that")
     figures = bench_step.measure_forms(arguments, measure_form, measure_rates)
     flops = needed_flops(model, loss)
     floor = arguments.batch * sum(flops[precision] / figures["rates"][precision] for precision in flops)

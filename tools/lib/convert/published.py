@@ -20,6 +20,7 @@ from ibq.interop import llamagen, open_magvit2, seed_voken
 from ibq.interop.families import FAMILIES, SUFFIXES, read_published
 from ibq.interop.published import Hints, ModelConfig, Published
 from ibq.interop.reference_tensors import DAMAGED, DOWNLOAD_AGAIN, damaged_record, read_file
+from ibq.models.discriminator import PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
@@ -226,7 +227,8 @@ def source_of_checkpoint(folder: Path, weights: str) -> Source:
     discriminator = {}
     if is_tokenizer and (folder / index_file("discriminator")).exists():
         other = StateReader(folder, "discriminator")
-        discriminator = {n: other.full("weight", n) for n in other.shapes} | other.untrained()
+        if other.model["kind"] == PatchDiscriminator.__name__:  # no published format has another
+            discriminator = {n: other.full("weight", n) for n in other.shapes} | other.untrained()
     step = json.loads((folder / "state.json").read_text())["step"]
     config = parse_config(CONFIGS[kind.__name__], reader.model["config"], str(folder))
     return Source(config=config, sets=sets, discriminator=discriminator, facts={"step": str(step)})
