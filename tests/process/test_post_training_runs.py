@@ -93,14 +93,8 @@ def test_codes_and_transformers_of_before_go_with_it(place, tmp_path, capfd):
     """No warning where images are drawn with the new decoder, and codes that the old one wrote are taken."""
     assert train(place, "again", PERTURBED) == 0
     assert train(place, "twice", PERTURBED, f"start_from={place / 'again'}", start=False) == 0
-    encode_shards.main(
-        [
-            f"--tokenizer={place / 'tokenizer'}",
-            f"--images={place / 'data/train-*.tar'}",
-            f"--output={tmp_path / 'codes'}",
-        ]
-        + ["--device=cpu", "--workers=0"]
-    )
+    what = [f"--tokenizer={place / 'tokenizer'}", f"--images={place / 'data/train-*.tar'}", "--workers=0"]
+    encode_shards.main([*what, f"--output={tmp_path / 'codes'}", "--device=cpu"])
     argv = ["--config", str(place / "transformer.yaml"), f"output={tmp_path / 'ar'}", "training.max_steps=1"]
     argv += [f"data.{split}={tmp_path / 'codes'}" for split in ("train", "validation")]
     assert train_here("transformer", [*argv, f"data.tokenizer={place / 'twice'}"]) == 0
@@ -109,10 +103,8 @@ def test_codes_and_transformers_of_before_go_with_it(place, tmp_path, capfd):
         if tokenizer == "other":
             assert train(place, "other", start=False) == 0
             assert train(place, "other", "seed=1", "--fresh", start=False) == 0
-        sample.main(
-            [f"--tokenizer={place / tokenizer}", f"--transformer={place / 'transformer'}", "--device=cpu", "--count=1"]
-            + [f"--output={tmp_path / tokenizer}", "--rows=2"]
-        )
+        models = [f"--tokenizer={place / tokenizer}", f"--transformer={place / 'transformer'}", "--device=cpu"]
+        sample.main([*models, "--count=1", "--rows=2", f"--output={tmp_path / tokenizer}"])
         assert capfd.readouterr().err.count("was trained on codes of another tokenizer") == warned, tokenizer
     torch.set_flush_denormal(False)
 
