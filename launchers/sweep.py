@@ -27,6 +27,7 @@ The sweep file names what all runs share and what makes each different:
     high: [optimizer.learning_rate=1e-3]
   grid:                                   # ... or every combination of values
     optimizer.learning_rate: [1e-4, 1e-3]
+  seeds: [0, 1, 2]                        # each run with each of them; tables show means and 95% intervals
   output: runs/learning_rate
 
 In place of `runs` or `grid`, `scaling` names depths and token budgets of transformers of width 64 x depth, with the

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ibq.config import UserError, require_least
 from ibq.data.transforms import to_unit_range
-from ibq.evaluation.distances import nearest
+from ibq.evaluation.distances import Gaussian, Moments, frechet_distance, nearest
 
 BATCH = 128
 SHIFT = 8  # an image is moved by up to its size / SHIFT in training
@@ -132,11 +132,12 @@ def evaluate_with_classifier(
     config: ClassifierConfig | None = None,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, float]:
-    """Accuracy on real validation images and on generated ones, and distances to the nearest training image.
+    """Accuracy on real validation images and on generated ones, and distances to the training images.
 
-    Distances are means over images: "pixel" is the root mean square difference of values in [-1, 1], "feature" the
-    Euclidean one of the classifier's features; the validation images' own say what is usual. UserError for classes
-    that the real images do not have.
+    "nearest" are means over images of the distance to the nearest one: "pixel" is the root mean square difference of
+    values in [-1, 1], "feature" the Euclidean one of the classifier's features; the validation images' own say what is
+    usual. "frechet" is the Frechet distance of the sets' features, as FID (Heusel et al., 2017) has it of Inception's.
+    UserError for classes that the real images do not have.
     """
     for name, part in (("validation", validation), ("generated", generated)):
         if not len(part.labels):
@@ -155,5 +156,13 @@ def evaluate_with_classifier(
         distance, _ = nearest(pixels, known_pixels)
         metrics[f"{name}_nearest_pixel"] = float(distance.mean() / pixels.shape[1] ** 0.5)
         metrics[f"{name}_nearest_feature"] = float(nearest(features, known_features)[0].mean())
+        if min(len(features), len(known_features)) > 1:
+            metrics[f"{name}_frechet"] = frechet_distance(_gaussian(known_features), _gaussian(features))
         metrics[f"{name}_images"] = len(part.labels)
     return metrics
+
+
+def _gaussian(features: Tensor) -> Gaussian:
+    moments = Moments(features.shape[1])
+    moments.add(features)
+    return moments.gaussian()

@@ -1,8 +1,11 @@
-"""Variants of a model side by side: a self-contained page, and the same as Markdown with pictures."""
+"""Variants of a model side by side: a self-contained page, and the same as Markdown with pictures.
+
+Where each ran with several seeds, its figures are means with their 95% intervals (`ibq/reports/seeds.py`).
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -36,8 +39,15 @@ COLUMNS = {
     "batch_size": ("Batch", "int", "", "Images in a step."),
     "learning_rate": ("Rate", "short", "", "Peak learning rate."),
     "nll": ("NLL", "nats/token", "lower", "Of the validation images at the end, with averaged weights."),
+    "bits_per_image": ("Bits/image", "", "lower", "The same of all codes of an image together."),
     "best_nll": ("Best NLL", "nats/token", "lower", "The lowest at any validation."),
     "train_loss": ("Train loss", "nats/token", "", "Mean of the last steps, with dropout and the weights as they are."),
+    "recognised": ("Recognised", "%", "higher", FIELDS["classifier.generated_accuracy"][3]),
+    "real_recognised": ("Real ones", "%", "", FIELDS["classifier.validation_accuracy"][3]),
+    "frechet": ("Fréchet", "", "lower",
+        "Fréchet distance of the samples to the training images by that classifier's features: as FID, not its scale."),
+    "real_frechet": ("Real ones'", "", "", "The same of unseen real images: what is usual."),
+    "nearest_pixel": ("Nearest", "", "", FIELDS["classifier.generated_nearest_pixel"][3]),
     "steps": ("Steps", "int", "", "Training steps."),
     "seconds_per_step": ("Per step", "s", "lower", "Median wall-clock time of a training step."),
     "seconds": ("Training", "s", "lower", "Wall-clock time of the training command, with start and validations."),
@@ -45,7 +55,7 @@ COLUMNS = {
     "parameters": ("Weights", "int", "", "Trained numbers, codebook and embeddings included."),
     "non_embedding_parameters": ("Without embeddings", "int", "", "Of them, those that are no embeddings and no head."),
     "held_out": ("Held out", "int", "", "1: left out of the fit of a scaling law, which then predicts it."),
-}
+}  # fmt: skip
 UNITS_IN_HEAD = ("dB", "GiB", "nats/token")
 DECIMALS = {"nats/token": 4}  # of units in the head; else 2
 CHART_WIDTH = 470  # two charts side by side
@@ -69,7 +79,7 @@ class AblationData:
 
     title: str
     about: str
-    rows: Mapping[str, Mapping[str, float]]  # run -> figure -> value; figures as in COLUMNS
+    rows: Mapping[str, Mapping[str, float]]  # run -> figure -> value, or mean over seeds; figures as in COLUMNS
     settings: Mapping[str, Sequence[str]]  # run -> what makes it different
     common: Sequence[str]  # settings of all
     missing: Sequence[str]  # runs without results
@@ -77,11 +87,17 @@ class AblationData:
     originals: Tensor
     reconstructions: Mapping[str, Tensor]  # run -> images
     command: str
+    seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)  # run -> its seeds, where there are several
+    intervals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # run -> figure -> half width
 
     @property
     def columns(self) -> list[str]:
         """The figures that any run has, in the order of the table."""
         return columns_of(self.rows)
+
+    def texts(self, run: str) -> dict[str, str]:
+        """A run's cells by figure."""
+        return {column: cell(self.rows[run], column, self.intervals.get(run)) for column in self.columns}
 
     @property
     def colors(self) -> dict[str, int]:
@@ -109,9 +125,14 @@ def columns_of(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [name for name in COLUMNS if any(name in row for row in rows.values())]
 
 
-def cell(row: Mapping[str, float], column: str) -> str:
-    """A figure as it is printed, without the unit where the whole column has it."""
-    value, unit = as_number(row.get(column)), COLUMNS[column][1]
+def cell(row: Mapping[str, float], column: str, intervals: Mapping[str, float] | None = None) -> str:
+    """A figure as it is printed, without the unit where the whole column has it; with its interval, if it has one."""
+    text, half = _printed(as_number(row.get(column)), column), as_number((intervals or {}).get(column))
+    return f"{text} ± {_printed(half, column)}" if half > 0 else text
+
+
+def _printed(value: float, column: str) -> str:
+    unit = COLUMNS[column][1]
     if math.isnan(value):
         return "–"
     if column == "seconds_per_step" and value < 10:
@@ -129,7 +150,10 @@ def head(column: str) -> str:
 
 
 def best_runs(data: AblationData, column: str) -> set[str]:
-    """The runs whose printed figure is the best of a column; none where all are equal or no direction is better."""
+    """The runs whose printed figure is the best of a column; none where all are equal or no direction is better.
+
+    With intervals also those whose own meets that of the best.
+    """
     values = {name: as_number(row.get(column)) for name, row in data.rows.items()}
     values = {name: value for name, value in values.items() if math.isfinite(value)}
     better = COLUMNS[column][2]
@@ -138,7 +162,14 @@ def best_runs(data: AblationData, column: str) -> set[str]:
     best = max(values.values()) if better == "higher" else min(values.values())
     printed = {name: cell(data.rows[name], column) for name in values}
     winner = next(printed[name] for name, value in values.items() if value == best)
-    winners = {name for name, text in printed.items() if text == winner}
+    own = {name: as_number(data.intervals.get(name, {}).get(column)) for name in values}
+    widths = {name: half if half > 0 else 0.0 for name, half in own.items()}
+    nearest = min(widths[name] for name, value in values.items() if value == best)
+    winners = {
+        name
+        for name, value in values.items()
+        if printed[name] == winner or (widths[name] and abs(value - best) <= widths[name] + nearest)
+    }
     return winners if len(winners) < len(values) else set()
 
 
@@ -151,9 +182,22 @@ def notes(data: AblationData) -> list[str]:
             f"Under {MIN_TOKENS_PER_CODE} tokens per code say as much about the set's size as about the codebook: "
             f"the usage of {', '.join(few)} is too low by that."
         )
+    if data.seeds:
+        found.append(
+            "Means over seeds, with the 95% interval of the mean by Student's t; the interval of what is bold meets "
+            f"that of the best. Seeds: {_seeds_text(data.seeds)}."
+        )
     if data.missing:
         found.append(f"Without results: {', '.join(data.missing)}.")
     return found
+
+
+def _seeds_text(seeds: Mapping[str, Sequence[int]]) -> str:
+    """The seeds of all runs, or those of each where they are not the same."""
+    texts = {name: ", ".join(map(str, own)) for name, own in seeds.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{own} of {name}" for name, own in texts.items())
 
 
 # --- The page ---
@@ -175,10 +219,10 @@ def render(data: AblationData) -> str:
 def _table(data: AblationData) -> str:
     best = {column: best_runs(data, column) for column in data.columns}
     rows = []
-    for name, row in data.rows.items():
+    for name in data.rows:
         cells = (
-            f'<td class="number{" best" if name in best[column] else ""}">{escape(cell(row, column))}</td>'
-            for column in data.columns
+            f'<td class="number{" best" if name in best[column] else ""}">{escape(text)}</td>'
+            for column, text in data.texts(name).items()
         )
         rows.append((name, "".join(cells)))
     said = "".join(f'<p class="soft">{escape(text)}</p>' for text in notes(data))
@@ -247,8 +291,8 @@ def markdown(data: AblationData, pictures: str) -> str:
     best = {column: best_runs(data, column) for column in data.columns}
     lines = [f"# {data.title}", "", *([data.about, ""] if data.about else []), "```bash", data.command, "```", ""]
     rows = []
-    for name, row in data.rows.items():
-        texts = {column: cell(row, column) for column in data.columns}
+    for name in data.rows:
+        texts = data.texts(name)
         rows.append([f"`{name}`", *(f"**{text}**" if name in best[key] else text for key, text in texts.items())])
     lines += _markdown_table(("run", *map(head, data.columns)), rows, "---:|")
     for text in notes(data):

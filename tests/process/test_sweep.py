@@ -10,10 +10,12 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from PIL import Image
 from support import ROOT
 from support.points import HANG_S, Points
@@ -21,9 +23,15 @@ from support.training import make_workplace
 
 import yaml
 from ibq.config import ConfigError, UserError, load_config
-from ibq.reports.ablation import COLUMNS, cell
+from ibq.reports.ablation import COLUMNS, AblationData, best_runs, cell
+from ibq.reports.seeds import mean_curve, over_seeds
+from ibq.training.ar_config import ARRunConfig
+from ibq.training.tokenizer_config import TokenizerRunConfig
+from tools import evaluate, sample
 
 sweep = importlib.import_module("launchers.sweep")
+results = importlib.import_module("launchers.lib.sweep.results")
+RUN_CONFIGS = {"tokenizer": TokenizerRunConfig, "transformer": ARRunConfig}
 grid_module = importlib.import_module("launchers.lib.sweep.grid")
 state_module = importlib.import_module("launchers.lib.sweep.state")
 table_module = importlib.import_module("launchers.lib.sweep.table")
@@ -42,7 +50,8 @@ if "broken" in given:
     sys.exit(2)
 if starts <= int(given.get("crashes", 0)):
     sys.exit("an accident")
-(folder / "metrics.jsonl").write_text('{"step": 3, "seconds/step": 0.5, "validation/psnr": 20.5}\\n')
+row = {"step": 3, "seconds/step": 0.5 + int(given.get("seed", 0)), "validation/psnr": 20.5}
+(folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
 (folder / "status.json").write_text(json.dumps({"state": "finished", "step": 3, "total_steps": 3}))
 """
 
@@ -274,6 +283,51 @@ def test_a_run_that_does_not_finish_has_failed(tmp_path, capsys):
     assert "train ended with exit code 0: that is all" in err and "there are no results yet" in out
 
 
+# --- Seeds ---
+
+
+def test_tables_show_means_over_seeds_and_their_intervals(tmp_path, capsys):
+    """Seconds a step of 0.5, 1.5 and 2.5: the half width is 4.3027 / sqrt(3) by the tables of Student's t."""
+    file = write_sweep(tmp_path / "sweep.yaml", runs={"a": [], "b": ["crashes=1"]}, seeds=[0, 1, 2])
+    folder = tmp_path / "sweep"
+    assert sweep.main(["--config", str(file), "--only", "a.seed-1"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"a +3 +1,500 ms", out) and "±" not in out and "b.seed-2" in (folder / "results.md").read_text()
+    assert sweep.main(["--config", str(file), "--max-parallel", "2"]) == 0
+    assert sorted(path.parent.name for path in folder.glob("*/metrics.jsonl")) == [
+        f"{name}.seed-{seed}" for name in "ab" for seed in (0, 1, 2)
+    ]
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["seconds_per_step"] for row in results["runs"][:3]] == [0.5, 1.5, 2.5] and not results["missing"]
+    one, other = results["groups"]
+    assert (one["run"], other["run"], one["seeds"], other["settings"]) == ("a", "b", [0, 1, 2], ["crashes=1"])
+    assert one["mean"]["seconds_per_step"] == 1.5 and "steps" not in one["interval"]
+    assert one["interval"]["seconds_per_step"] == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    for text in (capsys.readouterr().out, *((folder / name).read_text() for name in ("results.md", "report.html"))):
+        assert text.count("1,500 ms ± 2,484 ms") == 2
+    assert "Seeds: 0, 1, 2." in (folder / "report.html").read_text()
+
+
+def test_the_best_of_means_is_marked_with_those_that_it_does_not_clearly_beat():
+    rows = {"best": {"psnr": 20.0}, "near": {"psnr": 19.5}, "far": {"psnr": 18.0}, "once": {"psnr": 19.9}}
+    intervals = {"best": {"psnr": 0.2}, "near": {"psnr": 0.4}, "far": {"psnr": 0.4}}
+    empty = {"settings": {}, "common": (), "missing": (), "curves": {}, "reconstructions": {}, "command": ""}
+    data = AblationData(title="", about="", rows=rows, originals=torch.empty(0), intervals=intervals, **empty)
+    assert best_runs(data, "psnr") == {"best", "near"}
+    assert best_runs(replace(data, intervals={}), "psnr") == {"best"}
+    assert data.texts("near") == {"psnr": "19.50 ± 0.40"} and data.texts("once") == {"psnr": "19.90"}
+
+
+def test_a_mean_curve_is_of_the_steps_that_all_have():
+    assert mean_curve([[(1, 2.0), (2, 4.0)], [(1, 4.0), (2, 5.0), (3, 1.0)]]) == [(1, 3.0), (2, 4.5)]
+    assert mean_curve([[]]) == []
+
+
+def test_figures_that_one_seed_lacks_have_no_mean():
+    means, intervals = over_seeds([{"nll": 1.0, "psnr": 2.0}, {"nll": 3.0}])
+    assert means == {"nll": 2.0} and intervals["nll"] == pytest.approx(12.7062 * 1.0, rel=1e-5)
+
+
 # --- What a sweep file says ---
 
 
@@ -331,12 +385,37 @@ def test_evaluation_takes_the_images_of_the_config(tmp_path):
         ({"runs": {"a": []}, "evaluation": {}}, "evaluation.validation: the base config names no single place"),
         ({"runs": {"a": []}, "evaluation": {"pictures": 99}}, "evaluation.pictures: must lie in [1, 24]"),
         ({"runs": {"a": []}, "overides": []}, "did you mean overrides"),
+        ({"runs": {"a": []}, "seeds": [1, 1]}, "seeds: must be different numbers from 0, got [1, 1]"),
+        ({"runs": {"a": ["seed=3"]}, "seeds": [1]}, "seeds: run a has a seed of its own; leave out either"),
+        ({"runs": {"a": []}, "seeds": [1], "overrides": ["seed=2"]}, "seeds: run a has a seed of its own"),
+        ({"scaling": {"depths": [1], "tokens": [1e3]}, "seeds": [1]}, "seeds: a scaling law is fitted to single runs"),
+        (
+            {"runs": {"a": []}, "evaluation": {}, "generation": {"tokenizer": "t", "images": "i", "total": 9}},
+            "evaluation: is of tokenizers, and `generation` of transformers; set `evaluation: null`",
+        ),
     ],
 )
 def test_mistakes_in_the_file_are_one_line(tmp_path, values, words):
     with pytest.raises(ConfigError, match=re.escape(words)) as caught:
         runs_of(tmp_path, **values)
     assert "\n" not in str(caught.value) and "sweep.yaml" in str(caught.value)
+
+
+def test_a_transformers_images_are_drawn_and_judged(tmp_path):
+    """By commands that the tools understand."""
+    generation = {"tokenizer": "t", "images": "some/train-*.tar", "total": 9, "sampler": ["--top-k", "5"]}
+    (run,) = runs_of(tmp_path, runs={"a": []}, seeds=[4], generation=generation)
+    assert [part.name for part in run.parts] == ["train", "sample", "generation"]
+    drawn = sample.parse(run.parts[1].command[1:])
+    assert (drawn.total, drawn.top_k, drawn.transformer, drawn.files) == (9, 5, str(run.folder), "none")
+    judged = evaluate.parse(run.parts[2].command[1:])
+    assert judged.samples == str(drawn.output / "samples.npz") and judged.json == run.folder / "generation.json"
+    assert (judged.classifier, judged.classifier_validation) == ("some/train-*.tar", None)
+    run.folder.mkdir(parents=True)
+    metrics = {"classifier": {"generated_accuracy": 0.25, "generated_frechet": 3.0}}
+    (run.folder / "generation.json").write_text(json.dumps({"metrics": metrics}))
+    (run.folder / "sweep.json").write_text('{"parts": {}}')
+    assert results.figures(run) == {"recognised": 0.25, "frechet": 3.0}
 
 
 def test_mistakes_on_the_command_line_end_with_2(tmp_path):
@@ -352,17 +431,17 @@ def test_mistakes_on_the_command_line_end_with_2(tmp_path):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "yaml/ablations").glob("*.yaml")), ids=lambda file: file.stem)
 def test_sweeps_that_come_with_the_project(file, tmp_path, monkeypatch):
-    from ibq.training.tokenizer_config import TokenizerRunConfig
-
     monkeypatch.chdir(ROOT)
-    if "tokenizer" in file.stem:
-        load_config(TokenizerRunConfig, file)
+    kind = "transformer" if "transformer" in file.stem else "tokenizer"
+    if kind in file.stem:
+        load_config(RUN_CONFIGS[kind], file)
         return
     runs = grid_module.runs_of(load_config(grid_module.SweepConfig, file), str(file))
     assert len(runs) > 1
     for run in runs:
-        config = load_config(TokenizerRunConfig, run.parts[0].command[2], run.parts[0].command[3:])
-        assert config.output == str(run.folder) and not config.loss.gan.enabled
+        kind = "transformer" if run.parts[0].command[0] == "ibq/train_ar.py" else "tokenizer"
+        config = load_config(RUN_CONFIGS[kind], run.parts[0].command[2], run.parts[0].command[3:])
+        assert config.output == str(run.folder) and (kind == "transformer" or not config.loss.gan.enabled)
 
 
 # --- The table ---

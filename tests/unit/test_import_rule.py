@@ -71,7 +71,7 @@ CONFINED = {
 # What the project may use, whether it is installed here or not; module names, not distribution names.
 THIRD_PARTY = {
     *("torch", "torchvision", "numpy", "scipy", "yaml", "safetensors", "PIL", "lpips", "webdataset", "tqdm"),
-    *("deepspeed", "triton", "submitit", "tensorboard", "wandb", "huggingface_hub", "matplotlib", "pytest"),
+    *("deepspeed", "triton", "submitit", "tensorboard", "wandb", "huggingface_hub", "matplotlib", "pytest", "sklearn"),
 }
 
 
@@ -342,7 +342,9 @@ def test_what_is_imported_is_in_setup_cfg():
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     always = setup["options"]["install_requires"]
-    owners = {"yaml": "pyyaml", "PIL": "pillow"} | dict.fromkeys(("fastapi", "starlette", "uvicorn"), "gradio")
+    owners = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"} | dict.fromkeys(
+        ("fastapi", "starlette", "uvicorn"), "gradio"
+    )
     for path in sources():
         if any(fnmatch(str(path), pattern) for pattern in CONFINED["triton"]):
             continue  # comes with PyTorch where there is one

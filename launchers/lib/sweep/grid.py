@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ibq.config import ConfigError, UserError
+from ibq.config import ConfigError, UserError, require_least
 from ibq.config_yaml import config_error, parse_yaml, read_layers, unwrap
 from ibq.models.transformer import TransformerConfig
 from launchers.lib.executor import code_path
@@ -34,6 +34,20 @@ class ReconstructionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How trained transformers are measured: images are drawn (tools/sample.py) and judged (tools/evaluate.py)."""
+
+    tokenizer: str  # whose codes they have learned
+    images: str  # labelled real images that a classifier learns from
+    validation: str | None = None  # the same to test it on; null: every tenth of them
+    total: int  # images that are drawn, equally many of every class
+    sampler: tuple[str, ...] = ()  # options of tools/sample.py, such as [--guidance-scale, "1.5"]
+
+    def __post_init__(self):
+        require_least(self, total=2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """A sweep: one script and base config, and what differs from run to run."""
 
@@ -48,8 +62,10 @@ class SweepConfig:
     runs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     scaling: ScalingConfig | None = None
+    seeds: tuple[int, ...] = ()  # each run is trained with each of these; tables show means and their intervals
     output: str | None = None  # null: runs/NAME
-    evaluation: ReconstructionConfig | None = field(default_factory=ReconstructionConfig)  # null: training alone
+    evaluation: ReconstructionConfig | None = field(default_factory=ReconstructionConfig)  # of tokenizers; null: none
+    generation: GenerationConfig | None = None  # of transformers; null: none
 
     def __post_init__(self):
         if not _NAME.fullmatch(self.name):
@@ -61,6 +77,12 @@ class SweepConfig:
         for name in self.runs:
             if not _NAME.fullmatch(name) or name == PICTURES:
                 raise ValueError(f"runs: {name!r} cannot name a run's folder; use letters, digits and . _ + = , -")
+        if self.evaluation is not None and self.generation is not None:
+            raise ValueError("evaluation: is of tokenizers, and `generation` of transformers; set `evaluation: null`")
+        if self.seeds and self.scaling:
+            raise ValueError("seeds: a scaling law is fitted to single runs; leave out either")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
+            raise ValueError(f"seeds: must be different numbers from 0, got {list(self.seeds)}")
         for key, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid: {key} has no values; write {key}: [value, ...]")
@@ -84,8 +106,9 @@ class Run:
     """One run of a sweep."""
 
     name: str
+    group: str  # the name in tables: with `seeds` that of all runs that differ in nothing else
     folder: Path
-    overrides: tuple[str, ...]  # what makes it different from the others
+    overrides: tuple[str, ...]  # what makes it different from the others, but for the seed
     settings: dict[str, Any]  # all that its config says, by dotted key; to see whether that has changed
     parts: tuple[Part, ...]
     held_out: bool = False  # of the fit of a scaling law
@@ -102,21 +125,26 @@ def runs_of(config: SweepConfig, source: str) -> list[Run]:
     common = _overrides_layer(config.overrides, f"{source}: overrides")
     named, held_out = _named_runs(config, source)
     runs = []
-    for name, overrides in named.items():
-        own = _overrides_layer(overrides, f"{source}: runs.{name}")
+    for (group, overrides), seed in itertools.product(named.items(), config.seeds or (None,)):
+        name, seeded = (group, ()) if seed is None else (f"{group}.seed-{seed}", (f"seed={seed}",))
+        own = _overrides_layer((*overrides, *seeded), f"{source}: runs.{group}")
+        if seeded and "seed" in {**common, **_overrides_layer(overrides, source)}:
+            raise config_error(source, "seeds", f"run {group} has a seed of its own; leave out either")
         tree: Any = {}
         for layer in (*base, common, own):
             tree = _laid_over(tree, layer)
         settings = _flat(tree)
         settings.pop("output", None)  # each run has its own
         folder = config.folder / name
-        train = ("--config", config.base, *config.overrides, *overrides, f"output={folder}")
+        train = ("--config", config.base, *config.overrides, *overrides, *seeded, f"output={folder}")
         _check(config.script, train, f"{source}: run {name}")
         parts = (Part(name="train", command=(config.script, *train)),)
         if config.evaluation is not None:
             parts += _evaluations(config.evaluation, folder, settings, source)
-        runs.append(Run(name=name, folder=folder, overrides=tuple(overrides), settings=settings, parts=parts,
-                        held_out=name in held_out))  # fmt: skip
+        if config.generation is not None:
+            parts += _generation(config.generation, folder, settings)
+        runs.append(Run(name=name, group=group, folder=folder, overrides=tuple(overrides), settings=settings,
+                        parts=parts, held_out=name in held_out))  # fmt: skip
     return runs
 
 
@@ -233,6 +261,20 @@ def _evaluations(config: ReconstructionConfig, folder: Path, settings: Mapping, 
         command = ("tools/evaluate.py", "reconstruction", "--tokenizer", str(folder))
         parts.append(Part(name=name, command=(*command, *place, "--workers", "0", *device, *files)))
     return tuple(parts)
+
+
+def _generation(config: GenerationConfig, folder: Path, settings: Mapping) -> tuple[Part, ...]:
+    """The commands that draw with a trained transformer, and measure what is drawn."""
+    device = ("--device", str(settings["device"])) if "device" in settings else ()
+    models = ("--tokenizer", config.tokenizer, "--transformer", str(folder))
+    drawn = ("--total", str(config.total), "--files", "none", "--output", str(folder / "samples"))
+    real = ("--classifier", config.images)
+    real += () if config.validation is None else ("--classifier-validation", config.validation)
+    judged = ("--samples", str(folder / "samples" / "samples.npz"), *real, "--json", str(folder / "generation.json"))
+    return (
+        Part(name="sample", command=("tools/sample.py", *models, *config.sampler, *device, *drawn)),
+        Part(name="generation", command=("tools/evaluate.py", "generation", *device, *judged)),
+    )
 
 
 def _place(

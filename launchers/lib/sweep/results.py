@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -16,14 +17,15 @@ from ibq.files import write_text
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import TransformerConfig
-from ibq.reports.ablation import COLUMNS, AblationData, cell, columns_of, head, write_ablation
+from ibq.reports.ablation import COLUMNS, AblationData, columns_of, head, write_ablation
 from ibq.reports.figures import as_number
+from ibq.reports.seeds import mean_curve, over_seeds
 from ibq.scaling.transformer import transformer_flops, transformer_parameters, transformer_weights
 from ibq.training.provenance import origin
 from ibq.training.stopping import read_status
 from launchers.lib.run_config import is_training_script, load_run
 from launchers.lib.sweep.grid import PICTURES, Run, SweepConfig
-from launchers.lib.sweep.state import MEASURED_FILES, RECORD_FILE
+from launchers.lib.sweep.state import GENERATED_FILES, MEASURED_FILES, RECORD_FILE
 from launchers.lib.sweep.table import aligned
 
 CURVES = {
@@ -32,6 +34,10 @@ CURVES = {
 }  # fmt: skip
 RECONSTRUCTION = ("psnr", "ssim", "lpips", "l1", "thumbnail_psnr")
 USAGE = ("usage", "perplexity", "effective_rank", "tokens_per_code")
+GENERATION = {
+    "recognised": "generated_accuracy", "real_recognised": "validation_accuracy", "frechet": "generated_frechet",
+    "real_frechet": "validation_frechet", "nearest_pixel": "generated_nearest_pixel",
+}  # fmt: skip
 
 
 def write_results(config: SweepConfig, runs: Sequence[Run], options: str) -> None:
@@ -49,18 +55,36 @@ def write_results(config: SweepConfig, runs: Sequence[Run], options: str) -> Non
         "columns": {name: COLUMNS[name][0] for name in columns_of(rows)},
         "runs": [{"run": run.name, "settings": list(run.overrides), **rows[run.name]} for run in done],
     }
+    groups = grouped(done, rows)
+    if config.seeds:
+        results["groups"] = groups
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(folder / "results.csv", csv_text(results["runs"], list(results["columns"])))
-    write_ablation(folder, PICTURES, ablation_data(config, done, results))
-    print("\n" + "\n".join(text_table(rows)))
+    data = ablation_data(config, done, results, groups)
+    write_ablation(folder, PICTURES, data)
+    print("\n" + "\n".join(text_table(data)))
     print(f"\ntable {folder / 'results.csv'}, page {folder / 'report.html'}, for documents {folder / 'results.md'}")
 
 
 def is_measured(run: Run, config: SweepConfig) -> bool:
     """Whether a run is trained and measured."""
     wanted = MEASURED_FILES if config.evaluation is not None else ()
+    wanted += GENERATED_FILES if config.generation is not None else ()
     trained = read_status(run.folder).get("state") == "finished"
     return trained and all((run.folder / name).exists() for name in wanted)
+
+
+def grouped(done: Sequence[Run], rows: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Of the runs that differ in their seed alone: settings, how many, means of the figures, and their intervals."""
+    members: dict[str, list[Run]] = {}
+    for run in done:
+        members.setdefault(run.group, []).append(run)
+    found = []
+    for name, runs in members.items():
+        means, intervals = over_seeds([rows[run.name] for run in runs])
+        one = {"run": name, "settings": list(runs[0].overrides), "seeds": [run.settings.get("seed") for run in runs]}
+        found.append(one | {"mean": means, "interval": {key: half for key, half in intervals.items() if half > 0}})
+    return found
 
 
 def figures(run: Run) -> dict[str, float]:
@@ -72,6 +96,9 @@ def figures(run: Run) -> dict[str, float]:
         row |= {name: reconstruction["metrics"].get(name) for name in RECONSTRUCTION}
         row |= {name: usage["metrics"].get(name) for name in USAGE}
         row["parameters"] = parameters(run.folder / "best" / "config.yaml")
+    if (run.folder / "generation.json").exists():
+        judged = _read(run.folder / "generation.json")["metrics"]["classifier"]
+        row |= {name: judged.get(key) for name, key in GENERATION.items()}
     logged = metric_rows(run.folder)
     row |= transformer_figures(run, logged)
     timed = [line["seconds/step"] for line in logged if "seconds/step" in line]
@@ -102,6 +129,7 @@ def transformer_figures(run: Run, logged: Sequence[Mapping[str, Any]]) -> dict[s
     images = batch * int(read_status(run.folder).get("step", 0))
     validations = [as_number(line["validation/nll"]) for line in logged if "validation/nll" in line]
     losses = [line["loss/total"] for line in logged if "loss/total" in line]
+    one_grid = validations and len(model.code_grids) == 1
     return {
         "depth": model.depth,
         "width": model.model_width,
@@ -112,6 +140,7 @@ def transformer_figures(run: Run, logged: Sequence[Mapping[str, Any]]) -> dict[s
         "tokens": images * model.num_tokens,
         "flops": images * transformer_flops(model).textbook,
         "nll": validations[-1] if validations else None,
+        "bits_per_image": validations[-1] * model.num_tokens / math.log(2) if one_grid else None,
         "best_nll": min(validations, default=None),
         "train_loss": losses[-1] if losses else None,
         "held_out": int(run.held_out),
@@ -144,37 +173,48 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     return file.getvalue()
 
 
-def text_table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+def text_table(data: AblationData) -> list[str]:
     """The figures for the terminal."""
-    columns = columns_of(rows)
-    lines = [[name, *(cell(row, column) for column in columns)] for name, row in rows.items()]
-    return aligned([["run", *map(head, columns)], *lines], right=range(1, 1 + len(columns)))
+    lines = [[name, *data.texts(name).values()] for name in data.rows]
+    return aligned([["run", *map(head, data.columns)], *lines], right=range(1, 1 + len(data.columns)))
 
 
-def ablation_data(config: SweepConfig, done: Sequence[Run], results: Mapping[str, Any]) -> AblationData:
-    """What the page shows."""
-    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+def curves_of(done: Sequence[Run]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Quantity -> run, or mean of the runs that differ in their seed alone -> [(step, value)]."""
+    found: dict[str, dict[str, list]] = {title: {} for title in CURVES}
     for run in done:
         logged = metric_rows(run.folder)
         for title, key in CURVES.items():
             series = [(r["step"], as_number(r[f"validation/{key}"])) for r in logged if f"validation/{key}" in r]
-            curves.setdefault(title, {})[run.name] = series
+            found[title].setdefault(run.group, []).append(series)
+    return {title: {name: mean_curve(own) for name, own in runs.items()} for title, runs in found.items()}
+
+
+def ablation_data(
+    config: SweepConfig, done: Sequence[Run], results: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> AblationData:
+    """What the page shows; pictures are those of the first seed."""
+    rows = {row["run"]: row for row in results["runs"]}
+    if config.seeds:
+        rows = {group["run"]: group["mean"] for group in groups}
     originals, reconstructions = torch.empty(0), {}
-    for run in done:
+    for run in {run.group: run for run in reversed(done)}.values():
         if (path := run.folder / "reconstruction.npz").exists() and config.evaluation is not None:
             with np.load(path) as pictures:
                 originals = torch.from_numpy(pictures["originals"])[: config.evaluation.pictures]
                 shown = torch.from_numpy(pictures["reconstructions"])[: config.evaluation.pictures]
-            reconstructions[run.name] = shown
+            reconstructions[run.group] = shown
     return AblationData(
         title=config.title or f"Sweep: {config.name}",
         about=config.about,
-        rows={row["run"]: row for row in results["runs"]},
-        settings={run.name: run.overrides for run in done},
+        rows=rows,
+        settings={group["run"]: group["settings"] for group in groups},
         common=(f"base {config.base}", *config.overrides),
         missing=results["missing"],
-        curves=curves,
+        curves=curves_of(done),
         originals=originals,
-        reconstructions=reconstructions,
+        reconstructions={group["run"]: reconstructions[group["run"]] for group in groups if reconstructions},
         command=results["origin"]["command"],
+        seeds={group["run"]: group["seeds"] for group in groups} if config.seeds else {},
+        intervals={group["run"]: group["interval"] for group in groups},
     )

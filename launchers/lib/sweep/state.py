@@ -14,7 +14,9 @@ from ibq.training.stopping import STATUS_FILE, read_status
 from launchers.lib.sweep.grid import Part, Run, differences
 
 RECORD_FILE, LOG_FILE = "sweep.json", "sweep.log"
-MEASURED_FILES = ("reconstruction.json", "reconstruction.npz", "usage.json")
+MEASURED_FILES = ("reconstruction.json", "reconstruction.npz", "usage.json")  # of a tokenizer
+GENERATED_FILES = ("generation.json",)  # of a transformer
+SAMPLES = "samples"  # folder of a transformer's images
 State = Literal["queued", "running", "stopped", "done", "failed"]
 
 
@@ -78,7 +80,7 @@ class RunState:
 def open_run(run: Run, *, fresh: bool) -> RunState:
     """How a run stands; UserError if what is there was trained with other settings."""
     if fresh:
-        remove(run.folder, (*RUN_FILES, *MEASURED_FILES, RECORD_FILE, LOG_FILE))
+        remove(run.folder, (*RUN_FILES, *MEASURED_FILES, *GENERATED_FILES, SAMPLES, RECORD_FILE, LOG_FILE))
     record = _read_record(run.folder)
     trained = (run.folder / STATUS_FILE).exists() or (run.folder / "checkpoints").exists()
     if record is None:
