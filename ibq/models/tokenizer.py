@@ -1,6 +1,6 @@
 """The image tokenizer: an encoder and a decoder around a quantizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,21 @@ class Tokenizer(nn.Module):
     def code_vectors(self) -> Tensor:
         """The latents [K, D] that the codes stand for: a copy, also where weights are gathered for this call alone."""
         return self.quantizer.code_vectors().clone()
+
+    def merged(self) -> "Tokenizer":
+        """This tokenizer for use, its quantizer without projector (`CodebookQuantizer.merged`); weights are shared.
+
+        ValueError where there is none.
+        """
+        if getattr(self.quantizer, "projector", None) is None:
+            raise ValueError("quantizer.projector: this tokenizer has none to merge into its codebook; use it as it is")
+        quantizer = self.quantizer.merged()
+        with torch.device("meta"):
+            merged = Tokenizer(replace(self.config, quantizer=quantizer.config))
+        others = {name: t for name, t in self.state_dict().items() if not name.startswith("quantizer.")}
+        codebook = {f"quantizer.{name}": tensor for name, tensor in quantizer.state_dict().items()}
+        merged.load_state_dict(others | codebook, assign=True)
+        return merged.train(self.training).requires_grad_(False)
 
     def check_images(self, images: Tensor) -> None:
         """ValueError unless the images can be encoded."""

@@ -170,6 +170,25 @@ class TokenizerStage(Stage):
         return tokenizer_network(self.config, self.losses, layout, training)
 
 
+@dataclass(frozen=True)
+class DecoderStage(TokenizerStage):
+    """Training of a tokenizer's decoder alone; the rest makes codes. A transformer that draws some is not counted."""
+
+    def flops(self) -> dict[str, Flops]:
+        """See `Stage`."""
+        parts, whole = tokenizer_parts(self.config, EXACT), tokenizer_flops(self.config)
+        decoder = [part for part in parts if part.name.startswith("decoder")]
+        recomputed = sum(part.inside for part in decoder) if whole.recomputed else 0
+        alone = Flops(forward=whole.forward, backward=sum(part.backward for part in decoder), recomputed=recomputed)
+        return super().flops() | {"tokenizer": alone}
+
+    def network(self, layout: Layout, training: Training) -> Network:
+        """See `Stage`."""
+        network = tokenizer_network(self.config, self.losses, layout, training, trained="decoder")
+        frozen = frozen_tokenizer(self.config, training, decoder=False)
+        return replace(network, extra=network.extra + frozen)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """The GPUs, and what is assumed of them."""

@@ -120,6 +120,8 @@ class TokenizerRunConfig:
             )
         if self.codes is not None:
             check_codes(self.codes, start)
+            if self.codes.kind == "generated" and self.training.micro_batch == "auto":
+                raise ValueError("training.micro_batch: auto does not count codes.transformer; give a number")
         smallest = BACKBONES["vgg"].smallest if self.loss.perceptual.weight else SMALLEST_IMAGE
         check_shapes(self.data.buckets, self.model.downsampling, smallest)
         side, gan = min((min(shape) for shape in self.data.buckets), default=self.model.resolution), self.loss.gan
