@@ -15,6 +15,7 @@ from ibq.scaling.layouts import Layout, Training, rules
 from ibq.scaling.memory import Memory, Network, peak_memory
 from ibq.scaling.networks import TokenizerLosses, frozen_tokenizer, tokenizer_network, transformer_network
 from ibq.scaling.tokenizer import (
+    decoder_flops,
     discriminator_flops,
     discriminator_layers,
     perceptual_flops,
@@ -176,11 +177,7 @@ class DecoderStage(TokenizerStage):
 
     def flops(self) -> dict[str, Flops]:
         """See `Stage`."""
-        parts, whole = tokenizer_parts(self.config, EXACT), tokenizer_flops(self.config)
-        decoder = [part for part in parts if part.name.startswith("decoder")]
-        recomputed = sum(part.inside for part in decoder) if whole.recomputed else 0
-        alone = Flops(forward=whole.forward, backward=sum(part.backward for part in decoder), recomputed=recomputed)
-        return super().flops() | {"tokenizer": alone}
+        return super().flops() | {"tokenizer": decoder_flops(self.config)}
 
     def network(self, layout: Layout, training: Training) -> Network:
         """See `Stage`."""

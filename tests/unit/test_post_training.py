@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.models import SMALL, TOKENIZER, small_transformer
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ibq.config import ConfigError, UserError, parse_config
 from ibq.engine.base import EngineSettings, OptimizerConfig
@@ -15,6 +17,9 @@ from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.ops.codebook import nearest_codes
+from ibq.scaling.layouts import Layout, Training
+from ibq.scaling.networks import TokenizerLosses
+from ibq.scaling.plan import DecoderStage, TokenizerStage, bytes_needed
 from ibq.training.metrics import Stopwatch
 from ibq.training.post_training import (
     GeneratedCodesConfig,
@@ -308,3 +313,34 @@ def test_groups_that_would_train_what_makes_codes_are_refused():
     settings = EngineSettings(optimizer=OptimizerConfig(groups=own | {"encoder.conv_in.*": 0.5}), device=CPU)
     with pytest.raises(UserError, match=r"encoder.conv_in.\* comes after patterns that match all of its parameters"):
         LocalEngine(Blueprint(name="tokenizer", build=build, seed=0), settings)
+
+
+# --- The plan ---
+
+
+def test_the_plan_of_a_decoder_alone():
+    """FLOPs as counted; weights, gradients and moments of the decoder, and nothing saved of the encoder."""
+    model = parse_config(TokenizerConfig, TOKENIZER)
+    losses = TokenizerLosses(discriminator=None, perceptual=False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tokenizer = Tokenizer(model)
+        for pattern in frozen_groups(lambda: Tokenizer(model)):
+            tokenizer.get_submodule(pattern.removesuffix(".*")).requires_grad_(False)
+        with torch.no_grad():
+            latents = tokenizer.encode_latents(torch.zeros(2, 3, 16, 16))
+        loss = tokenizer(None, False, torch.zeros(2, 4, 4, dtype=torch.int64)).reconstruction.mean()
+        forward = counter.get_total_flops() + 2 * latents.numel() * 32  # and the search among 32 codes
+        loss.backward()
+        backward = counter.get_total_flops() - forward + 2 * latents.numel() * 32
+    alone, whole = DecoderStage(model, losses), TokenizerStage(model, losses)
+    flops = alone.flops()["tokenizer"]
+    assert (2 * flops.forward, 2 * flops.backward) == (forward, backward)
+    layout, training = Layout(kind="local", gpus=1), Training(precision="fp32", micro_batch=2, batch_size=2)
+    trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
+    networks = [stage.network(layout, training) for stage in (alone, whole)]
+    assert networks[0].elements == trained < networks[1].elements
+    assert alone.parameters() == whole.parameters()
+    frozen = sum(p.numel() for p in tokenizer.parameters() if not p.requires_grad)
+    assert networks[0].extra - networks[1].extra >= 4 * frozen
+    sizes = [bytes_needed(stage, layout, training, 2) for stage in (alone, whole)]
+    assert sizes[0] < 0.8 * sizes[1]
