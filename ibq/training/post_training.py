@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ibq.api import load_transformer, trained_on
+from ibq.api import load_transformer
 from ibq.config import UserError
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer
@@ -25,7 +25,7 @@ from ibq.sampling import draw
 from ibq.training.checkpoint import weights_hash
 from ibq.training.schedule import annealed
 from ibq.training.start_from.config import TokenizerStartConfig
-from ibq.training.start_from.places import Source
+from ibq.training.start_from.places import Source, known_tokenizer
 
 FROZEN = ("encoder", "quant_conv", "quantizer")  # the parts of a tokenizer that make its codes
 SAMPLER = ("temperature", "guidance_scale", "guidance_schedule", "guidance_power", "top_k", "top_p")
@@ -118,10 +118,10 @@ def frozen_groups(build: Callable[[], nn.Module]) -> dict[str, Literal["frozen"]
     return {f"{part}.*": "frozen" for part in FROZEN if part in parts}
 
 
-def origin_of_codes(origin: Mapping) -> str:
-    """The hash of the tokenizer whose codes a run's tokenizer has, from where it began (`Start.origin`)."""
-    start = origin["start_from"]
-    return start.get("codes_of", start["weights_sha256"])
+def origin_of_codes(origin: Mapping) -> dict[str, str]:
+    """`codes_of`: the hash of the tokenizer whose codes a run's has, from where it began (`Start.origin`), if known."""
+    start = origin.get("start_from")
+    return {} if start is None else {"codes_of": start.get("codes_of", start["weights_sha256"])}
 
 
 def open_transformer(
@@ -149,7 +149,8 @@ def open_transformer(
 
 def check_origin(config: GeneratedCodesConfig, source: Source) -> None:
     """UserError unless the transformer knows the codes of the tokenizer that a run starts from, as far as both tell."""
-    known = trained_on(config.transformer) if Path(config.transformer).is_dir() else None
+    place = Path(config.transformer)
+    known = known_tokenizer(place) if place.is_dir() else None
     if known is not None and known not in (weights_hash(source.tensors), source.codes_of):
         raise UserError(
             f"{config.transformer}: was trained on codes of another tokenizer than {source.place}; give its own as "

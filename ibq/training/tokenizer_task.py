@@ -352,7 +352,7 @@ class TokenizerTask:
     def save_pretrained(self, folder: Path, info: Mapping) -> None:
         """Write the averaged weights for `ibq.load_tokenizer`; of a decoder alone also whose codes they are for."""
         if self.change_codes is not None:
-            info = {**info, "codes_of": origin_of_codes(info)}
+            info = {**info, **origin_of_codes(info)}
         save_pretrained(folder, self.generator, info)
 
 

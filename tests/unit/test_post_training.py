@@ -135,6 +135,16 @@ def test_generated_codes_are_those_of_the_textbook(prefix):
     assert 0.3 < (expected != codes).double().mean() < 0.8
 
 
+@pytest.mark.parametrize("prefix", ["image", "drawn"])
+def test_a_transformer_in_bfloat16_draws_nearly_the_same_also_under_autocast(prefix):
+    config, found = GeneratedCodesConfig(transformer="", keep=0.3, prefix=prefix), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(Generation(config, small_transformer().to(dtype))(*request((4, 4)), 0))
+    assert (found[0] == found[1]).double().mean() > 0.7 > 0.5 > (found[0] == request((4, 4))[0]).double().mean()
+
+
 @torch.no_grad()
 def test_freely_drawn_codes_know_nothing_of_the_image():
     config = GeneratedCodesConfig(transformer="", keep=0, prefix="drawn", guidance_scale=1.0)

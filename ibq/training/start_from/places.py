@@ -159,13 +159,14 @@ def _own(kind: type[nn.Module], path: Path, start: StartConfig) -> Source:
     shapes = _shapes(found.tensors) if shapes is None else {**shapes, **_shapes(found.tensors.untrained)}
     source = {"place": found.source, "config": found.config, "tensors": found.tensors, "shapes": shapes}
     if kind is not Tokenizer:
-        return Source(**source, tokenizer=_known_tokenizer(path))
+        return Source(**source, tokenizer=known_tokenizer(path))
     if (path / STATE).exists():
         return Source(**source, **_checkpoint_parts(path))
     return Source(**source, codes_of=same_codes_as(path))
 
 
-def _known_tokenizer(path: Path) -> str | None:
+def known_tokenizer(path: Path) -> str | None:
+    """The hash of the tokenizer whose codes an own transformer was trained on, if its place tells."""
     if (path / STATE).exists():
         return json.loads((path / STATE).read_text())["order"].get("tokenizer")
     return trained_on(path)
