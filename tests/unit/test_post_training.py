@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from support import ROOT
 from support.models import SMALL, TOKENIZER, small_transformer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ibq.config import ConfigError, UserError, parse_config
+from ibq.config import ConfigError, UserError, load_config, parse_config
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.local import LocalEngine
@@ -32,6 +33,8 @@ from ibq.training.post_training import (
 )
 from ibq.training.tokenizer_config import GanConfig, TokenizerLossConfig, TokenizerRunConfig
 from ibq.training.tokenizer_task import TokenizerTask
+from launchers.lib.sweep.grid import SweepConfig, runs_of
+from tools import sample
 
 CPU = torch.device("cpu")
 GRID, ROWS = (3, 2), 4
@@ -354,3 +357,23 @@ def test_the_plan_of_a_decoder_alone():
     assert networks[0].extra - networks[1].extra >= 4 * frozen
     sizes = [bytes_needed(stage, layout, training, 2) for stage in (alone, whole)]
     assert sizes[0] < 0.8 * sizes[1]
+
+
+# --- The sweep ---
+
+
+def test_the_sweep_measures_each_decoder_by_the_same_drawn_codes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file = "yaml/ablations/post_training.yaml"
+    config = load_config(SweepConfig, file)
+    runs = runs_of(config, file)
+    assert [run.name for run in runs] == [f"{n}.seed-{s}" for n in ("own", "perturbed", "generated") for s in range(3)]
+    for run in runs:
+        assert [part.name for part in run.parts] == ["train", "reconstruction", "usage", "sample", "generation"]
+        script, *argv = run.parts[3].command
+        asked = sample.parse(argv)
+        assert script == "tools/sample.py" and asked.tokenizer == str(run.folder)
+        assert asked.transformer == config.generation.transformer and asked.guidance_scale == 1.5
+    for settings in (["generation.transformer=null"], ["generation.tokenizer=runs/a"]):
+        with pytest.raises(ConfigError, match=r"generation.tokenizer: give it where the runs are transformers"):
+            load_config(SweepConfig, file, settings)
