@@ -7,8 +7,9 @@ as they are, and with them all codes that were written and every transformer tha
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from ibq.training.schedule import annealed
 from ibq.training.start_from.config import TokenizerStartConfig
 from ibq.training.start_from.places import Source, known_tokenizer
 
-FROZEN = ("encoder", "quant_conv", "quantizer")  # the parts of a tokenizer that make its codes
+FROZEN, TRAINED = ("encoder", "quant_conv", "quantizer"), ("decoder", "post_quant_conv")  # the first make the codes
 SAMPLER = ("temperature", "guidance_scale", "guidance_schedule", "guidance_power", "top_k", "top_p")
 
 
@@ -101,14 +102,24 @@ class GeneratedCodesConfig:
 CodesConfig = PerturbedCodesConfig | GeneratedCodesConfig
 
 
-def check_codes(codes: CodesConfig, start: TokenizerStartConfig | None) -> None:
-    """ValueError unless a run with such codes begins with a trained tokenizer, whose codes mean what they meant."""
+def check_codes(codes: CodesConfig, start: TokenizerStartConfig | None, groups: Iterable[str]) -> None:
+    """ValueError unless a run with such codes begins with a trained tokenizer, whose codes mean what they meant.
+
+    `groups`: the patterns of its `OptimizerConfig.groups`.
+    """
     if start is None:
         raise ValueError(f"codes: {codes.kind} trains the decoder of a trained tokenizer; give it as start_from")
     if start.codebook != "same":
         raise ValueError(
             f"codes: {codes.kind} leaves the codes as they are; set start_from.codebook=same, or train without codes"
         )
+    for pattern in groups:
+        named = {part for part in (*FROZEN, *TRAINED) if fnmatchcase(part, pattern.split(".")[0])}
+        if named and named <= {*FROZEN}:
+            raise ValueError(
+                f"optimizer.groups: {pattern} is of what makes codes, which codes: {codes.kind} freezes by itself; "
+                "leave it out"
+            )
 
 
 def frozen_groups(build: Callable[[], nn.Module]) -> dict[str, Literal["frozen"]]:

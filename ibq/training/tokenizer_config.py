@@ -119,7 +119,7 @@ class TokenizerRunConfig:
                 "codebook_start.warmup_steps=0, or start_from.codebook=new"
             )
         if self.codes is not None:
-            check_codes(self.codes, start)
+            check_codes(self.codes, start, self.optimizer.groups)
             if self.codes.kind == "generated" and self.training.micro_batch == "auto":
                 raise ValueError("training.micro_batch: auto does not count codes.transformer; give a number")
         smallest = BACKBONES["vgg"].smallest if self.loss.perceptual.weight else SMALLEST_IMAGE

@@ -304,6 +304,18 @@ def test_figures_of_changed_codes_are_those_of_what_the_decoder_makes_of_them():
             {"codes": {"kind": "perturbed"}, "start_from": {"place": "a", "codebook": "new"}},
             "codes: perturbed leaves the codes as they are; set start_from.codebook=same",
         ),
+        (
+            {"codes": {"kind": "perturbed"}, "start_from": "a", "optimizer": {"groups": {"quant*": "frozen"}}},
+            "optimizer.groups: quant* is of what makes codes, which codes: perturbed freezes by itself; leave it out",
+        ),
+        (
+            {
+                "codes": {"kind": "generated", "transformer": "b"},
+                "start_from": "a",
+                "training": {"max_steps": 1, "micro_batch": "auto"},
+            },
+            "training.micro_batch: auto does not count codes.transformer; give a number",
+        ),
     ],
 )
 def test_settings_that_cannot_work(settings, words):
@@ -314,6 +326,10 @@ def test_settings_that_cannot_work(settings, words):
 
 
 def test_groups_that_would_train_what_makes_codes_are_refused():
+    """Others are not, such as those of the decoder, or of all convolutions."""
+    tree = {"data": {"train": "x"}, "training": {"max_steps": 1}, "codes": {"kind": "perturbed"}, "start_from": "a"}
+    groups = {"decoder.conv_out.*": 0.5, "*conv*": 0.1}
+    assert parse_config(TokenizerRunConfig, tree | {"optimizer": {"groups": groups}}).optimizer.groups == groups
     model = parse_config(TokenizerConfig, TOKENIZER)
 
     def build() -> Tokenizer:
