@@ -383,7 +383,7 @@ def test_the_sweep_measures_each_decoder_by_the_same_drawn_codes(monkeypatch):
     file = "yaml/ablations/post_training.yaml"
     config = load_config(SweepConfig, file)
     runs = runs_of(config, file)
-    assert [run.name for run in runs] == [f"{n}.seed-{s}" for n in ("own", "perturbed", "generated") for s in range(3)]
+    assert {run.name for run in runs} == {f"{n}.seed-{s}" for n in ("own", "perturbed", "generated") for s in range(3)}
     for run in runs:
         assert [part.name for part in run.parts] == ["train", "reconstruction", "usage", "sample", "generation"]
         script, *argv = run.parts[3].command
