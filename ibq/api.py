@@ -89,11 +89,24 @@ def pretrained_folder(path: str | Path) -> Path:
 
 def trained_on(path: str | Path) -> str | None:
     """The hash of the tokenizer whose codes a transformer was trained on, where its run tells."""
+    return _info(path, "tokenizer")
+
+
+def same_codes_as(path: str | Path) -> str | None:
+    """The hash of the tokenizer whose codes are those of a tokenizer of which since then only the decoder was trained.
+
+    Where its run tells: `codes` in ibq/training/post_training.py.
+    """
+    return _info(path, "codes_of")
+
+
+def _info(path: str | Path, name: str) -> str | None:
+    """What a run has written beside its best weights; None for what it does not tell, and for single files."""
     if Path(path).is_file():
         return None
     info = pretrained_folder(path) / "info.json"
     try:
-        return json.loads(info.read_text()).get("tokenizer")
+        return json.loads(info.read_text()).get(name)
     except (OSError, ValueError, AttributeError):
         return None
 

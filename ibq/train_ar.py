@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from ibq import dist
-from ibq.api import load_tokenizer
+from ibq.api import load_tokenizer, same_codes_as
 from ibq.config import UserError, exit_on_user_error
 from ibq.data.codes import CodeDataConfig
 from ibq.models.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def _open_codes(config: ARRunConfig, _device: torch.device) -> tuple[RunData, No
     if config.data.tokenizer is not None and not config.data.allow_other_tokenizer:
         with naming("data.tokenizer"):
             wanted = weights_hash(load_tokenizer(config.data.tokenizer, device="cpu").state_dict())
-        if wanted != data.provenance["tokenizer"]:
+        if data.provenance["tokenizer"] not in (wanted, same_codes_as(config.data.tokenizer)):
             raise UserError(
                 "data.train: made with another tokenizer than data.tokenizer; encode the images again with it, or set "
                 "data.allow_other_tokenizer=true"

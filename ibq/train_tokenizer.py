@@ -21,12 +21,23 @@ import torch
 from ibq import dist
 from ibq.config import UserError, exit_on_user_error
 from ibq.engine.configs import LocalEngineConfig
+from ibq.engine.local import PRECISIONS
 from ibq.models.discriminator import build_discriminator
 from ibq.models.feature_discriminator import FeaturesDiscriminatorConfig
 from ibq.models.frozen_features import FrozenFeatures
 from ibq.models.perceptual import build_perceptual
 from ibq.models.tokenizer import Tokenizer
 from ibq.ops.backend import image_format
+from ibq.training.post_training import (
+    ChangeCodes,
+    GeneratedCodesConfig,
+    Generation,
+    Perturbation,
+    PerturbedCodesConfig,
+    check_origin,
+    frozen_groups,
+    open_transformer,
+)
 from ibq.training.run import Command, naming
 from ibq.training.run_data import RunData, image_data
 from ibq.training.start_from.config import TokenizerStartConfig
@@ -64,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def open_fit(config: TokenizerRunConfig, start: TokenizerStartConfig) -> tuple[Source, Fit]:
     """The weights at the place of `start_from`, and how they become those of the run."""
     source = open_place(Tokenizer, start)
+    if isinstance(config.codes, GeneratedCodesConfig):
+        check_origin(config.codes, source)
     return source, fit_tokenizer(source, config, start)
 
 
@@ -89,9 +102,12 @@ def build_task(
         build = partial(build_discriminator, gan.discriminator)
         whole = replace(config.optimizer, groups={})  # which name parameters of the tokenizer
         discriminator = engine("discriminator", build, config=LocalEngineConfig(), optimizer=whole, ema_decay=None)
-    build = partial(Tokenizer, config.model)
+    build, optimizer = partial(Tokenizer, config.model), config.optimizer
+    if config.codes is not None:  # what makes codes comes first: the first pattern counts
+        optimizer = replace(optimizer, groups={**frozen_groups(build), **optimizer.groups})
+    generator = engine("tokenizer", build, config=config.engine, optimizer=optimizer, ema_decay=config.ema_decay)
     return TokenizerTask(
-        engine("tokenizer", build, config=config.engine, optimizer=config.optimizer, ema_decay=config.ema_decay),
+        generator,
         discriminator,
         config.loss,
         perceptual=None if perceptual is None else perceptual.to(command.device),
@@ -102,8 +118,23 @@ def build_task(
         tokens_per_image=data.pixels_per_image / config.model.downsampling**2,
         memory_format=memory_format,
         codebook_start=config.codebook_start,
+        change_codes=change_of_codes(command, data, generator.module, total_steps),
         first_batches=lambda: data.training(0, math.ceil(min(steps_per_epoch, total_steps)), lambda bad: None),
     )
+
+
+def change_of_codes(command: Command, data: RunData, tokenizer: Tokenizer, total_steps: int) -> ChangeCodes | None:
+    """What makes the codes of a decoder that is trained alone; None where the tokenizer is trained as a whole."""
+    match command.config.codes:
+        case None:
+            return None
+        case PerturbedCodesConfig() as codes:
+            return Perturbation(codes, tokenizer.code_vectors, progress=lambda step: step / total_steps)
+        case GeneratedCodesConfig() as codes:
+            dtype = PRECISIONS[command.config.precision] or torch.float32
+            with naming(f"{command.source}: codes.transformer"):
+                model = command.config.model
+                return Generation(codes, open_transformer(codes, model, len(data.classes), command.device, dtype))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ibq.api import load_tokenizer
 from ibq.config import UserError, exit_on_user_error
-from ibq.engine.state_files import StateReader, index_file, write_model
+from ibq.engine.state_files import StateReader, describe, index_file, write_model
 from ibq.progress import say
 from ibq.training.checkpoint import DamagedError, checkpoints_in, verify_checkpoint
 from tools.lib.convert import hub, published
@@ -36,6 +37,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     export.add_argument("checkpoint", type=Path, help="a step-... folder, or a run folder: its last checkpoint")
     export.add_argument("output", type=Path, help="the .safetensors file to write; with --format the .ckpt or .pt file")
     export.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default) or raw weights")
+    export.add_argument(
+        "--merge-projector",
+        action="store_true",
+        help="of a tokenizer: make the codes of its projector (VQBridge, SimVQ) the codebook; codes and images stay",
+    )
     published.add_export_options(export)
     published.add_import_options(commands.add_parser("import", help="a published checkpoint as one file"))
     hub.add_options(commands.add_parser("hub", help="a folder with weights, config and model card"))
@@ -50,13 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             published.import_published(arguments)
         case "hub":
             hub.write_folder(arguments, find)
+        case _ if arguments.format and arguments.merge_projector:
+            raise UserError("--merge-projector: writes a .safetensors file, which --format takes then; leave one out")
         case _ if arguments.format:
             published.export_published(arguments.checkpoint, arguments, find)
         case _:
             if arguments.tokenizer or arguments.rest:
                 raise UserError("--tokenizer and --rest are for --format; leave them out")
             published.require_suffix(arguments.output, {".safetensors"})
-            export(find(arguments.checkpoint), arguments.output, arguments.weights)
+            write = export_merged if arguments.merge_projector else export
+            write(find(arguments.checkpoint), arguments.output, arguments.weights)
 
 
 def find(path: Path) -> Path:
@@ -85,6 +94,18 @@ def export(checkpoint: Path, output: Path, weights: str) -> None:
     metadata = {"model": json.dumps(reader.model), "weights": weights, "checkpoint": checkpoint.name}
     published.whole(output, lambda path: write_model(path, reader, part, metadata))
     say(f"{output}: {len(reader.shapes)} tensors, {output.stat().st_size / 2**30:.2f} GiB, {weights} weights")
+
+
+def export_merged(checkpoint: Path, output: Path, weights: str) -> None:
+    """Write a tokenizer whose projector has become part of its codebook."""
+    tokenizer = load_tokenizer(checkpoint, weights=weights, device="cpu")
+    try:
+        merged = tokenizer.merged()
+    except ValueError as error:
+        raise UserError(f"--merge-projector: {error}") from error
+    metadata = {"model": json.dumps(describe(merged)), "weights": weights, "checkpoint": checkpoint.name}
+    size = published.write_safetensors(output, merged.state_dict(), metadata)
+    say(f"{output}: {len(merged.quantizer.codebook):,} codes without their projector, {size / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

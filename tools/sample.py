@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ibq import dist
-from ibq.api import load_tokenizer, load_transformer, trained_on
+from ibq.api import load_tokenizer, load_transformer, same_codes_as, trained_on
 from ibq.config import UserError, exit_on_user_error
 from ibq.decoding import Decoder, settle
 from ibq.editing import Edit
@@ -194,7 +194,7 @@ def check_pair(arguments: argparse.Namespace, tokenizer: Tokenizer, transformer:
             f"{tokenizer.quantizer.num_codes}; give the tokenizer that the transformer was trained on"
         )
     wanted = trained_on(arguments.transformer)
-    if wanted is not None and wanted != found and dist.is_main():
+    if wanted not in (None, found, same_codes_as(arguments.tokenizer)) and dist.is_main():
         say(f"WARNING: {arguments.transformer} was trained on codes of another tokenizer than {arguments.tokenizer}")
 
 

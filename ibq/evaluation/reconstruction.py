@@ -1,9 +1,10 @@
 """How well images survive the tokenizer, and how well the codebook is used."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -161,31 +162,39 @@ def evaluate_reconstruction(
     inception: Inception | None = None,
     keep: int = 16,
     block: int | None = None,
+    others: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType({}),
 ) -> ReconstructionReport:
     """Reconstruct uint8 batches (images [B, 3, H, W], labels); figures are exact means over all images and ranks.
 
     The images of a batch have one shape, which may be another one in the next.
     `tokenizer` has encode, decode, quantizer and downsampling; `perceptual` is an LPIPS module, or several by the names
     of their figures; with `inception` there is an rFID of the reconstructions against these same originals. With
-    `block`, the networks always see so many images at once, and the figures do not depend on the batches.
+    `block`, the networks always see so many images at once, and the figures do not depend on the batches. `others`
+    gives, by name, other codes in place of an image's (codes [B, h, w], labels [B]): their PSNR and L1 are `psnr_NAME`
+    and `l1_NAME`; not with `block`.
     """
     device = next(tokenizer.parameters()).device
     if not isinstance(perceptual, Mapping):
         perceptual = {} if perceptual is None else {"lpips": perceptual}
     usage = CodeUsage(tokenizer.quantizer.num_codes, device)
-    totals = Totals(("psnr", "ssim", "l1", "thumbnail_psnr", *perceptual), device)
+    names = (f"{figure}_{name}" for name in others for figure in ("psnr", "l1"))
+    totals = Totals(("psnr", "ssim", "l1", "thumbnail_psnr", *perceptual, *names), device)
     moments = (Moments(POOL_DIM), Moments(POOL_DIM)) if inception is not None else ()
     kept = KeptImages(keep)
     spare = torch.zeros(1, 3, *[2 * tokenizer.downsampling] * 2, dtype=torch.uint8, device=device)
-    for own in dist.with_all_ranks(in_blocks(batches, block)):
-        images, count = own or (spare, 0)
+    nothing = spare, 0, torch.zeros(1, dtype=torch.int64, device=device)
+    for own in dist.with_all_ranks(_with_labels(batches, block)):
+        images, count, labels = own or nothing
         codes = tokenizer.encode(to_unit_range(images))
         decoded = tokenizer.decode(codes)
+        decoded_others = {name: tokenizer.decode(other(codes, labels)) for name, other in others.items()}
         if not count:
             continue
         usage.add(codes[:count])
         outputs = to_uint8(decoded)
         values = _figures(images, decoded.float(), outputs, tokenizer.downsampling, perceptual)
+        for name, other in decoded_others.items():
+            values |= {f"psnr_{name}": psnr(images, to_uint8(other)), f"l1_{name}": _l1(images, other.float())}
         totals.add({name: value[:count] for name, value in values.items()})
         for seen, pictures in zip(moments, (images, outputs), strict=False):
             for part in pictures[:count].split(FEATURE_BLOCK):
@@ -232,15 +241,12 @@ class KeptImages:
         return canvas[0], canvas[1]
 
 
-def in_blocks(batches: Iterable[tuple[Tensor, Tensor]], block: int | None) -> Iterator[tuple[Tensor, int]]:
-    """(images, how many of them count): batches as they are, or all images in blocks of one size.
+def in_blocks(batches: Iterable[tuple[Tensor, Tensor]], block: int) -> Iterator[tuple[Tensor, int]]:
+    """(images, how many of them count): all images in blocks of one size.
 
     Matrix products round differently for different batch shapes and memory layouts. A block has images of one shape;
     the last one is filled up with its first image.
     """
-    if block is None:
-        yield from ((images, len(images)) for images, _ in batches)
-        return
     rest: dict[torch.Size, Tensor] = {}
     for images, _ in batches:
         shape = images.shape[1:]
@@ -254,6 +260,16 @@ def in_blocks(batches: Iterable[tuple[Tensor, Tensor]], block: int | None) -> It
             yield torch.cat([waiting, waiting[:1].expand(block - len(waiting), -1, -1, -1)]).contiguous(), len(waiting)
 
 
+def _with_labels(
+    batches: Iterable[tuple[Tensor, Tensor]], block: int | None
+) -> Iterator[tuple[Tensor, int, Tensor | None]]:
+    """(images, how many of them count, labels): batches as they are, or blocks, which have no labels."""
+    if block is None:
+        yield from ((images, len(images), labels) for images, labels in batches)
+    else:
+        yield from ((images, count, None) for images, count in in_blocks(batches, block))
+
+
 def _figures(
     images: Tensor, decoded: Tensor, outputs: Tensor, downsampling: int, perceptual: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
@@ -262,13 +278,18 @@ def _figures(
     values = {
         "psnr": psnr(images, outputs),
         "ssim": ssim(images, outputs),
-        "l1": (inputs - decoded).abs().flatten(1).mean(dim=1),
+        "l1": _l1(images, decoded),
         "thumbnail_psnr": psnr(images, thumbnail(images, tuple(side // downsampling for side in images.shape[-2:]))),
     }
     with torch.autocast(images.device.type, enabled=False):
         for name, network in perceptual.items():
             values[name] = network(inputs, decoded.clamp(-1, 1)).flatten()
     return values
+
+
+def _l1(images: Tensor, decoded: Tensor) -> Tensor:
+    """The mean absolute difference of each image [B], of values in [-1, 1]."""
+    return (to_unit_range(images) - decoded).abs().flatten(1).mean(dim=1)
 
 
 def _rfid(moments: Sequence[Moments]) -> dict[str, float]:

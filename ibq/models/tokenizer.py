@@ -1,6 +1,6 @@
 """The image tokenizer: an encoder and a decoder around a quantizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Tokenizer(nn.Module):
     """
 
     # Besides `forward`, for engines that gather weights for a call: (path of a module, method).
-    forward_methods = (("", "encode_latents"), ("", "encode"), ("", "decode"))
+    forward_methods = (("", "encode_latents"), ("", "encode"), ("", "decode"), ("", "code_vectors"))
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -61,8 +61,14 @@ class Tokenizer(nn.Module):
         """The weights that are not to be sharded: losses ask for their gradients."""
         return [self.last_layer]
 
-    def forward(self, images: Tensor, losses: bool = True) -> TokenizerOutput:
-        """Reconstruct images [B, 3, H, W]; without `losses` the quantizer's are not computed, nor its metrics."""
+    def forward(self, images: Tensor | None, losses: bool = True, codes: Tensor | None = None) -> TokenizerOutput:
+        """Reconstruct images [B, 3, H, W]; without `losses` the quantizer's are not computed, nor its metrics.
+
+        Of given `codes` [B, h, w] the images are made, in place of any that are given, and there are no losses.
+        """
+        if codes is not None:
+            reconstruction = self.decode_latents(self.quantizer.lookup(codes))
+            return TokenizerOutput(reconstruction=reconstruction, codes=codes, losses={}, metrics={})
         latents = self.encode_latents(images)
         if not losses and not self.quantizer.passthrough:
             codes = self.quantizer.encode(latents)
@@ -95,6 +101,26 @@ class Tokenizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Images [B, 3, H, W], about [-1, 1], of codes [B, h, w]; ValueError for codes out of range."""
         return self.decode_latents(self.quantizer.lookup(codes))
+
+    @torch.no_grad()
+    def code_vectors(self) -> Tensor:
+        """The latents [K, D] that the codes stand for: a copy, also where weights are gathered for this call alone."""
+        return self.quantizer.code_vectors().clone()
+
+    def merged(self) -> "Tokenizer":
+        """This tokenizer for use, its quantizer without projector (`CodebookQuantizer.merged`); weights are shared.
+
+        ValueError where there is none.
+        """
+        if getattr(self.quantizer, "projector", None) is None:
+            raise ValueError("quantizer.projector: this tokenizer has none to merge into its codebook; use it as it is")
+        quantizer = self.quantizer.merged()
+        with torch.device("meta"):
+            merged = Tokenizer(replace(self.config, quantizer=quantizer.config))
+        others = {name: t for name, t in self.state_dict().items() if not name.startswith("quantizer.")}
+        codebook = {f"quantizer.{name}": tensor for name, tensor in quantizer.state_dict().items()}
+        merged.load_state_dict(others | codebook, assign=True)
+        return merged.train(self.training).requires_grad_(False)
 
     def check_images(self, images: Tensor) -> None:
         """ValueError unless the images can be encoded."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -146,10 +146,29 @@ class CodebookQuantizer(Quantizer):
 
     def code_vectors(self) -> Tensor:
         """The rows [K, D] that codes stand for, in float32 or float64."""
+        codebook = self._projected()
+        return F.normalize(codebook, dim=1) if self.spherical else codebook
+
+    def _projected(self) -> Tensor:
+        """What the projector makes of the codebook [K, D], not scaled."""
         with torch.autocast(self.codebook.device.type, enabled=False):
             codebook = self.codebook if self.projector is None else self.projector(self.codebook)
-            codebook = codebook.to(self._dtype)
-            return F.normalize(codebook, dim=1) if self.spherical else codebook
+            return codebook.to(self._dtype)
+
+    @torch.no_grad()
+    def merged(self) -> "CodebookQuantizer":
+        """This quantizer for use, without its projector: what that makes is the codebook. Equal codes, bit for bit.
+
+        FVQ's models are published so (arXiv 2509.10140): the projector costs nothing once the training is over.
+        """
+        with torch.device("meta"):
+            merged = self._unprojected()
+        codebook = nn.Parameter(self._projected().clone(), requires_grad=False)
+        merged.load_state_dict({"codebook": codebook}, assign=True)
+        return merged.train(self.training).requires_grad_(False)
+
+    def _unprojected(self) -> "CodebookQuantizer":
+        return type(self)(replace(self.config, projector=None))
 
     def _codes(self, tokens: Tensor) -> Tensor:
         return self._best(tokens, self.code_vectors())

@@ -9,8 +9,6 @@ from torch.nn import functional as F
 
 from ibq.quantizers.base import require_positive
 
-MLP_RATIO = 4  # hidden width of a block's MLP over the block's width, as in ViT
-
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProjectorConfig:
@@ -21,16 +19,18 @@ class LinearProjectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VQBridgeConfig:
-    """VQBridge (arXiv 2509.10140); the sizes are this project's choice."""
+    """VQBridge (arXiv 2509.10140); the defaults are this project's choice, those of its code in yaml/base/fvq.yaml."""
 
     kind: Literal["vqbridge"] = "vqbridge"
     group: int = 64  # consecutive codes that are compressed to one vector of the transformer
     width: int = 512  # of the transformer
     blocks: int = 2
     heads: int = 8
+    mlp_ratio: int = 4  # hidden width of a block's MLP over the block's width, as in ViT
+    positions: bool = True  # a learned vector is added to each group
 
     def __post_init__(self):
-        require_positive(self, "group", "width", "blocks", "heads")
+        require_positive(self, "group", "width", "blocks", "heads", "mlp_ratio")
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} heads do not divide the width {self.width}; take a divisor of it")
 
@@ -76,29 +76,34 @@ class VQBridge(nn.Module):
     Codebook [K, D] -> groups of codes [K / group, group x D] -> a linear layer to [K / group, width], plus a learned
     position -> transformer blocks as in ViT, in which every group attends to all -> a linear layer back to [K, D]. The
     loss of the few codes that a batch selects so reaches every code. The paper's other half, learning annealing, is
-    read here as the decay of the learning rate to near 0: `schedule: {kind: cosine}` of the run.
+    the decay of the learning rate: `schedule: {kind: linear}` of the run, as its public code has it.
 
-    What is the paper's: the compress-process-recover pipeline over the codebook, by ViT blocks (the authors also
-    describe a variant by DiT blocks). What is this project's reading, for want of the details: grouping consecutive
-    codes, the sizes, and that the result is added to the codebook. The last layer starts at zero, as in DiT (arXiv
-    2212.09748): the codes start as the codebook itself, so its initialisation, by k-means too, means what it says.
+    Published: the compress-process-recover pipeline over the codebook, by ViT blocks (a variant has DiT blocks), and in
+    the public code a last layer that starts at zero, no positions, an MLP of twice the width, and groups that are
+    squares of a codebook laid out as a square: as codes are numbered at random, the same as consecutive ones. A reading
+    is that the result is added to the codebook: so the codes start as the codebook itself, and its initialisation, by
+    k-means too, means what it says. Here norms have weights, and GELU is exact.
     """
 
     def __init__(self, config: VQBridgeConfig, num_codes: int, dim: int):
         super().__init__()
-        features = config.group * dim
+        self.config, self.groups, features = config, num_codes // config.group, config.group * dim
         self.compress = nn.Linear(features, config.width)
-        self.position = nn.Parameter(torch.empty(num_codes // config.group, config.width))
-        self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(config.blocks))
+        if config.positions:
+            self.position = nn.Parameter(torch.empty(self.groups, config.width))
+        self.blocks = nn.ModuleList(_Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
         self.recover = nn.Linear(config.width, features)
-        nn.init.normal_(self.position, std=0.02)
+        if config.positions:
+            nn.init.normal_(self.position, std=0.02)
         nn.init.zeros_(self.recover.weight)
         nn.init.zeros_(self.recover.bias)
 
     def forward(self, codebook: Tensor) -> Tensor:
         """The codes [K, D] of a codebook [K, D]."""
-        x = self.compress(codebook.reshape(len(self.position), -1)) + self.position  # [K / group, width]
+        x = self.compress(codebook.reshape(self.groups, -1))  # [K / group, width]
+        if self.config.positions:
+            x = x + self.position
         for block in self.blocks:
             x = block(x)
         return codebook + self.recover(self.norm(x)).view_as(codebook)
@@ -107,12 +112,12 @@ class VQBridge(nn.Module):
 class _Block(nn.Module):
     """Self-attention and MLP, each after a normalization and with a shortcut (ViT, arXiv 2010.11929)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, mlp_ratio: int):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """One block on x [T, width]."""

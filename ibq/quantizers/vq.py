@@ -168,3 +168,9 @@ class SimVectorQuantizer(VectorQuantizer):
             frozen_seed=config.codebook_seed,
         )
         self.by_angle, self.entropy_weights = False, (0.0, 0.0)
+
+    def _unprojected(self) -> VectorQuantizer:
+        config = self.config
+        return VectorQuantizer(
+            VQConfig(num_codes=config.num_codes, dim=config.dim, beta=config.beta, beta_weighs=config.beta_weighs)
+        )

@@ -109,9 +109,12 @@ def _head_working(
     return operands + buffers, operands + buffers + size * tile + 4 * (stream + head) + returned
 
 
-def frozen_tokenizer(config: TokenizerConfig, training: Training) -> float:
-    """Bytes of a tokenizer that only encodes: weights, autocast's copies, and the widest layer's maps in float32."""
-    parts = tokenizer_parts(config, EXACT)
+def frozen_tokenizer(config: TokenizerConfig, training: Training, *, decoder: bool = True) -> float:
+    """Bytes of a tokenizer that only encodes: weights, autocast's copies, and the widest layer's maps in float32.
+
+    Also the weights of its `decoder`, unless that is trained.
+    """
+    parts = [part for part in tokenizer_parts(config, EXACT) if decoder or not part.name.startswith("decoder")]
     weights = (4 + 2 * (training.precision == "bf16")) * sum(part.parameters for part in parts)
     return weights + training.micro_batch * max(part.working for part in parts)
 
@@ -125,11 +128,16 @@ class TokenizerLosses:
     gram: GramFeatures | None = None
 
 
-def tokenizer_network(config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, training: Training) -> Network:
-    """A tokenizer and its losses on one rank; the losses are the "head". The discriminator is on every rank whole."""
+def tokenizer_network(
+    config: TokenizerConfig, losses: TokenizerLosses, layout: Layout, training: Training, *, trained: str = ""
+) -> Network:
+    """A tokenizer and its losses on one rank; the losses are the "head". The discriminator is on every rank whole.
+
+    `trained`: how the names of the parts begin that are trained; the others are not in it.
+    """
     values = numerics(layout, training)
     rows, recomputed = training.micro_batch, config.gradient_checkpointing
-    parts = tokenizer_parts(config, values)
+    parts = [part for part in tokenizer_parts(config, values) if part.name.startswith(trained)]
     units = [part for part in parts if part.inputs]
     rest = [part for part in parts if not part.inputs]
     blocks = [
@@ -144,7 +152,7 @@ def tokenizer_network(config: TokenizerConfig, losses: TokenizerLosses, layout: 
         for part in units
     ]
     beside = _losses(config, losses, layout, training)
-    codebook = next(part.parameters for part in parts if part.name == "quantizer")
+    codebook = sum(part.parameters for part in parts if part.name == "quantizer")
     root = sum(part.parameters for part in rest)
     return Network(
         blocks=blocks,

@@ -15,7 +15,7 @@ from ibq.scaling.heads import inner_config
 from ibq.scaling.layouts import Layout, Training, rules
 from ibq.scaling.memory import Memory, Network, peak_memory
 from ibq.scaling.networks import TokenizerLosses, frozen_tokenizer, tokenizer_network, transformer_network
-from ibq.scaling.tokenizer import tokenizer_flops, tokenizer_parts
+from ibq.scaling.tokenizer import decoder_flops, tokenizer_flops, tokenizer_parts
 from ibq.scaling.tokenizer_losses import (
     discriminator_flops,
     discriminator_layers,
@@ -178,6 +178,21 @@ class TokenizerStage(Stage):
     def network(self, layout: Layout, training: Training) -> Network:
         """See `Stage`."""
         return tokenizer_network(self.config, self.losses, layout, training)
+
+
+@dataclass(frozen=True)
+class DecoderStage(TokenizerStage):
+    """Training of a tokenizer's decoder alone; the rest makes codes. A transformer that draws some is not counted."""
+
+    def flops(self) -> dict[str, Flops]:
+        """See `Stage`."""
+        return super().flops() | {"tokenizer": decoder_flops(self.config)}
+
+    def network(self, layout: Layout, training: Training) -> Network:
+        """See `Stage`."""
+        network = tokenizer_network(self.config, self.losses, layout, training, trained="decoder")
+        frozen = frozen_tokenizer(self.config, training, decoder=False)
+        return replace(network, extra=network.extra + frozen)
 
 
 @dataclass(frozen=True, kw_only=True)

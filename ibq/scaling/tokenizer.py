@@ -247,3 +247,17 @@ def tokenizer_flops(config: TokenizerConfig) -> Flops:
         backward=sum(part.backward for part in parts) + quantizer.backward,
         recomputed=sum(part.inside for part in parts) if whole_blocks else 0,
     )
+
+
+def decoder_flops(config: TokenizerConfig) -> Flops:
+    """The same where the decoder is trained alone, on codes: the rest looks for codes, and has no backward pass."""
+    parts = tokenizer_parts(config, EXACT)
+    decoder = [part for part in parts if part.name.startswith("decoder")]
+    quantizer = quantizer_flops(config.quantizer, config.tokens_per_side**2)
+    more = quantizer.forward * 2 // 3 if isinstance(config.quantizer, IBQConfig) else 0  # than the search
+    first = decoder[0].layers[0].flops  # whose input needs no gradient
+    return Flops(
+        forward=sum(part.forward for part in parts) - more,
+        backward=sum(part.backward for part in decoder) - first,
+        recomputed=sum(part.inside for part in decoder) if tokenizer_flops(config).recomputed else 0,
+    )

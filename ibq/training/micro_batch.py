@@ -24,6 +24,7 @@ from ibq.scaling.hardware import GIB, Gpu
 from ibq.scaling.layouts import Layout, Training
 from ibq.scaling.networks import TokenizerLosses
 from ibq.scaling.plan import (
+    DecoderStage,
     Machine,
     Stage,
     TokenizerStage,
@@ -51,7 +52,7 @@ def stage_of(config: Any, tokenizer: TokenizerConfig | None = None) -> Stage:
             discriminator = gan.discriminator if gan.enabled else None
             gram = config.loss.gram.features if config.loss.gram.weight else None
             losses = TokenizerLosses(discriminator=discriminator, perceptual=perceptual.weight > 0, gram=gram)
-            return TokenizerStage(config.model, losses)
+            return (TokenizerStage if config.codes is None else DecoderStage)(config.model, losses)
 
 
 def at_largest_bucket(stage: Stage, config: Any) -> Stage:

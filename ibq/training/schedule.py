@@ -38,19 +38,35 @@ def ar_schedule(
     constant. `warmup_steps` is rounded. Steps after the last keep its values; a warm-up longer than
     the training is cut off. Raises ValueError for impossible step counts.
     """
-    warmup_steps = round(warmup_steps)
+    rate = linear_decay(
+        step,
+        warmup_steps=round(warmup_steps),
+        max_steps=max_steps,
+        warmup_start=warmup_start,
+        plateau=PEAK_FRACTION,
+        end=end,
+    )
+    last = max_steps - 1
+    final = end_weight_decay or weight_decay
+    share = 0.5 + 0.5 * math.cos(math.pi * min(step, last) / max(1, last))
+    return ScheduleValues(lr=peak_lr * rate, weight_decay=final + (weight_decay - final) * share)
+
+
+def linear_decay(
+    step: int, *, warmup_steps: int, max_steps: int, warmup_start: float, plateau: float, end: float
+) -> float:
+    """Multiplier: from `warmup_start` linearly to 1, 1 for a share of the steps that are left, then linearly to `end`.
+
+    That is its value at the last step, and after it. The transformers' (VAR, arXiv 2404.02905) stays at 1 for 5% of
+    them, that of FVQ's tokenizers (arXiv 2509.10140, public code) for 30%. ValueError for impossible step counts.
+    """
     _check_steps(step, warmup_steps, max_steps)
     last = max_steps - 1
     step = min(step, last)
     if step < warmup_steps:
-        lr = peak_lr * (warmup_start + (1 - warmup_start) * step / warmup_steps)
-    else:
-        progress = (step - warmup_steps) / max(1, last - warmup_steps)
-        remaining = min(1.0, (1 - progress) / (1 - PEAK_FRACTION))
-        lr = peak_lr * (end + (1 - end) * remaining)
-    final = end_weight_decay or weight_decay
-    share = 0.5 + 0.5 * math.cos(math.pi * step / max(1, last))
-    return ScheduleValues(lr=lr, weight_decay=final + (weight_decay - final) * share)
+        return warmup_start + (1 - warmup_start) * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, last - warmup_steps)
+    return end + (1 - end) * min(1.0, (1 - progress) / (1 - plateau))
 
 
 def multi_step_lr(epoch: int, base_lr: float, drop_epochs: Collection[int], drop_rate: float) -> float:
@@ -133,7 +149,38 @@ class CosineScheduleConfig:
         )
 
 
-TokenizerScheduleConfig = MultiStepScheduleConfig | CosineScheduleConfig
+@dataclass(frozen=True, kw_only=True)
+class LinearScheduleConfig:
+    """Learning rate of both networks: warm-up, a plateau, a linear decay: FVQ's learning annealing."""
+
+    kind: Literal["linear"] = "linear"
+    warmup_epochs: float = 0.0
+    warmup_start: float = 0.005  # first learning rate as a share of the peak
+    plateau: float = 0.3  # share of the steps after the warm-up that stay at the peak
+    end: float = 0.01  # last learning rate as a share of the peak
+
+    def __post_init__(self):
+        if not 0 <= self.warmup_epochs < math.inf:
+            raise ValueError(f"warmup_epochs: must be finite and not negative, got {self.warmup_epochs}; 0: no warm-up")
+        for name in ("warmup_start", "end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must lie in [0, 1], got {getattr(self, name)}; it is a share of the peak")
+        if not 0 <= self.plateau < 1:
+            raise ValueError(f"plateau: must lie in [0, 1), got {self.plateau}; it is a share of the steps")
+
+    def learning_rate(self, peak: float, step: int, steps_per_epoch: float, total_steps: int) -> float:
+        """The learning rate of a step, from 0."""
+        return peak * linear_decay(
+            step,
+            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
+            max_steps=total_steps,
+            warmup_start=self.warmup_start,
+            plateau=self.plateau,
+            end=self.end,
+        )
+
+
+TokenizerScheduleConfig = MultiStepScheduleConfig | CosineScheduleConfig | LinearScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from ibq.models.perceptual import BACKBONES, PerceptualConfig
 from ibq.models.tokenizer_config import SMALLEST_IMAGE, TokenizerConfig
 from ibq.training.checkpoint import CheckpointConfig
 from ibq.training.loop import TrainingConfig
+from ibq.training.post_training import CodesConfig, check_codes
 from ibq.training.run import check_seed_and_average
 from ibq.training.schedule import MultiStepScheduleConfig, TokenizerScheduleConfig
 from ibq.training.start_from.config import TokenizerStartConfig, settled
@@ -125,6 +126,7 @@ class TokenizerRunConfig:
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     start_from: str | TokenizerStartConfig | None = None  # a place with weights, alone or with options
     codebook_start: CodebookStartConfig = field(default_factory=CodebookStartConfig)
+    codes: CodesConfig | None = None  # train the decoder alone, on other codes than those of the images
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: TokenizerScheduleConfig = field(default_factory=MultiStepScheduleConfig)
@@ -146,6 +148,10 @@ class TokenizerRunConfig:
                 "codebook_start.kmeans: would replace the codebook of start_from; set codebook_start.kmeans=false and "
                 "codebook_start.warmup_steps=0, or start_from.codebook=new"
             )
+        if self.codes is not None:
+            check_codes(self.codes, start, self.optimizer.groups)
+            if self.codes.kind == "generated" and self.training.micro_batch == "auto":
+                raise ValueError("training.micro_batch: auto does not count codes.transformer; give a number")
         smallest = BACKBONES["vgg"].smallest if self.loss.perceptual.weight else SMALLEST_IMAGE
         check_shapes(self.data.buckets, self.model.downsampling, smallest)
         side, gan = min((min(shape) for shape in self.data.buckets), default=self.model.resolution), self.loss.gan

@@ -17,11 +17,12 @@ from ibq.evaluation.codebook import latent_scale, reachable
 from ibq.evaluation.reconstruction import CodeUsage, evaluate_reconstruction
 from ibq.models.frozen_features import FrozenFeatures
 from ibq.models.perceptual import perceptual_features
-from ibq.models.tokenizer import Tokenizer
+from ibq.models.tokenizer import Tokenizer, TokenizerOutput
 from ibq.ops.kmeans import kmeans
 from ibq.progress import say
 from ibq.training.checkpoint import OWN, save_pretrained
 from ibq.training.metrics import Stopwatch
+from ibq.training.post_training import ChangeCodes, origin_of_codes, same_numbers
 from ibq.training.task import Batch, StepOutcome, Validation
 from ibq.training.tokenizer_config import CodebookStartConfig, TokenizerLossConfig
 
@@ -54,6 +55,7 @@ class TokenizerTask:
         memory_format: torch.memory_format = torch.contiguous_format,
         codebook_start: CodebookStartConfig | None = None,
         first_batches: Callable[[], Iterable[list[Batch]]] | None = None,
+        change_codes: ChangeCodes | None = None,
     ):
         self.engines = {"tokenizer": generator}
         if discriminator is not None:
@@ -63,8 +65,9 @@ class TokenizerTask:
         self.features = features
         self.memory_format = memory_format
         self.codebook_start = codebook_start or CodebookStartConfig()
-        self.first_batches = first_batches
+        self.first_batches, self.change_codes = first_batches, change_codes
         self.tokenizer: Tokenizer = generator.module
+        self._to_training()
         self.tokens_per_image = tokens_per_image or self.tokenizer.config.tokens_per_side**2
         if self.codebook_start.kmeans and not self.tokenizer.quantizer.learned_codebook:
             kind = self.tokenizer.config.quantizer.kind
@@ -97,16 +100,20 @@ class TokenizerTask:
         shared = len(images) == 1  # one forward pass serves both steps
         undo = self._snapshot(gan)
         metrics: dict[str, Tensor] = {"learning_rate": torch.tensor(hyper["decay"].learning_rate)}
+        given = [None] * len(images)
+        if self.change_codes is not None:
+            with stopwatch.part("codes"):
+                given = self._given_codes(images, batches, step, metrics)
         skipped, codes, fakes = False, [], []
         if updated and not shared:
             with torch.no_grad(), stopwatch.part("forward"):
-                fakes = [self.generator(x, False).reconstruction for x in images]
+                fakes = [self._decode(*pair, losses=False).reconstruction for pair in zip(images, given, strict=True)]
             with stopwatch.part("discriminator"):
                 skipped |= self._discriminator_step(images, fakes, hyper, metrics)
-        for x in images:
+        for x, instead in zip(images, given, strict=True):
             with self.generator.micro_batch():
                 with stopwatch.part("forward"):
-                    out = self.generator(x)
+                    out = self._decode(x, instead)
                 if updated and shared:
                     with stopwatch.part("discriminator"):
                         skipped |= self._discriminator_step([x], [out.reconstruction.detach()], hyper, metrics)
@@ -132,6 +139,27 @@ class TokenizerTask:
         elif not self.tokenizer.quantizer.passthrough:  # its codes mean nothing yet
             self.usage.add(torch.cat(codes))
         return StepOutcome(metrics=metrics, skipped=skipped)
+
+    def _decode(self, images: Tensor, codes: Tensor | None, losses: bool = True) -> TokenizerOutput:
+        """A pass through the tokenizer; only through its decoder where codes are given in place of the images'."""
+        return self.generator(images, losses) if codes is None else self.generator(None, False, codes)
+
+    @torch.no_grad()
+    def _given_codes(self, images: list[Tensor], batches: list[Batch], step: int, metrics: dict) -> list[Tensor]:
+        """Of each micro-batch the codes that are decoded in place of its own, where the decoder is trained alone."""
+        given = []
+        for x, (_, classes) in zip(images, batches, strict=True):
+            with self.generator.autocast():
+                own = self.tokenizer.encode(x)
+            given.append(self.change_codes(own, classes, step))
+            _add(metrics, "codes/changed", (given[-1] != own).float().mean(), 1 / len(images))
+        return given
+
+    def _to_training(self) -> None:
+        """The tokenizer's training mode; an encoder that is not trained has no dropout, so that codes stay the same."""
+        self.tokenizer.train()
+        if self.change_codes is not None:
+            self.tokenizer.encoder.eval()
 
     def _snapshot(self, gan: bool) -> Callable[[], None]:
         """A function that undoes what a step does before it is known to be good: the discriminator's update."""
@@ -230,7 +258,9 @@ class TokenizerTask:
             gram = self._gram_loss(x, reconstruction)
             _add(metrics, "loss/gram", gram, share)
             nll = nll + config.gram.weight * gram
-        loss = nll + config.quantization_weight * out.losses["quantization"]
+        loss = nll
+        if "quantization" in out.losses:
+            loss = loss + config.quantization_weight * out.losses["quantization"]
         if "entropy" in out.losses:
             loss = loss + config.entropy_weight * out.losses["entropy"]
         for name, value in {**out.losses, **out.metrics}.items():
@@ -305,14 +335,22 @@ class TokenizerTask:
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> Validation:
-        """Reconstruction figures with averaged weights; the score is the PSNR."""
+        """Reconstruction figures with averaged weights; the score is the PSNR.
+
+        Where the decoder is trained alone, also those of the codes that it is trained on, whose PSNR is the score then.
+        """
+        change, score, others = self.change_codes, "psnr", {}
+        if change is not None:
+            score, others = f"psnr_{change.config.kind}", {change.config.kind: partial(change, step=0)}
         self.tokenizer.eval()
-        with self.generator.averaged(), self.generator.autocast():
-            report = evaluate_reconstruction(self.tokenizer, batches, perceptual=self.perceptual, keep=GRID_IMAGES)
-        self.tokenizer.train()
+        with self.generator.averaged(), self.generator.autocast(), same_numbers(self.usage.counts.device):
+            report = evaluate_reconstruction(
+                self.tokenizer, batches, perceptual=self.perceptual, keep=GRID_IMAGES, others=others
+            )
+        self._to_training()
         grid = torch.stack([report.originals, report.reconstructions]) if len(report.originals) else torch.empty(0)
         return Validation(
-            metrics=report.metrics, score=report.metrics["psnr"], images={"original_above_reconstruction": grid}
+            metrics=report.metrics, score=report.metrics[score], images={"original_above_reconstruction": grid}
         )
 
     def _averages(self) -> dict[str, Tensor]:
@@ -343,7 +381,9 @@ class TokenizerTask:
                 current.copy_(tensors[name])
 
     def save_pretrained(self, folder: Path, info: Mapping) -> None:
-        """Write the averaged weights for `ibq.load_tokenizer`."""
+        """Write the averaged weights for `ibq.load_tokenizer`; of a decoder alone also whose codes they are for."""
+        if self.change_codes is not None:
+            info = {**info, **origin_of_codes(info)}
         save_pretrained(folder, self.generator, info)
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ibq.api import find_model, is_published, trained_on
+from ibq.api import find_model, is_published, same_codes_as, trained_on
 from ibq.config import UserError
 from ibq.config_yaml import one_line
 from ibq.engine.state_files import StateReader, index_file
@@ -52,6 +52,7 @@ class Source:
     moments: Mapping[str, Moments] = field(default_factory=dict)  # by engine
     rest: Mapping[str, int] = field(default_factory=dict)  # what else is there: number of tensors
     tokenizer: str | None = None  # of a transformer: the hash of the tokenizer whose codes it knows, if that is known
+    codes_of: str | None = None  # of a tokenizer: the same of an earlier one whose codes it has
 
 
 def open_place(kind: type[nn.Module], start: StartConfig) -> Source:
@@ -158,11 +159,14 @@ def _own(kind: type[nn.Module], path: Path, start: StartConfig) -> Source:
     shapes = _shapes(found.tensors) if shapes is None else {**shapes, **_shapes(found.tensors.untrained)}
     source = {"place": found.source, "config": found.config, "tensors": found.tensors, "shapes": shapes}
     if kind is not Tokenizer:
-        return Source(**source, tokenizer=_known_tokenizer(path))
-    return Source(**source, **(_checkpoint_parts(path) if (path / STATE).exists() else {}))
+        return Source(**source, tokenizer=known_tokenizer(path))
+    if (path / STATE).exists():
+        return Source(**source, **_checkpoint_parts(path))
+    return Source(**source, codes_of=same_codes_as(path))
 
 
-def _known_tokenizer(path: Path) -> str | None:
+def known_tokenizer(path: Path) -> str | None:
+    """The hash of the tokenizer whose codes an own transformer was trained on, if its place tells."""
     if (path / STATE).exists():
         return json.loads((path / STATE).read_text())["order"].get("tokenizer")
     return trained_on(path)

@@ -53,6 +53,8 @@ class Start:
         task.load_rank_tensors(task.rank_tensors() | fit.rank_tensors)
         sha256 = dist.on_main(lambda: weights_hash(source.tensors))
         self.origin = {"start_from": {"place": self.config.place, "weights_sha256": sha256}}
+        if source.codes_of is not None:
+            self.origin["start_from"]["codes_of"] = source.codes_of
         if dist.is_main():
             say(f"start_from: {source.place}, weights of SHA-256 {sha256[:16]}...:\n{table(fit.rows)}")
             record = {**self.origin["start_from"], "file": str(source.place), "config": config_to_dict(self.config)}
@@ -66,7 +68,8 @@ class Start:
             record = json.loads((folder / FILE).read_text())
         self._found = None
         if record:
-            self.origin = {"start_from": {name: record[name] for name in ("place", "weights_sha256")}}
+            kept = ("place", "weights_sha256", "codes_of")
+            self.origin = {"start_from": {name: record[name] for name in kept if name in record}}
         now = None if self.config is None else config_to_dict(self.config)
         if record.get("config") != now and dist.is_main():
             began = f"from {record['place']}" if record else "with new weights"

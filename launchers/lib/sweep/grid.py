@@ -35,9 +35,13 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How trained transformers are measured: images are drawn (tools/sample.py) and judged (tools/evaluate.py)."""
+    """How trained transformers are measured: images are drawn (tools/sample.py) and judged (tools/evaluate.py).
 
-    tokenizer: str  # whose codes they have learned
+    Or tokenizers, by how they decode what a `transformer` draws, whose codes they all have.
+    """
+
+    tokenizer: str | None = None  # whose codes the runs' transformers have learned
+    transformer: str | None = None  # that draws for the runs' tokenizers; give either
     images: str  # labelled real images that a classifier learns from
     validation: str | None = None  # the same to test it on; null: every tenth of them
     total: int  # images that are drawn, equally many of every class
@@ -46,6 +50,8 @@ class GenerationConfig:
 
     def __post_init__(self):
         require_least(self, total=2, classifier_steps=1)
+        if (self.tokenizer is None) == (self.transformer is None):
+            raise ValueError("tokenizer: give it where the runs are transformers, or `transformer` where they are not")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ class SweepConfig:
     seeds: tuple[int, ...] = ()  # each run is trained with each of these; tables show means and their intervals
     output: str | None = None  # null: runs/NAME
     evaluation: ReconstructionConfig | None = field(default_factory=ReconstructionConfig)  # of tokenizers; null: none
-    generation: GenerationConfig | None = None  # of transformers; null: none
+    generation: GenerationConfig | None = None  # of transformers, or of tokenizers too; null: none
 
     def __post_init__(self):
         if not _NAME.fullmatch(self.name):
@@ -78,7 +84,7 @@ class SweepConfig:
         for name in self.runs:
             if not _NAME.fullmatch(name) or name == PICTURES:
                 raise ValueError(f"runs: {name!r} cannot name a run's folder; use letters, digits and . _ + = , -")
-        if self.evaluation is not None and self.generation is not None:
+        if self.evaluation is not None and self.generation is not None and self.generation.transformer is None:
             raise ValueError("evaluation: is of tokenizers, and `generation` of transformers; set `evaluation: null`")
         if self.seeds and self.scaling:
             raise ValueError("seeds: a scaling law is fitted to single runs; leave out either")
@@ -266,9 +272,9 @@ def _evaluations(config: ReconstructionConfig, folder: Path, settings: Mapping, 
 
 
 def _generation(config: GenerationConfig, folder: Path, settings: Mapping) -> tuple[Part, ...]:
-    """The commands that draw with a trained transformer, and measure what is drawn."""
+    """The commands that draw with a trained transformer, or for a trained tokenizer, and measure what is drawn."""
     device = ("--device", str(settings["device"])) if "device" in settings else ()
-    models = ("--tokenizer", config.tokenizer, "--transformer", str(folder))
+    models = ("--tokenizer", config.tokenizer or str(folder), "--transformer", config.transformer or str(folder))
     drawn = ("--total", str(config.total), "--files", "none", "--output", str(folder / "samples"))
     real = ("--classifier", config.images)
     real += () if config.validation is None else ("--classifier-validation", config.validation)
