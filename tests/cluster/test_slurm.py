@@ -1,6 +1,8 @@
 """Training, preemption, a dying node and a sweep on a real Slurm cluster of two nodes (`slurm_cluster.py`)."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -252,6 +254,36 @@ def test_cancelled_jobs_stay_cancelled(jobs, project):
     jobs.cluster.wait_until_idle()  # nothing of it is left that could requeue it
     assert jobs.cluster.job(number)["JobState"] == "CANCELLED"
     assert status(project / "runs" / "cancelled")["state"] == "stopped"
+
+
+@pytest.mark.parametrize("whose", ["rank", "launcher"])
+def test_a_killed_process_costs_a_start(jobs, project, undisturbed, whose):
+    """SIGKILL of one rank, as for want of memory, or of srun: the others end, and the job goes on from the queue."""
+    folder = project / "runs" / f"killed-{whose}"
+    number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *settings(folder.name, "engine.kind=fsdp"))
+    wait_for_step(folder, 50)
+    own = {"rank": ("SLURM_PROCID=1", "ibq/train_ar.py"), "launcher": ("", "srun")}[whose]
+    for pid in processes_of_job(number, *own):
+        os.kill(pid, signal.SIGKILL)
+    said = jobs.complete(number)
+    assert jobs.cluster.job(number)["Restarts"] == "1" and "start 2" in said
+    if whose == "rank":
+        assert "rank 1" in said and "has died" in said
+    assert losses(folder) == losses(undisturbed[0])
+
+
+def processes_of_job(number: str, variable: str, word: str) -> list[int]:
+    """Processes of a job with a line in their environment and a word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            environment = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+            words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            named = any(Path(part).name == Path(word).name for part in words[:4])
+            if f"SLURM_JOB_ID={number}" in environment and (not variable or variable in environment) and named:
+                found.append(int(path.name))
+    assert found, (number, variable, word)
+    return found
 
 
 # --- (4) A node dies ---
