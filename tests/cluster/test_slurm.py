@@ -256,19 +256,17 @@ def test_cancelled_jobs_stay_cancelled(jobs, project):
     assert status(project / "runs" / "cancelled")["state"] == "stopped"
 
 
-@pytest.mark.parametrize("whose", ["rank", "launcher"])
-def test_a_killed_process_costs_a_start(jobs, project, undisturbed, whose):
-    """SIGKILL of one rank, as for want of memory, or of srun: the others end, and the job goes on from the queue."""
-    folder = project / "runs" / f"killed-{whose}"
-    number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *settings(folder.name, "engine.kind=fsdp"))
-    wait_for_step(folder, 50)
-    own = {"rank": ("SLURM_PROCID=1", "ibq/train_ar.py"), "launcher": ("", "srun")}[whose]
-    for pid in processes_of_job(number, *own):
-        os.kill(pid, signal.SIGKILL)
+def test_killed_processes_cost_a_start_each(jobs, project, undisturbed):
+    """SIGKILL of one rank, as for want of memory, and then of srun: the others end, the job goes on from the queue."""
+    folder = project / "runs" / "killed"
+    number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *settings("killed", "engine.kind=fsdp"))
+    for step, variable, word in [(50, "SLURM_PROCID=1", "train_ar.py"), (120, "", "srun")]:
+        wait_for_step(folder, step)
+        for pid in processes_of_job(number, variable, word):
+            os.kill(pid, signal.SIGKILL)
     said = jobs.complete(number)
-    assert jobs.cluster.job(number)["Restarts"] == "1" and "start 2" in said
-    if whose == "rank":
-        assert "rank 1" in said and "has died" in said
+    assert jobs.cluster.job(number)["Restarts"] == "2" and "start 3" in said
+    assert "rank 1" in said and "has died" in said
     assert losses(folder) == losses(undisturbed[0])
 
 
@@ -279,7 +277,7 @@ def processes_of_job(number: str, variable: str, word: str) -> list[int]:
         with contextlib.suppress(OSError):  # it has just ended
             environment = (path / "environ").read_bytes().decode(errors="replace").split("\0")
             words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            named = any(Path(part).name == Path(word).name for part in words[:4])
+            named = any(Path(part).name == word for part in words[:4])
             if f"SLURM_JOB_ID={number}" in environment and (not variable or variable in environment) and named:
                 found.append(int(path.name))
     assert found, (number, variable, word)
