@@ -10,11 +10,10 @@
 #   2**32 + 1        0.757632
 #   2**63 + 1        0.757632
 #   -2**32 + 1       0.757632
-#   1 (NumPy)        0.511822
-#   2**32 + 1 (NumPy) another
+#   2                0.614695
 #
-# "(seed << 32) + rank" so gives every seed the same numbers, and of 64-bit hashes as seeds of single samples two are
-# equal among about 77,000. Fails if this changes.
+# NumPy's default_rng tells 1 and 2**32 + 1 apart. "(seed << 32) + rank" so gives every seed the same numbers, and among
+# 77,000 samples with 64-bit hashes as seeds two are likely to share theirs. Fails if this changes.
 set -euo pipefail
 folder="$(mktemp -d)" && trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv" && "$folder/venv/bin/python" -m pip install --quiet torch==2.14.1 numpy==2.4.6
