@@ -92,7 +92,8 @@ def upright_size(data: bytes) -> tuple[int, int]:
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # as in `_upright`
         orientation = 1
-    return image.size if orientation in SIDEWAYS else image.size[::-1]
+    # Of a TIFF Pillow gives the size as it is shown, and the orientation all the same.
+    return image.size if orientation in SIDEWAYS and image.format != "TIFF" else image.size[::-1]
 
 
 def _with_transparency(image: Image.Image, data: bytes) -> Image.Image:

@@ -33,7 +33,8 @@ class Blueprint:
                 parameter.data.copy_(self.initial(module, name, whole(parameter.shape), device).view(parameter.shape))
             return module
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed << 32) + zlib.crc32(self.name.encode()))
+            # The CPU's generator takes the low 32 bits of a seed alone, so name and seed are both in them.
+            torch.manual_seed(zlib.crc32(self.name.encode(), self.seed % 2**32))
             return self.build().to(device)
 
     def skeleton(self) -> nn.Module:

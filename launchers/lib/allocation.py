@@ -44,9 +44,14 @@ class Allocation(Protocol):
 
 
 class SlurmAllocation:
-    """The nodes of the Slurm job that this process is the batch script of; each rank is a task of `srun`."""
+    """The nodes of the Slurm job that this process is the batch script of; each rank is a task of `srun`.
+
+    UserError for a heterogeneous job.
+    """
 
     def __init__(self, environment: Mapping[str, str] = os.environ):
+        if int(environment.get("SLURM_HET_SIZE", "1")) > 1:  # of which the other variables name the first part alone
+            raise UserError("a heterogeneous job (`:`, #SBATCH hetjob): a run takes equal nodes; ask by --nodes")
         self._environment = environment
         self.job = environment["SLURM_JOB_ID"]
         array = environment.get("SLURM_ARRAY_JOB_ID")

@@ -1,6 +1,8 @@
 """Training, preemption, a dying node and a sweep on a real Slurm cluster of two nodes (`slurm_cluster.py`)."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -252,6 +254,34 @@ def test_cancelled_jobs_stay_cancelled(jobs, project):
     jobs.cluster.wait_until_idle()  # nothing of it is left that could requeue it
     assert jobs.cluster.job(number)["JobState"] == "CANCELLED"
     assert status(project / "runs" / "cancelled")["state"] == "stopped"
+
+
+def test_killed_processes_cost_a_start_each(jobs, project, undisturbed):
+    """SIGKILL of one rank, as for want of memory, and then of srun: the others end, the job goes on from the queue."""
+    folder = project / "runs" / "killed"
+    number = jobs.sbatch("--nodes=2", "slurm/ar_b.sh", *settings("killed", "engine.kind=fsdp"))
+    for step, variable, word in [(50, "SLURM_PROCID=1", "train_ar.py"), (120, "", "srun")]:
+        wait_for_step(folder, step)
+        for pid in processes_of_job(number, variable, word):
+            os.kill(pid, signal.SIGKILL)
+    said = jobs.complete(number)
+    assert jobs.cluster.job(number)["Restarts"] == "2" and "start 3" in said
+    assert "rank 1" in said and "has died" in said
+    assert losses(folder) == losses(undisturbed[0])
+
+
+def processes_of_job(number: str, variable: str, word: str) -> list[int]:
+    """Processes of a job with a line in their environment and a word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            environment = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+            words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            named = any(Path(part).name == word for part in words[:4])
+            if f"SLURM_JOB_ID={number}" in environment and (not variable or variable in environment) and named:
+                found.append(int(path.name))
+    assert found, (number, variable, word)
+    return found
 
 
 # --- (4) A node dies ---

@@ -13,8 +13,9 @@ STEPS = 4
 # At the paper's entropy temperature of 0.01 the gradient amplifies rounding a hundredfold at every step.
 TOKENIZER = ("model.quantizer.entropy_temperature=0.5",)
 ADAPTIVE = ("loss.gan.adaptive=true", "loss.gan.weight=0.4")
-# With seed 0 one activation of the discriminator comes to lie within rounding of its kink: another gradient there.
-KMEANS = ("codebook_start={kmeans: true, warmup_steps: 2, images: 20}", "seed=2")
+# With seeds 0, 2 and 6 one activation of the discriminator comes to lie within rounding of its kink: another gradient
+# there.
+KMEANS = ("codebook_start={kmeans: true, warmup_steps: 2, images: 20}", "seed=1")
 # Job: (stage, overrides, fault). Two processes of micro-batch 4 make the global batch of 8.
 ALONE = {
     "transformer": ("transformer", [], None),

@@ -859,6 +859,18 @@ def test_nodes_with_different_numbers_of_tasks():
         allocation.tasks_per_node({"SLURM_NTASKS": "5", "SLURM_TASKS_PER_NODE": "2(x2),1"})
 
 
+def test_heterogeneous_jobs_are_refused():
+    """Slurm's variables name the first part's nodes: the others would wait idle to the end (seen with 22.05)."""
+    own = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NODELIST_HET_GROUP_1": "n2",
+        "SLURM_HET_SIZE": "2",
+    }
+    with pytest.raises(UserError, match=r"hetjob.*--nodes"):
+        allocation.SlurmAllocation(own)
+
+
 # --- The scripts that come with the project ---
 
 SCRIPTS = sorted(file for file in (ROOT / "slurm").glob("*.sh") if file.name not in ("job.sh", "setup.sh"))

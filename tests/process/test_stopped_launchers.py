@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,10 @@ def place(tmp_path_factory) -> Path:
 class Command:
     """The deepspeed command, or another that calls it, perhaps in a terminal of its own; it would train for days."""
 
-    def __init__(self, place: Path, output: Path, *before: str, terminal: bool = False):
+    def __init__(self, place: Path, output: Path, *before: str, terminal: bool = False, more: Sequence[str] = ()):
         self.output = output
         settings = [f"output={output}", "training.max_steps=1000000", "training.micro_batch=4", "training.log_every=5"]
-        settings += ["training.validate_every=null", "checkpoint.save_every=1000000", "engine={kind: local}"]
+        settings += ["training.validate_every=null", "checkpoint.save_every=1000000", "engine={kind: local}", *more]
         command = [*before, "ibq/train_ar.py", "--config", str(place / "transformer.yaml"), *settings]
         self.terminal, theirs = pty.openpty() if terminal else (None, os.open(os.devnull, os.O_RDWR))
         self.process = subprocess.Popen(
@@ -47,8 +48,11 @@ class Command:
             preexec_fn=self._take_terminal if terminal else hear_signals,
         )
         os.close(theirs)
-        logged = output / "metrics.jsonl"
-        wait_for(lambda: self.read() or (logged.exists() and "loss/total" in scalars(output)), self.process)
+
+    def wait_for_steps(self) -> None:
+        """Until it trains."""
+        logged = self.output / "metrics.jsonl"
+        wait_for(lambda: self.read() or (logged.exists() and "loss/total" in scalars(self.output)), self.process)
 
     @staticmethod
     def _take_terminal() -> None:
@@ -61,13 +65,22 @@ class Command:
             with contextlib.suppress(OSError):  # nobody is there any more
                 os.read(self.terminal, 65536)
 
+    def ended(self) -> dict:
+        """What the run says of itself when no process of it is left."""
+        wait_for(lambda: self.read() or not processes_of(self.output), what="the end of all processes")
+        return json.loads((self.output / "status.json").read_text())
+
     def check(self, reason: str) -> None:
         """Everything has ended, after one checkpoint."""
-        wait_for(lambda: self.read() or not processes_of(self.output), what="the end of all processes")
-        status = json.loads((self.output / "status.json").read_text())
+        status = self.ended()
         assert status["state"] == "stopped" and status["reason"] == reason
         names = [path.name for path in (self.output / "checkpoints").iterdir()]
         assert names == [f"step-{status['step']:08d}"]
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    return dict(line.partition("=")[::2] for line in text.split("\0"))
 
 
 def processes_of(output: Path) -> list[int]:
@@ -86,9 +99,12 @@ def start(place, tmp_path):
     """Starts a command, and leaves nothing of it behind if the test fails."""
     started = []
 
-    def start(*command: str, terminal: bool = False) -> Command:
+    def start(*command: str, terminal: bool = False, more: Sequence[str] = ()) -> Command:
         started.append(output := tmp_path / f"run{len(started)}")
-        return Command(place, output, *command, terminal=terminal)
+        command = Command(place, output, *command, terminal=terminal, more=more)
+        if not more:
+            command.wait_for_steps()
+        return command
 
     yield start
     for output in started:
@@ -100,29 +116,69 @@ def deepspeed(*options: str) -> list[str]:
     return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", *options]
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGTERM", -15), ("SIGKILL", -9)])
-def test_the_command_alone_is_signalled(start, number, code):
-    """It ends at once, by its own rules; the ranks notice, save and end."""
-    command = start(*deepspeed())
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+COMMANDS = {"deepspeed": deepspeed(), "torchrun": TORCHRUN}
+CODES = {"deepspeed": 2, "torchrun": 1}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "code"),
+    [
+        ("deepspeed", "SIGTERM", -signal.SIGTERM),
+        ("deepspeed", "SIGKILL", -signal.SIGKILL),
+        ("deepspeed", "SIGUSR2", -signal.SIGUSR2),
+        ("torchrun", "SIGTERM", 1),
+    ],
+)
+def test_the_command_alone_is_signalled(start, launcher, number, code):
+    """It ends by its own rules; the ranks are told or notice, save and end."""
+    command = start(*COMMANDS[launcher])
     command.process.send_signal(signal.Signals[number])
     assert command.process.wait(HANG_S) == code
     command.check("SIGTERM")
 
 
-def test_the_terminal_is_closed(start):
-    command = start(*deepspeed(), terminal=True)
+@pytest.mark.parametrize("launcher", COMMANDS)
+def test_the_terminal_is_closed(start, launcher):
+    command = start(*COMMANDS[launcher], terminal=True)
     os.close(command.terminal)
     command.terminal = None
     command.process.wait(HANG_S)
     command.check("SIGHUP")
 
 
-def test_ctrl_c(start):
-    command = start(*deepspeed(), terminal=True)
+@pytest.mark.parametrize(("launcher", "code"), [("deepspeed", -signal.SIGINT), ("torchrun", 1)])
+def test_ctrl_c(start, launcher, code):
+    command = start(*COMMANDS[launcher], terminal=True)
     os.write(command.terminal, b"\x03")
-    code = wait_for(lambda: command.read() or command.process.poll(), what="the end of the command")
-    assert code == -signal.SIGINT
+    assert wait_for(lambda: command.read() or command.process.poll(), what="the end of the command") == code
     command.check("SIGINT")
+
+
+def test_a_rank_of_deepspeed_is_killed(start):
+    """As for want of memory: the other one names it and ends, and the command with them."""
+    command = start(*deepspeed())
+    (rank,) = (pid for pid in processes_of(command.output) if environment_of(pid).get("RANK") == "1")
+    os.kill(rank, signal.SIGKILL)
+    assert command.process.wait(HANG_S) != 0
+    status = command.ended()
+    assert status["state"] == "failed" and "rank 1" in status["reason"] and "died" in status["reason"]
+
+
+BAD_STEPS = ("training.max_bad_steps=1", "optimizer.learning_rate=1e38", "training.max_steps=50")
+
+
+@pytest.mark.parametrize("launcher", COMMANDS)
+@pytest.mark.parametrize("mistake", [("training.stepz=1",), BAD_STEPS], ids=["mistake", "bad steps"])
+def test_what_only_the_user_can_mend(start, launcher, mistake):
+    """The command ends with its own code for a failure; only the ranks' is 2."""
+    command = start(*COMMANDS[launcher], more=mistake)
+    assert command.process.wait(HANG_S) == CODES[launcher]
+    if mistake == BAD_STEPS:
+        status = command.ended()
+        assert status["state"] == "failed" and "bad steps in a row" in status["reason"]
+    else:
+        assert not command.output.exists() and not processes_of(command.output)
 
 
 @pytest.mark.parametrize(

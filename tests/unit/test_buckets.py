@@ -15,7 +15,7 @@ from ibq.data.buckets import HEADER, Buckets, PicturesByBucket, bucketed, neares
 from ibq.data.images import ImageDataset
 from ibq.data.loader import validation_batches
 from ibq.data.shards import ImageDataConfig, open_images
-from ibq.data.transforms import AugmentConfig, random_square, upright_size, view
+from ibq.data.transforms import AugmentConfig, decode_rgb, random_square, upright_size, view
 from ibq.evaluation.reconstruction import KeptImages, in_blocks
 from ibq.training.ar_config import TokenizedImagesConfig
 from ibq.training.checkpoint import TrainingState
@@ -72,13 +72,13 @@ def test_pictures_go_to_the_nearest_ratio():
     assert nearest(SHAPES, np.zeros((2, 2), np.int32)).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_sizes_are_those_of_the_picture_as_it_is_shown(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(picture(0, 40).resize((40, 24)), kind, exif=exif)
-    assert upright_size(data) == ((40, 24) if orientation in (6, 8) else (24, 40))
+    assert upright_size(data) == ((40, 24) if orientation in (6, 8) else (24, 40)) == decode_rgb(data).size[::-1]
 
 
 def test_a_header_is_enough_and_a_long_one_is_read_whole(tmp_path):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.pieces import block, stretch, take, whole
@@ -34,6 +35,19 @@ def test_names_and_seeds_tell_sequences_apart():
     sequences = [normals(key_of(seed, name), 0, 100_000) for seed in (0, 1) for name in ("x.weight", "y.weight")]
     products = torch.corrcoef(torch.stack(sequences)) - torch.eye(4)
     assert products.abs().max() < 0.02
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31])
+def test_what_pytorch_fills_follows_name_and_seed(seed):
+    """Its CPU generator has the same numbers for seeds that differ by a multiple of 2**32."""
+
+    def weight(name, seed):
+        return Blueprint(name=name, build=lambda: nn.Linear(8, 8), seed=seed).whole().weight
+
+    own = weight("tokenizer", seed)
+    assert torch.equal(own, weight("tokenizer", seed))
+    for name, other in [("tokenizer", seed + 1), ("tokenizer", seed + 7), ("discriminator", seed)]:
+        assert not torch.equal(own, weight(name, other)), (name, other)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
