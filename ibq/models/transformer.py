@@ -396,10 +396,10 @@ class Transformer(nn.Module):
     def rotations(self, grid: Grid, order: Tensor | None = None) -> Tensor:
         """Rows [T, head_dim / 2] of the rotary table for the inputs of a grid's steps in an order [T] (raster)."""
         order = self._raster(grid) if order is None else order
-        return rotations_in_order(self._rope(self.tok_emb.weight, grid), order[None])[0]
+        return rotations_in_order(self._rope(self.class_emb.weight, grid), order[None])[0]
 
     def _raster(self, grid: Grid) -> Tensor:
-        return torch.arange(math.prod(grid), device=self.tok_emb.weight.device)
+        return torch.arange(math.prod(grid), device=self.class_emb.weight.device)
 
     def _places(self, indices: Tensor, grid: Grid) -> Tensor:
         """Rows of `target_emb` for raster indices of a grid: the same row and column is the same in all grids."""
