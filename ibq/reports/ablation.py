@@ -36,7 +36,7 @@ COLUMNS = {
     "batch_size": ("Batch", "int", "", "Images in a step."),
     "learning_rate": ("Rate", "short", "", "Peak learning rate."),
     "nll": ("NLL", "nats/token", "lower", "Of the validation images at the end, with averaged weights."),
-    "bits_per_image": ("Bits/image", "int", "lower", "The NLL of all codes of an image, in bits."),
+    "bits_per_image": ("Bits/image", "", "lower", "The same of all codes of an image together."),
     "best_nll": ("Best NLL", "nats/token", "lower", "The lowest at any validation."),
     "train_loss": ("Train loss", "nats/token", "", "Mean of the last steps, with dropout and the weights as they are."),
     "steps": ("Steps", "int", "", "Training steps."),

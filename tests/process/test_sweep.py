@@ -22,8 +22,11 @@ from support.training import make_workplace
 import yaml
 from ibq.config import ConfigError, UserError, load_config
 from ibq.reports.ablation import COLUMNS, cell
+from ibq.training.ar_config import ARRunConfig
+from ibq.training.tokenizer_config import TokenizerRunConfig
 
 sweep = importlib.import_module("launchers.sweep")
+RUN_CONFIGS = {"tokenizer": TokenizerRunConfig, "transformer": ARRunConfig}
 grid_module = importlib.import_module("launchers.lib.sweep.grid")
 state_module = importlib.import_module("launchers.lib.sweep.state")
 table_module = importlib.import_module("launchers.lib.sweep.table")
@@ -352,17 +355,17 @@ def test_mistakes_on_the_command_line_end_with_2(tmp_path):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "yaml/ablations").glob("*.yaml")), ids=lambda file: file.stem)
 def test_sweeps_that_come_with_the_project(file, tmp_path, monkeypatch):
-    from ibq.training.tokenizer_config import TokenizerRunConfig
-
     monkeypatch.chdir(ROOT)
-    if "tokenizer" in file.stem:
-        load_config(TokenizerRunConfig, file)
+    kind = "transformer" if "transformer" in file.stem else "tokenizer"
+    if kind in file.stem:
+        load_config(RUN_CONFIGS[kind], file)
         return
     runs = grid_module.runs_of(load_config(grid_module.SweepConfig, file), str(file))
     assert len(runs) > 1
     for run in runs:
-        config = load_config(TokenizerRunConfig, run.parts[0].command[2], run.parts[0].command[3:])
-        assert config.output == str(run.folder) and not config.loss.gan.enabled
+        kind = "transformer" if run.parts[0].command[0] == "ibq/train_ar.py" else "tokenizer"
+        config = load_config(RUN_CONFIGS[kind], run.parts[0].command[2], run.parts[0].command[3:])
+        assert config.output == str(run.folder) and (kind == "transformer" or not config.loss.gan.enabled)
 
 
 # --- The table ---

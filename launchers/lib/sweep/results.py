@@ -103,6 +103,7 @@ def transformer_figures(run: Run, logged: Sequence[Mapping[str, Any]]) -> dict[s
     images = batch * int(read_status(run.folder).get("step", 0))
     validations = [as_number(line["validation/nll"]) for line in logged if "validation/nll" in line]
     losses = [line["loss/total"] for line in logged if "loss/total" in line]
+    one_grid = validations and len(model.code_grids) == 1
     return {
         "depth": model.depth,
         "width": model.model_width,
@@ -113,7 +114,7 @@ def transformer_figures(run: Run, logged: Sequence[Mapping[str, Any]]) -> dict[s
         "tokens": images * model.num_tokens,
         "flops": images * transformer_flops(model).textbook,
         "nll": validations[-1] if validations else None,
-        "bits_per_image": validations[-1] * model.num_tokens / math.log(2) if validations else None,
+        "bits_per_image": validations[-1] * model.num_tokens / math.log(2) if one_grid else None,
         "best_nll": min(validations, default=None),
         "train_loss": losses[-1] if losses else None,
         "held_out": int(run.held_out),
