@@ -257,7 +257,7 @@ def test_results_hold_what_a_fit_needs(finished):
         assert found["tokens"] == 4 * batch * SIDE**2
         assert found["flops"] == 4 * batch * transformer_flops(TEST_MODEL).textbook
         assert found["nll"] == float(row["nll"]) == logged["validation/nll"][4]
-        assert found["bits_per_image"] == int(found["nll"] * TEST_MODEL.num_tokens / math.log(2))
+        assert found["bits_per_image"] == found["nll"] * TEST_MODEL.num_tokens / math.log(2)
         assert found["best_nll"] == min(logged["validation/nll"].values())
         assert found["train_loss"] == logged["loss/total"][4]
         assert max(logged["learning_rate"].values()) <= found["learning_rate"] * 1.0001

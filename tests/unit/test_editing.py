@@ -9,6 +9,7 @@ from torch import Tensor
 from ibq.api import generate
 from ibq.config import parse_config
 from ibq.editing import Edit
+from ibq.models.heads import BitsHeadConfig, FactorisedHeadConfig, MaskedBitsHeadConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer
@@ -79,6 +80,19 @@ def test_to_keep_nothing_is_to_sample_and_to_keep_all_is_to_copy(order, settings
         edit = Edit(codes=given(), keep=MASKS[name])
         assert torch.equal(sample_codes(model, CLASSES, SEEDS, config, edit=edit), expected)
     assert not torch.equal(plain, given())
+
+
+@pytest.mark.parametrize("head", [FactorisedHeadConfig(), BitsHeadConfig(), MaskedBitsHeadConfig(width=16, layers=1)])
+def test_editing_with_every_head(head):
+    """Whose codes take several random numbers each, which stay with the place as well."""
+    model = small_transformer(**SHAPE, vocab_size=64, head=head)
+    config, codes = SamplerConfig(rows_per_block=3), given() % 64
+    plain = sample_codes(model, CLASSES, SEEDS, config)
+    for name, keep in MASKS.items():
+        found = sample_codes(model, CLASSES, SEEDS, config, edit=Edit(codes=codes, keep=keep))
+        assert torch.equal(found[:, keep], codes[:, keep])
+        again = sample_codes(model, CLASSES, SEEDS, config, edit=Edit(codes=found, keep=keep))
+        assert torch.equal(found, again) and torch.equal(found, plain) == (name == "nothing")
 
 
 def test_one_image_is_kept_for_all_or_another_for_each(transformer):

@@ -9,6 +9,7 @@ import torch
 from support.models import small_transformer
 from torch import Tensor
 
+import ibq
 from ibq.config import ConfigError, UserError, parse_config
 from ibq.decoding import Decoder
 from ibq.engine import compilation
@@ -355,6 +356,16 @@ def test_bits_are_not_filtered(name, setting):
     config = SamplerConfig(rows_per_block=1, **{setting: {"top_k": 2, "top_p": 0.5}[setting]})
     with pytest.raises(ValueError, match=f"{setting}: .*draws bits.*use temperature"):
         sample_codes(model_of(name), [1], [7], config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NEW)
+def test_a_folder_for_the_hub_holds_it(name, tmp_path):
+    model = model_of(name, adaln=False)
+    ibq.save_pretrained(model, tmp_path)
+    again, (codes, classes, _) = ibq.from_pretrained(tmp_path), request()
+    assert again.config == model.config
+    assert torch.equal(again(codes, classes), model(codes, classes))
 
 
 # --- Settings ---
