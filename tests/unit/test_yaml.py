@@ -115,3 +115,16 @@ def test_short_transformer_file():
     assert replace(long, output=short.output, training=training, schedule=schedule) == short
     assert short.optimizer.peak_learning_rate(768) == pytest.approx(3e-4)
     assert short.optimizer.peak_learning_rate(256) == pytest.approx(1e-4), "in proportion to the batch"
+
+
+def test_frontier_files():
+    """Each goes on from what the one before leaves; beside the published ones they differ in what their page lists."""
+    files = (YAML / "frontier" / name for name in ("tokenizer.yaml", "decoder.yaml"))
+    tokenizer, decoder = (load_config(TokenizerRunConfig, file) for file in files)
+    transformer = load_config(ARRunConfig, YAML / "frontier/transformer.yaml")
+    assert decoder.start_from == tokenizer.output and decoder.codes.transformer == transformer.output
+    assert decoder.model == tokenizer.model and decoder.loss == tokenizer.loss
+    assert tokenizer.model.quantizer.num_codes == transformer.model.vocab_size
+    assert tokenizer.loss.gan.discriminator.kind == "features" and transformer.model.order == "random"
+    published = load_config(TokenizerRunConfig, YAML / "tokenizer_16384.yaml")
+    assert replace(tokenizer, output=published.output, model=published.model, loss=published.loss) == published
