@@ -101,13 +101,10 @@ def same_codes_as(path: str | Path) -> str | None:
 
 
 def _info(path: str | Path, name: str) -> str | None:
-    """What a run has written beside its best weights; None for what it does not tell, and for single files."""
-    if Path(path).is_file():
-        return None
-    info = pretrained_folder(path) / "info.json"
+    """What a run has written beside its best weights; None for what it does not tell, checkpoints and single files."""
     try:
-        return json.loads(info.read_text()).get(name)
-    except (OSError, ValueError, AttributeError):
+        return json.loads((pretrained_folder(path) / "info.json").read_text()).get(name)
+    except (UserError, OSError, ValueError, AttributeError):
         return None
 
 
@@ -301,6 +298,9 @@ def _edit_of(tokenizer: Tokenizer, keep: Tensor | None, codes: Tensor | None, im
     if keep is None:
         return None
     if codes is None:
+        if images.dtype != torch.uint8 or images.ndim not in (3, 4):
+            shape = list(images.shape)
+            raise ValueError(f"images: {shape} of {images.dtype}; give uint8 pixels [3, H, W] or [N, 3, H, W]")
         codes = codes_of(tokenizer, images.reshape(-1, *images.shape[-3:]))
         codes = codes if images.ndim == 4 else codes[0]
     return Edit(codes=codes, keep=keep)

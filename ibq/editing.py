@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ibq.models.transformer import TransformerConfig
+from ibq.noise import send
 from ibq.sampler import SamplerConfig
 
 
@@ -58,7 +59,7 @@ class Edit:
         Errors: ValueError for another grid or number of images, codes that the model does not know, and a model of
         raster order with a mask that is not the beginning.
         """
-        if config.grid not in (None, self.grid):
+        if config.grid is not None and tuple(config.grid) != self.grid:
             shown = [" x ".join(map(str, grid)) for grid in (config.grid, self.grid)]
             raise ValueError(f"grid: {shown[0]} codes are to be drawn, but those to keep are {shown[1]}; give one grid")
         if self.codes.ndim == 3 and len(self.codes) != images:
@@ -84,4 +85,4 @@ class Edit:
 
     def in_raster(self, codes: Tensor) -> Tensor:
         """Codes [N, T] of that order as [N, h, w], a copy."""
-        return codes[:, self.order.argsort().to(codes.device)].unflatten(1, self.grid)
+        return codes[:, send(self.order.argsort(), codes.device)].unflatten(1, self.grid)

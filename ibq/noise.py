@@ -38,7 +38,7 @@ def uniforms(seeds: Sequence[int], positions: int, device: torch.device | str) -
     return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
 
 
-def send(values: Sequence[int], device: torch.device | str) -> Tensor:
-    """int64 numbers [N] on a device, without waiting for what it does at the time."""
-    tensor = torch.tensor(values, dtype=torch.int64)
+def send(values: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
+    """int64 numbers of the host on a device, without waiting for what it does at the time."""
+    tensor = torch.as_tensor(values, dtype=torch.int64)
     return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor

@@ -231,8 +231,8 @@ class Drawing:
         """Put what steps take by their position into the block's order; an image's noise stays with the place."""
         self._kept, self._given, order = 0, None, None
         if edit is not None:
-            order = edit.order.to(decoder.device)
-            self._kept, self._given = edit.kept, edit.in_order(self.rows).to(decoder.device)
+            order = send(edit.order, decoder.device)
+            self._kept, self._given = edit.kept, send(edit.in_order(self.rows), decoder.device)
             self._numbers.copy_(self._numbers[..., order])
         if self._targets is not None:
             self._targets.copy_(decoder.target_rows(self.config.grid, order))

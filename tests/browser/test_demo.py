@@ -26,6 +26,7 @@ from support.training import picture, png, write_best
 from ibq.api import generate
 from ibq.config import UserError, parse_config
 from ibq.data.transforms import square, to_unit_range
+from ibq.models.heads import BitsHeadConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
@@ -365,6 +366,18 @@ def test_what_the_page_has(models, monkeypatch):
     named = {block.elem_id for block in only.blocks.values()}
     assert "upload" in named and "generate" not in named
     assert "start the page with `--transformer`" in json.dumps(only.get_config_file(), default=str)
+
+
+def test_transformers_of_bits_are_offered_no_filters(models, tmp_path):
+    from tools.lib.demo import page as demo_page
+
+    write_best(tmp_path / "bits" / "best", Transformer(TransformerConfig(**TRANSFORMER, head=BitsHeadConfig())))
+    for place, shown in ((models / "transformer", True), (tmp_path / "bits", False)):
+        given = ["--tokenizer", str(models / "tokenizer"), "--transformer", str(place), "--device", "cpu"]
+        page = demo_page.build(demo_models.open_models(demo.parse(given)))
+        found = {block.elem_id: block for block in page.blocks.values() if block.elem_id in ("top-k", "top-p")}
+        assert [found[name].visible for name in ("top-k", "top-p")] == [shown] * 2
+        assert (found["top-k"].value, found["top-p"].value) == (0, 0.9 if shown else 1)
 
 
 @pytest.mark.parametrize(

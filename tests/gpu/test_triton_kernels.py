@@ -769,15 +769,17 @@ class NoGraph:
 def test_nothing_in_a_block_waits_for_the_device(filters, order):
     transformer = small_transformer(tokens_per_side=4, vocab_size=64, order=order).to("cuda")
     config = SamplerConfig(rows_per_block=2, precision="bf16", **filters)
+    edit = Edit(codes=torch.arange(16).view(4, 4), keep=torch.arange(16).view(4, 4) < 5)
     decoder = Decoder(transformer, "bf16", config.rows)
     drawing = decoder.drawing = Drawing(decoder, settled_for(decoder, config))
     with torch.inference_mode():
         drawing.begin(decoder, [1, 2], [3, 4])  # captures
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for label in (0, 1):
-                drawing.begin(decoder, [label, 2], [3, 4])
+            for label, part in ((0, None), (1, edit), (2, None)):
+                drawing.begin(decoder, [label, 2], [3, 4], part)
                 for position in range(16):
                     drawing.advance(decoder, position)
+            edit.in_raster(drawing.codes)
         finally:
             torch.cuda.set_sync_debug_mode("default")

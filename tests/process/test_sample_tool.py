@@ -215,13 +215,16 @@ def test_pictures_in_bf16(models, tmp_path):
         (["--image", "x.png", "--box", "4", "0", "4", "4"], ["--box: 4 0 4 4 holds no pixel"]),
         (["--image", "x.png", "--box", "0", "0", "4", "4"], ["--image: x.png is no picture that can be read"]),
         (["--image", "PICTURE", "--mask", "x.png"], ["--mask: x.png is no picture that can be read"]),
+        (["--image", "PICTURE", "--mask", "BLACK"], ["--mask", "nowhere white"]),
         (["--image", "PICTURE", "--box", "0", "0", "4", "17"], ["--box: 0 0 4 17 goes beyond the image of 16 x 16"]),
         (["--image", "PICTURE", "--box", "0", "0", "4", "4"], ["--box: a model of raster order", "order: random"]),
     ],
 )
 def test_impossible_options(models, tmp_path, more, words):
     picture(1).save(models / "picture.png")
-    more = [word.replace("PICTURE", str(models / "picture.png")) for word in more]
+    Image.new("L", (16, 16)).save(models / "black.png")
+    files = {"PICTURE": str(models / "picture.png"), "BLACK": str(models / "black.png")}
+    more = [files.get(word, word) for word in more]
     result = run_script(*options(models, tmp_path / "out", *more))
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert all(word in result.stderr for word in words), result.stderr

@@ -422,6 +422,20 @@ def test_a_transformers_images_are_drawn_and_judged(tmp_path):
     assert results.figures(run) == {"recognised": 0.25, "frechet": 3.0}
 
 
+def test_images_of_other_settings_make_room(tmp_path):
+    """tools/sample.py does not write over them; those of the same command stay, as it goes on with them."""
+    generation = {"tokenizer": "t", "images": "i", "total": 9}
+    (run,) = runs_of(tmp_path, runs={"a": []}, generation=generation)
+    (run.folder / "samples").mkdir(parents=True)
+    state = state_module.open_run(run, fresh=False)
+    state.begin(run.parts[1], 0.0)
+    state.end(1.0, done=True)
+    for total, stays in ((9, True), (12, False)):
+        (again,) = runs_of(tmp_path, runs={"a": []}, generation=generation | {"total": total})
+        state_module.open_run(again, fresh=False)
+        assert (run.folder / "samples").exists() == stays
+
+
 def test_mistakes_on_the_command_line_end_with_2(tmp_path):
     file = write_sweep(tmp_path / "sweep.yaml", runs={"a": []})
     process = start(file, "--only", "b")

@@ -10,6 +10,7 @@ from support.published import read_tokenizer, read_transformer
 from support.training import CODES, SIDE, make_workplace, train_here
 
 import ibq
+from ibq.api import same_codes_as, trained_on
 from ibq.config import UserError
 from ibq.data.transforms import to_uint8
 from ibq.interop import seed_voken
@@ -56,6 +57,15 @@ def test_from_run_folders(models, loaded):
     again = ibq.load_tokenizer(str(models / "tokenizer" / "best"), device="cpu")
     for name, value in tokenizer.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_checkpoints_do_not_tell_whose_codes_theirs_are(models, loaded):
+    """And so they go with all others, as far as anybody knows."""
+    for stage in ("tokenizer", "transformer"):
+        (place, *_) = sorted((models / stage / "checkpoints").iterdir())
+        assert trained_on(place) is None and same_codes_as(place) is None
+    assert trained_on(models / "transformer") == "test"
+    assert same_codes_as(models / "tokenizer") is None
 
 
 def test_encode_and_decode(loaded):

@@ -182,3 +182,7 @@ def test_generate_keeps_codes_or_those_of_images():
     for wrong in ({"keep": keep}, {"codes": codes}, {"keep": keep, "codes": codes, "images": images}):
         with pytest.raises(ValueError, match="keep: goes with either `codes` or `images`"):
             generate(tokenizer, model, CLASSES, **wrong)
+    for wrong in (images / 255, images[0, 0]):
+        with pytest.raises(ValueError, match=r"images: \[.*\] of torch.*; give uint8 pixels"):
+            generate(tokenizer, model, CLASSES, keep=keep, images=wrong)
+    assert torch.equal(generate(tokenizer, model, CLASSES, seed=5, keep=keep, codes=codes, grid=[*GRID]), found)

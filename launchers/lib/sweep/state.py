@@ -95,6 +95,9 @@ def open_run(run: Run, *, fresh: bool) -> RunState:
             "or set another `output` for the sweep"
         )
     record["settings"] = run.settings
+    drawn, wanted = record["parts"].get("sample"), [list(part.command) for part in run.parts if part.name == "sample"]
+    if drawn is not None and drawn.get("command") not in wanted:
+        remove(run.folder, (SAMPLES,))  # of other settings, which tools/sample.py would not write over
     return RunState(run=run, record=record)
 
 

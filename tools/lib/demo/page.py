@@ -174,8 +174,10 @@ def generation_tab(models: Models) -> tuple[list, gr.State]:
             count = gr.Slider(1, most, value=min(IMAGES, most), step=1, label="Images", elem_id="count")
             guidance = gr.Slider(1, 10, value=GUIDANCE, step=0.1, label="Guidance (1: off)", elem_id="guidance")
             temperature = gr.Slider(0, 2, value=1, step=0.05, label="Temperature (0: greedy)", elem_id="temperature")
-            top_k = gr.Slider(0, config.vocab_size, value=0, step=1, label="Top-k (0: off)", elem_id="top-k")
-            top_p = gr.Slider(0, 1, value=TOP_P, step=0.01, label="Top-p (1: off)", elem_id="top-p")
+            filters = {"visible": max(config.digits) > 2}  # of codes; bits have none
+            top_k = gr.Slider(0, config.vocab_size, value=0, step=1, label="Top-k (0: off)", elem_id="top-k", **filters)
+            usual = TOP_P if filters["visible"] else 1
+            top_p = gr.Slider(0, 1, value=usual, step=0.01, label="Top-p (1: off)", elem_id="top-p", **filters)
             with gr.Row():
                 start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=80)
                 stop = gr.Button("Stop", elem_id="stop", min_width=80)

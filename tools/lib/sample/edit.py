@@ -68,6 +68,8 @@ def edit_of(
         size = tuple(side * tokenizer.downsampling for side in sampler.grid)
         codes = codes_of(tokenizer, torch.from_numpy(picture(options.image, size, "image")).permute(2, 0, 1)[None])[0]
         edit = Edit(codes=codes, keep=~tokens_of(anew(options, size), tokenizer.downsampling))
+        if edit.keep.all():
+            raise ValueError(f"mask: {options.mask} is nowhere white, so that nothing is drawn; white is drawn anew")
         edit.fitted(sampler, transformer, 1)
     except ValueError as error:
         name, _, problem = str(error).partition(":")
