@@ -14,7 +14,7 @@ from ibq.config import ConfigError, UserError, load_config, parse_config
 from ibq.engine.base import EngineSettings, OptimizerConfig
 from ibq.engine.blueprint import Blueprint
 from ibq.engine.local import LocalEngine
-from ibq.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from ibq.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.ops.codebook import nearest_codes
@@ -183,7 +183,7 @@ def task_of(change=None, *, gan=None, accumulation=1, dropout=0.0) -> TokenizerT
         optimizer=OptimizerConfig(kind="sgd", groups=groups), device=CPU, accumulation=accumulation
     )
     judge = EngineSettings(optimizer=OptimizerConfig(kind="sgd"), device=CPU, accumulation=accumulation)
-    small = DiscriminatorConfig(channels=4, layers=2)
+    small = PatchDiscriminatorConfig(channels=4, layers=2)
     task = TokenizerTask(
         LocalEngine(Blueprint(name="tokenizer", build=build, seed=0), settings),
         gan and LocalEngine(Blueprint(name="judge", build=lambda: PatchDiscriminator(small), seed=0), judge),
