@@ -133,8 +133,8 @@ def change_of_codes(command: Command, data: RunData, tokenizer: Tokenizer, total
         case GeneratedCodesConfig() as codes:
             dtype = PRECISIONS[command.config.precision] or torch.float32
             with naming(f"{command.source}: codes.transformer"):
-                model = command.config.model
-                return Generation(codes, open_transformer(codes, model, len(data.classes), command.device, dtype))
+                model, buckets, classes = command.config.model, command.config.data.buckets, len(data.classes)
+                return Generation(codes, open_transformer(codes, model, classes, command.device, dtype, buckets))
 
 
 if __name__ == "__main__":

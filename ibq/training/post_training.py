@@ -136,11 +136,24 @@ def origin_of_codes(origin: Mapping) -> dict[str, str]:
 
 
 def open_transformer(
-    config: GeneratedCodesConfig, model: TokenizerConfig, num_classes: int, device: torch.device, dtype: torch.dtype
+    config: GeneratedCodesConfig,
+    model: TokenizerConfig,
+    num_classes: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    buckets: Sequence[tuple[int, int]] = (),
 ) -> Transformer:
-    """The frozen transformer that draws codes; UserError for one that is not of such a tokenizer and such classes."""
+    """The frozen transformer that draws codes; UserError for one that is not of such a tokenizer and such classes.
+
+    `buckets`: heights and widths of the images, where they are not squares of the model's resolution.
+    """
     transformer = load_transformer(config.transformer, device=device).to(dtype)
-    found, grid = transformer.config, model.grid_of(model.resolution, model.resolution)
+    found = transformer.config
+    if found.head.kind != "plain":
+        raise UserError(
+            f"{config.transformer}: its head.kind is {found.head.kind}, but codes are drawn here by the logits of a "
+            "plain one; give a transformer with that"
+        )
     wanted = {"vocab_size": model.quantizer.num_codes, "num_classes": num_classes}
     for name, value in wanted.items():
         if getattr(found, name) != value:
@@ -149,12 +162,13 @@ def open_transformer(
                 f"{config.transformer}: its {name} is {getattr(found, name)}, but {what} are {value}; give the "
                 "transformer that was trained on them"
             )
-    if grid not in found.code_grids:
-        known = ", ".join(f"{rows} x {columns}" for rows, columns in found.code_grids)
-        raise UserError(
-            f"{config.transformer}: is for {known} codes, not for {grid[0]} x {grid[1]}; set model.resolution, or give "
-            "another"
-        )
+    for grid in [model.grid_of(*shape) for shape in buckets] or [model.grid_of(model.resolution, model.resolution)]:
+        if grid not in found.code_grids:
+            known = ", ".join(f"{rows} x {columns}" for rows, columns in found.code_grids)
+            key = "data.buckets" if buckets else "model.resolution"
+            raise UserError(
+                f"{config.transformer}: is for {known} codes, not for {grid[0]} x {grid[1]}; set {key}, or give another"
+            )
     return transformer
 
 

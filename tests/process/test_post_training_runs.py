@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from support.models import TRANSFORMER, small_transformer
+from support.models import TOKENIZER, TRANSFORMER, small_transformer
 from support.processes import run_ranks
 from support.training import (
     SIDE,
@@ -20,8 +20,12 @@ from support.training import (
 from torchvision.transforms.functional import pil_to_tensor
 
 import ibq
+from ibq.config import UserError, parse_config
 from ibq.data.transforms import to_unit_range
+from ibq.models.heads import BitsHeadConfig
+from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.training.checkpoint import weights_hash
+from ibq.training.post_training import GeneratedCodesConfig, open_transformer
 from ibq.training.tokenizer_task import TokenizerTask
 from tools import encode_shards, sample
 
@@ -137,6 +141,7 @@ MISTAKES = {
     "other classes": ({"num_classes": 5}, "its num_classes is 5, but the classes of data.train are 3"),
     "other codes": ({"vocab_size": 64}, "its vocab_size is 64, but the tokenizer's codes are 32"),
     "another grid": ({"tokens_per_side": SIDE + 1}, "is for 5 x 5 codes, not for 4 x 4"),
+    "another head": ({"head": BitsHeadConfig()}, "its head.kind is bits, but codes are drawn here by the logits of"),
     "another tokenizer": ({}, "was trained on codes of another tokenizer than"),
 }
 
@@ -150,6 +155,17 @@ def test_a_transformer_of_something_else_is_refused(place, tmp_path, capfd, name
     assert train(place, "refused", GENERATED % (tmp_path, "image")) == 2
     error = capfd.readouterr().err
     assert words in error and error.count("error:") == 1 and not (place / "refused").exists()
+
+
+def test_a_transformer_knows_the_grids_of_all_buckets(tmp_path):
+    """And need not know that of a square which no image has."""
+    grids = {"tokens_per_side": 3, "grids": ((3, 4), (4, 3))}
+    write_best(tmp_path / "best", small_transformer(**TRANSFORMER | grids))
+    config, model = GeneratedCodesConfig(transformer=str(tmp_path)), parse_config(TokenizerConfig, TOKENIZER)
+    request = config, model, TRANSFORMER["num_classes"], torch.device("cpu"), torch.float32
+    assert open_transformer(*request, [(12, 16), (16, 12)]).config.code_grids == grids["grids"]
+    with pytest.raises(UserError, match=r"for 3 x 4, 4 x 3 codes, not for 3 x 5; set data.buckets"):
+        open_transformer(*request, [(12, 16), (12, 20)])
 
 
 def test_a_run_goes_on_without_the_place_that_it_began_with(place):
