@@ -102,12 +102,14 @@ def same_codes_as(path: str | Path) -> str | None:
 
 def _info(path: str | Path, name: str) -> str | None:
     """What a run has written beside its best weights; None for what it does not tell, and for single files."""
-    if Path(path).is_file():
+    path = Path(path)
+    if path.is_file():
         return None
-    info = pretrained_folder(path) / "info.json"
+    if any((path / index_file(kind.__name__.lower())).exists() for kind in CONFIGS):
+        path = path.absolute().parents[1]  # of a checkpoint its run tells
     try:
-        return json.loads(info.read_text()).get(name)
-    except (OSError, ValueError, AttributeError):
+        return json.loads((pretrained_folder(path) / "info.json").read_text()).get(name)
+    except (UserError, OSError, ValueError, AttributeError):
         return None
 
 
