@@ -101,7 +101,12 @@ def same_codes_as(path: str | Path) -> str | None:
 
 
 def _info(path: str | Path, name: str) -> str | None:
-    """What a run has written beside its best weights; None for what it does not tell, checkpoints and single files."""
+    """What a run has written beside its best weights; None for what it does not tell, and for single files."""
+    path = Path(path)
+    if path.is_file():
+        return None
+    if any((path / index_file(kind.__name__.lower())).exists() for kind in CONFIGS):
+        path = path.absolute().parents[1]  # of a checkpoint its run tells
     try:
         return json.loads((pretrained_folder(path) / "info.json").read_text()).get(name)
     except (UserError, OSError, ValueError, AttributeError):

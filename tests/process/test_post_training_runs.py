@@ -97,13 +97,21 @@ def test_codes_and_transformers_of_before_go_with_it(place, tmp_path, capfd):
     """No warning where images are drawn with the new decoder, and codes that the old one wrote are taken."""
     assert train(place, "again", PERTURBED) == 0
     assert train(place, "twice", PERTURBED, f"start_from={place / 'again'}", start=False) == 0
+    last = "checkpoints/step-00000004"  # a checkpoint will do as well, whose run says the same
+    drawn = GENERATED % (place / "transformer", "image")
+    begin = f"start_from={place / 'twice' / last}"
+    assert train(place, "thrice", drawn, begin, "training.max_steps=1", start=False) == 0
     what = [f"--tokenizer={place / 'tokenizer'}", f"--images={place / 'data/train-*.tar'}", "--workers=0"]
     encode_shards.main([*what, f"--output={tmp_path / 'codes'}", "--device=cpu"])
     argv = ["--config", str(place / "transformer.yaml"), f"output={tmp_path / 'ar'}", "training.max_steps=1"]
     argv += [f"data.{split}={tmp_path / 'codes'}" for split in ("train", "validation")]
-    assert train_here("transformer", [*argv, f"data.tokenizer={place / 'twice'}"]) == 0
+    for tokenizer in ("twice", f"twice/{last}"):
+        assert train_here("transformer", [*argv, f"data.tokenizer={place / tokenizer}", "--fresh"]) == 0
+    models = [f"--tokenizer={place / 'twice' / last}", f"--transformer={tmp_path / 'ar/checkpoints/step-00000001'}"]
     capfd.readouterr()
-    for tokenizer, warned in (("twice", 0), ("tokenizer", 0), ("other", 1)):
+    sample.main([*models, "--device=cpu", "--count=1", "--rows=2", f"--output={tmp_path / 'drawn'}"])
+    assert "another tokenizer" not in capfd.readouterr().err
+    for tokenizer, warned in (("twice", 0), (f"twice/{last}", 0), ("tokenizer", 0), ("other", 1)):
         if tokenizer == "other":
             assert train(place, "other", start=False) == 0
             assert train(place, "other", "seed=1", "--fresh", start=False) == 0

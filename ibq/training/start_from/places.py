@@ -160,9 +160,8 @@ def _own(kind: type[nn.Module], path: Path, start: StartConfig) -> Source:
     source = {"place": found.source, "config": found.config, "tensors": found.tensors, "shapes": shapes}
     if kind is not Tokenizer:
         return Source(**source, tokenizer=known_tokenizer(path))
-    if (path / STATE).exists():
-        return Source(**source, **_checkpoint_parts(path))
-    return Source(**source, codes_of=same_codes_as(path))
+    parts = _checkpoint_parts(path) if (path / STATE).exists() else {}
+    return Source(**source, **parts, codes_of=same_codes_as(path))
 
 
 def known_tokenizer(path: Path) -> str | None:
