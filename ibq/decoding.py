@@ -25,13 +25,17 @@ def settle(config: SamplerConfig, model: TransformerConfig | None, device: torch
     The CPU has fp32 and 16 rows; a GPU bf16 and up to 256 rows, the largest power of two whose images take half of its
     memory. It does not depend on what else is there at the moment: the same command gives the same images again. The
     model may be None where the rows are a number, and the grid stays open then.
-    Errors: ValueError for filters where codes are drawn bit by bit.
+    Errors: ValueError for filters where codes are drawn bit by bit, and for a grid beyond the positions that a model
+    of random order has embeddings for.
     """
     if model is not None:
         if config.filtered and max(model.digits) == 2:
             name = "top_k" if config.top_k else "top_p"
             raise ValueError(f"{name}: this transformer draws bits (head: {model.head.kind}); use temperature instead")
         config = replace(config, grid=tuple(config.grid or model.code_grids[0]))
+        if model.order == "random" and any(map(int.__gt__, config.grid, model.positions)):
+            shown, known = (" x ".join(map(str, grid)) for grid in (config.grid, model.positions))
+            raise ValueError(f"grid: {shown} codes are beyond the {known} that a model of random order knows; use less")
     on_gpu = device.type == "cuda"
     if config.precision == "auto":
         config = replace(config, precision="bf16" if on_gpu else "fp32")

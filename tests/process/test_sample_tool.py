@@ -180,6 +180,8 @@ def test_a_part_of_a_picture_is_drawn_anew(models, tmp_path):
     assert again.returncode == 0 and "3 images" in again.stdout
     other = run_script(*command[:-2], "--box", "0", "0", "4", "4")
     assert other.returncode == 2 and "another command" in other.stderr
+    beyond = run_script(*options(models, tmp_path / "beyond", *models_of, "--grid", "5", "4"))
+    assert beyond.returncode == 2 and beyond.stderr.startswith("error: --grid: 5 x 4 codes are beyond the 4 x 4 that")
 
 
 def test_pictures_in_bf16(models, tmp_path):

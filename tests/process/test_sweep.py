@@ -432,7 +432,7 @@ def test_images_of_other_settings_make_room(tmp_path):
     state.end(1.0, done=True)
     for total, stays in ((9, True), (12, False)):
         (again,) = runs_of(tmp_path, runs={"a": []}, generation=generation | {"total": total})
-        state_module.open_run(again, fresh=False)
+        state_module.open_run(again, fresh=False).make_room(again.parts[1])
         assert (run.folder / "samples").exists() == stays
 
 

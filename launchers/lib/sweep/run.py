@@ -62,6 +62,7 @@ class Sweep:
     def _start(self, state: RunState) -> None:
         part, log = state.next_part(), state.run.folder / LOG_FILE
         state.save()
+        state.make_room(part)
         self._say(f"{state.run.name}: {part.name}\n$ {shown(part.command)}")
         state.begin(part, time.monotonic())
         self.executor.start(state.run.name, part.command, log)

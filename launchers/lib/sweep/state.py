@@ -60,6 +60,12 @@ class RunState:
         """Until the end of the training that is under way, or None."""
         return self.progress.seconds_left() if self.part is not None and self.part.name == "train" else None
 
+    def make_room(self, part: Part) -> None:
+        """Remove what a part that is about to be started would not write over: images of other settings."""
+        before = self.record["parts"].get(part.name, {}).get("command", list(part.command))
+        if part.name == "sample" and before != list(part.command):
+            remove(self.run.folder, (SAMPLES,))
+
     def begin(self, part: Part, now: float) -> None:
         """A part has been started."""
         self.state, self.part, self.since = "running", part, now
@@ -95,9 +101,6 @@ def open_run(run: Run, *, fresh: bool) -> RunState:
             "or set another `output` for the sweep"
         )
     record["settings"] = run.settings
-    drawn, wanted = record["parts"].get("sample"), [list(part.command) for part in run.parts if part.name == "sample"]
-    if drawn is not None and drawn.get("command") not in wanted:
-        remove(run.folder, (SAMPLES,))  # of other settings, which tools/sample.py would not write over
     return RunState(run=run, record=record)
 
 
