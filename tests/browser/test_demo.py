@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def models(tmp_path_factory):
     random = Transformer(parse_config(TransformerConfig, TRANSFORMER | {"order": "random"}))
     torch.nn.init.normal_(random.head.weight, std=0.5)
     write_best(folder / "random" / "best", random)
-    shapes = TransformerConfig(**{**vars(transformer.config), "vocab_size": CODES, "grids": ((SIDE, SIDE), (2, 5))})
+    shapes = replace(transformer.config, vocab_size=CODES, grids=((SIDE, SIDE), (2, 5)))
     write_best(folder / "shapes" / "best", Transformer(shapes))
     (folder / "transformer" / "classes.json").write_text(json.dumps(NAMES))
     return folder
