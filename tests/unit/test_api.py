@@ -59,13 +59,12 @@ def test_from_run_folders(models, loaded):
         assert torch.equal(again.state_dict()[name], value), name
 
 
-def test_checkpoints_do_not_tell_whose_codes_theirs_are(models, loaded):
-    """And so they go with all others, as far as anybody knows."""
-    for stage in ("tokenizer", "transformer"):
-        (place, *_) = sorted((models / stage / "checkpoints").iterdir())
-        assert trained_on(place) is None and same_codes_as(place) is None
-    assert trained_on(models / "transformer") == "test"
-    assert same_codes_as(models / "tokenizer") is None
+def test_of_a_checkpoint_its_run_tells_whose_codes_it_has(models, loaded):
+    """A tokenizer that was trained as a whole has its own."""
+    for stage, expected in (("tokenizer", None), ("transformer", "test")):
+        (checkpoint, *_) = sorted((models / stage / "checkpoints").iterdir())
+        for place in (models / stage, checkpoint):
+            assert (trained_on(place), same_codes_as(place)) == (expected, None)
 
 
 def test_encode_and_decode(loaded):
