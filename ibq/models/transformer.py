@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -136,7 +137,7 @@ class TransformerConfig:
         """Hidden channels of the feed-forward part: 8/3 of the width, rounded up to a multiple of 256."""
         return hidden_width(self.model_width)
 
-    @property
+    @cached_property
     def digits(self) -> tuple[int, ...]:
         """How many values each part has that a code is drawn as: (V,) for the plain head."""
         return self.head.digits(self.vocab_size)

@@ -426,9 +426,3 @@ def test_an_inner_block_is_one_graph_for_the_compiler():
     inputs = torch.randn(4, 2, 16, requires_grad=True), torch.randn(1, 16), torch.polar(*torch.rand(2, 2, 4))
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), block(*inputs), rtol=1e-5, atol=1e-5)
-
-
-def test_a_config_is_its_settings_alone():
-    """So that `vars` makes another of it."""
-    config = TransformerConfig(vocab_size=64, head=BitsHeadConfig())
-    assert config.digits == (2,) * 6 and TransformerConfig(**vars(config)) == config
