@@ -7,7 +7,16 @@ import re
 import pytest
 import torch
 from support.processes import run_ranks
-from support.training import CODES, SIDE, checkpoint_tensors, largest_difference, make_workplace, scalars, train_here
+from support.training import (
+    CODES,
+    SIDE,
+    checkpoint_tensors,
+    dying_at,
+    largest_difference,
+    make_workplace,
+    scalars,
+    train_here,
+)
 
 import ibq
 from ibq.sampler import SamplerConfig
@@ -36,10 +45,6 @@ QUIET = (
     f"checkpoint.save_every={STEPS}",
     "training.validate_every=null",
 )
-
-
-class StopError(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +92,8 @@ def test_an_engine_trains_as_any_other(place, name, engine):
 def test_a_run_goes_on_bit_by_bit(place, name, tmp_path):
     argv = ["--config", str(place / "transformer.yaml"), *HEADS[name]]
     argv += [*QUIET, "checkpoint.save_every=2", f"output={tmp_path}"]
-    step = ARTask.step
-
-    def dying(self, number, *arguments):
-        if number == 3:
-            raise StopError
-        return step(self, number, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ARTask, "step", dying)
-        with pytest.raises(StopError):
-            train_here("transformer", argv)
+    with dying_at(ARTask, 3):
+        train_here("transformer", argv)
     assert train_here("transformer", argv) == 0
     whole, cut = (checkpoint_tensors(folder, STEPS) for folder in (place / name / "one process", tmp_path))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)

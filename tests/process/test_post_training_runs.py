@@ -10,6 +10,7 @@ from support.processes import run_ranks
 from support.training import (
     SIDE,
     checkpoint_tensors,
+    dying_at,
     largest_difference,
     make_workplace,
     picture,
@@ -33,10 +34,6 @@ pytestmark = pytest.mark.slow
 PERTURBED = "codes={kind: perturbed, images: 0.7, neighbours: 5, end: 0.5}"
 GENERATED = "codes={kind: generated, transformer: %s, keep: 0.5, prefix: %s}"
 TWICE = ("training.micro_batch=4",)  # two micro-batches a step; four steps, validated and saved after every second
-
-
-class StopError(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +62,8 @@ def test_a_run_goes_on_bit_by_bit_and_leaves_the_codes_as_they_are(place, kind):
     """Killed a step after a checkpoint, in the midst of the annealing."""
     codes = codes_setting(place, kind)
     assert train(place, f"{kind}-whole", codes, *TWICE) == 0
-    step = TokenizerTask.step
-
-    def dying(self, number, *arguments):
-        if number == 3:
-            raise StopError
-        return step(self, number, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenizerTask, "step", dying)
-        with pytest.raises(StopError):
-            train(place, f"{kind}-cut", codes, *TWICE)
+    with dying_at(TokenizerTask, 3):
+        train(place, f"{kind}-cut", codes, *TWICE)
     assert train(place, f"{kind}-cut", codes, *TWICE) == 0
     whole, cut = (checkpoint_tensors(place / f"{kind}-{name}", 4) for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.training import SIDE, checkpoint_tensors, make_workplace, scalars, train_here
+from support.training import SIDE, checkpoint_tensors, dying_at, make_workplace, scalars, train_here
 
 import ibq
 from ibq.models.code_order import draw_orders
@@ -22,27 +22,14 @@ SETTINGS = [
 SHARES = [1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0]
 
 
-class StopError(Exception):
-    pass
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """`whole`, an undisturbed run, and `cut`, one that died after its checkpoint in the middle of the annealing."""
     folder = make_workplace(tmp_path_factory.mktemp("order"))
     argv = ["--config", str(folder / "transformer.yaml"), *SETTINGS]
     assert train_here("transformer", [*argv, f"output={folder / 'whole'}"]) == 0
-    step = ARTask.step
-
-    def dying(self, number, *arguments):
-        if number == 6:
-            raise StopError
-        return step(self, number, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ARTask, "step", dying)
-        with pytest.raises(StopError):
-            train_here("transformer", [*argv, f"output={folder / 'cut'}"])
+    with dying_at(ARTask, 6):
+        train_here("transformer", [*argv, f"output={folder / 'cut'}"])
     assert train_here("transformer", [*argv, f"output={folder / 'cut'}"]) == 0
     return folder
 

@@ -6,9 +6,12 @@ import json
 import signal
 import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -126,6 +129,25 @@ def write_best(folder: Path, module: torch.nn.Module) -> None:
     write_tensors(folder / "model.safetensors", module.state_dict())
     (folder / "config.yaml").write_text(dump_config(module.config))
     (folder / "info.json").write_text("{}")
+
+
+class DeathError(Exception):
+    """Of a run that is to die."""
+
+
+@contextmanager
+def dying_at(task: type, number: int) -> Iterator[None]:
+    """Within it a run of this task dies at the beginning of the step of this number; it must."""
+    step = task.step
+
+    def dying(self, current, *arguments):
+        if current == number:
+            raise DeathError
+        return step(self, current, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DeathError):
+        patch.setattr(task, "step", dying)
+        yield
 
 
 def train_here(stage: str, argv: list[str]) -> int:
