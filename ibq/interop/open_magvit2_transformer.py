@@ -21,13 +21,12 @@ from ibq.interop.reference_tensors import (
     argument,
     count_numbered,
     reject_unknown,
-    require_same_tensors,
     shape_of,
     take,
 )
-from ibq.interop.seed_voken_transformer import PUBLISHED_HEAD, PUBLISHED_TOKENS_PER_SIDE, SMALLEST_HEAD
+from ibq.interop.seed_voken_transformer import PUBLISHED_HEAD, PUBLISHED_TOKENS_PER_SIDE, require_transformer
 from ibq.models.heads import FactorisedHeadConfig
-from ibq.models.transformer import Transformer, TransformerConfig
+from ibq.models.transformer import TransformerConfig
 
 KV_CACHE = re.compile(r"(spatial|factorized)_blocks\.\d+\.attention\.kv_cache\.[kv]_cache")
 NAMES = {  # ours -> theirs: whole names, or what they begin with
@@ -61,15 +60,7 @@ def transformer_of(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     theirs = {name: value for name, value in take(state, TRANSFORMER).items() if not KV_CACHE.fullmatch(name)}
     unexpected = [name for name in state if not name.startswith((TRANSFORMER, FIRST_STAGE))]
     ours = {our_name(name): value for name, value in theirs.items()}
-    try:
-        with torch.device("meta"):
-            expected = Transformer(_config_of_shapes(ours, SMALLEST_HEAD)).state_dict()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    found, shapes = (
-        {reference_name(name): tuple(value.shape) for name, value in tensors.items()} for tensors in (ours, expected)
-    )
-    require_same_tensors(found, shapes, path, unexpected)
+    require_transformer(ours, _config_of_shapes, reference_name, path, unexpected)
     return ours
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,15 +48,27 @@ def transformer_of(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path}: has no transformer ({TRANSFORMER}*); use a checkpoint of the AR stage")
     ours = {CLASS_TABLE if name == REFERENCE_CLASS_TABLE else name: value for name, value in tensors.items()}
+    require_transformer(ours, _config_of_shapes, reference_transformer_name, path, unexpected)
+    return ours
+
+
+def require_transformer(
+    ours: Mapping[str, Tensor],
+    config_of_shapes: Callable[[Mapping[str, Tensor], int], TransformerConfig],
+    reference_name: Callable[[str], str],
+    path: str,
+    unexpected: Sequence[str],
+) -> None:
+    """ValueError, by the reference's names, unless tensors of our names are all of the transformer of their shapes."""
     try:
         with torch.device("meta"):
-            expected = Transformer(_config_of_shapes(ours, head_dim=SMALLEST_HEAD)).state_dict()
+            expected = Transformer(config_of_shapes(ours, SMALLEST_HEAD)).state_dict()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    found = {reference_transformer_name(name): tuple(value.shape) for name, value in ours.items()}
-    shapes = {reference_transformer_name(name): tuple(value.shape) for name, value in expected.items()}
+    found, shapes = (
+        {reference_name(name): tuple(value.shape) for name, value in tensors.items()} for tensors in (ours, expected)
+    )
     require_same_tensors(found, shapes, path, unexpected)
-    return ours
 
 
 def transformer_state(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
