@@ -29,7 +29,7 @@ BY_HAND = (
 COME_WITHIN_S = 300.0  # of the first rank that waits
 LAST_WORDS_S = 10.0  # that a rank with a problem takes to tell the others, which may come later
 PATIENCE_S = 15.0  # before rank 0 says for whom it waits
-POLL_S, SLOW_POLL_S = 0.01, 0.05
+POLL_S, SLOW_POLL_S, LOOK_EVERY_S = 0.01, 0.05, 1.0
 NAMED_AT_MOST = 8
 T = TypeVar("T")
 _stores: dict["Place", torch_dist.Store] = {}  # that this process has opened: its ranks may meet again, for another run
@@ -53,6 +53,16 @@ class Place(NamedTuple):
     def kept_by_agent(self) -> bool:
         """Whether torchrun's agent keeps the store, over all restarts; with other launchers rank 0 does."""
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+    def is_there(self) -> bool:
+        """Whether something listens there; also where it does not answer soon."""
+        try:
+            socket.create_connection((self.address, self.port), timeout=LOOK_EVERY_S).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def __str__(self) -> str:
         return f"MASTER_ADDR={self.address} MASTER_PORT={self.port}"
@@ -179,8 +189,7 @@ def meet(within_s: float = COME_WITHIN_S, word: Mapping | None = None) -> Meetin
     try:
         life, verdict = (_call_roll if own.rank == 0 else _answer)(store, own, word or {}, end)
     except torch_dist.DistError as error:
-        problem = f"rank 0, or what keeps the store at {own}, has ended before all ranks had come"
-        raise RanksError(f"{problem} ({first_line(error)}); see its output, then start all again") from error
+        raise RanksError(_gone(own, first_line(error))) from error
     if verdict:
         raise (UserError if verdict["code"] == UserError.exit_code else RanksError)(verdict["text"])
     return Meeting(own, life, torch_dist.PrefixStore(life, store))
@@ -271,11 +280,15 @@ def _open_store(own: Place, end: float) -> torch_dist.Store:
     options = {"is_master": keeps, "timeout": timedelta(seconds=seconds), "wait_for_workers": False}
     address = "127.0.0.1" if keeps else own.address  # it listens on all of its host
     try:
-        store = _in_time(lambda: torch_dist.TCPStore(address, own.port, **options), seconds + 1)
+        store = _in_time(
+            lambda: torch_dist.TCPStore(address, own.port, **options), seconds + 1, lambda: keeps or own.is_there()
+        )
     except torch_dist.DistError as error:
         problem = f"{own}: rank {own.rank} cannot use it ({first_line(error)})"
         raise UserError(f"{problem}; give all ranks another MASTER_PORT") from error
     if store is None:
+        if not keeps and not own.is_there():
+            raise RanksError(_gone(own, "its port is closed"))
         raise UserError(f"{own}: another program answers there; give all ranks another MASTER_PORT")
     if keeps:
         _reach(own, min(end, time.monotonic() + LAST_WORDS_S))
@@ -296,8 +309,8 @@ def _reach(own: Place, end: float) -> None:
         time.sleep(SLOW_POLL_S)
 
 
-def _in_time(call: Callable[[], T], seconds: float) -> T | None:
-    """The result of a call that may never return, or its error; None if there is neither in time."""
+def _in_time(call: Callable[[], T], seconds: float, still: Callable[[], bool]) -> T | None:
+    """The result of a call that may never return, or its error; None if there is neither in time, or can `still` be."""
     results: list[T] = []
     errors: list[Exception] = []
 
@@ -309,10 +322,19 @@ def _in_time(call: Callable[[], T], seconds: float) -> T | None:
 
     thread = threading.Thread(target=work, daemon=True, name="store")
     thread.start()
-    thread.join(seconds)
+    end = time.monotonic() + seconds
+    while thread.is_alive() and (left := end - time.monotonic()) > 0:
+        thread.join(min(left, LOOK_EVERY_S))
+        if thread.is_alive() and not still():
+            break
     if errors:
         raise errors[0]
     return results[0] if results else None
+
+
+def _gone(own: Place, sign: str) -> str:
+    problem = f"rank 0, or what keeps the store at {own}, has ended before all ranks had come"
+    return f"{problem} ({sign}); see its output, then start all again"
 
 
 def _named(ranks: Iterable[int]) -> str:

@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import socket
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
-from support.points import Points, wait_for
+from support.points import Points
 from support.processes import HANG_S, PIPE, rank_environments, script_environment, start_script
 from support.training import make_workplace
+from torch.distributed import TCPStore
 
 pytestmark = pytest.mark.slow
 SOON = "heartbeat.start_within_s=2"
@@ -25,9 +26,14 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def start(place, tmp_path):
+def environments():
+    return rank_environments(2)
+
+
+@pytest.fixture
+def start(place, tmp_path, environments):
     """Start a rank of two that trains, with settings and variables of its own; a None takes the variable away."""
-    environments, started = rank_environments(2), []
+    started = []
 
     def start_rank(rank: int, *settings: str, **own: str | None):
         given = script_environment(**environments[rank]) | own
@@ -42,6 +48,18 @@ def start(place, tmp_path):
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+@pytest.fixture
+def wait_until_1_asks(environments):
+    """Wait until rank 1 is done with opening the store, and waits for rank 0's answers in it."""
+
+    def wait() -> None:
+        address, port = environments[0]["MASTER_ADDR"], int(environments[0]["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=HANG_S))
+        store.wait(["ibq/asks/1"])
+
+    return wait
 
 
 def ended(process) -> tuple[int, str]:
@@ -79,24 +97,22 @@ def test_rank_0_does_not_come(start):
     )
 
 
-def test_rank_0_is_killed_while_others_wait(start, tmp_path):
+def test_rank_0_is_killed_while_others_wait(start, wait_until_1_asks):
     """It waits for rank 2, which nobody starts."""
     first, second = (start(rank, WORLD_SIZE="3") for rank in range(2))
-    wait_for(lambda: connections(second.pid), first, second, what="the ranks to wait for each other")
+    wait_until_1_asks()
     first.kill()
     *_, said = second.communicate(timeout=HANG_S)[1].splitlines()  # PyTorch writes its stack above
     assert second.returncode == 1 and "has ended before all ranks had come" in said
 
 
-def connections(pid: int) -> list[str]:
-    """Established connections of a process over IPv4 or IPv6."""
-    own = {os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
-    lines = [
-        line.split()
-        for name in ("tcp", "tcp6")
-        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
-    ]
-    return [line[9] for line in lines if line[3] == "01" and f"socket:[{line[9]}]" in own]
+def test_rank_0_ends_as_another_opens_its_store(start):
+    """What listened when the other looked does not when it comes to use it."""
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        waiting = start(1, MASTER_PORT=str(store.getsockname()[1]))
+        store.accept()[0].close()
+    *_, said = waiting.communicate(timeout=HANG_S)[1].splitlines()
+    assert waiting.returncode == 1 and "has ended before all ranks had come (its port is closed)" in said
 
 
 def test_a_rank_that_dies_before_the_first_step_is_named(start, place, tmp_path):
@@ -150,9 +166,9 @@ def test_ranks_of_worlds_of_different_size(start):
         assert code == 2 and "WORLD_SIZE=4 is another than that of rank 0; start the ranks by " in said, answers
 
 
-def test_a_rank_that_waits_hears_ctrl_c(start):
-    first, second = start(0, WORLD_SIZE="3"), start(1, WORLD_SIZE="3")
-    wait_for(lambda: connections(second.pid), first, second, what="the ranks to wait for each other")
+def test_a_rank_that_waits_hears_ctrl_c(start, wait_until_1_asks):
+    _, second = start(0, WORLD_SIZE="3"), start(1, WORLD_SIZE="3")
+    wait_until_1_asks()
     second.send_signal(signal.SIGINT)
     assert second.wait(HANG_S) == 130
 
