@@ -101,10 +101,13 @@ def same_codes_as(path: str | Path) -> str | None:
 
 
 def _info(path: str | Path, name: str) -> str | None:
-    """What a run has written beside its best weights; None for what it does not tell, and for single files."""
+    """What a run has written beside its best weights, or an export into its file; None for what neither tells."""
     path = Path(path)
     if path.is_file():
-        return None
+        try:
+            return read_metadata(path)[0].get(name)
+        except UserError:  # a file of another kind
+            return None
     if any((path / index_file(kind.__name__.lower())).exists() for kind in CONFIGS):
         path = path.absolute().parents[1]  # of a checkpoint its run tells
     try:

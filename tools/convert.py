@@ -15,11 +15,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ibq.api import load_tokenizer
+from ibq.api import load_tokenizer, same_codes_as, trained_on
 from ibq.config import UserError, exit_on_user_error
 from ibq.engine.state_files import StateReader, describe, index_file, write_model
 from ibq.progress import say
-from ibq.training.checkpoint import DamagedError, checkpoints_in, verify_checkpoint
+from ibq.training.checkpoint import DamagedError, checkpoints_in, verify_checkpoint, weights_hash
 from tools.lib.convert import hub, published
 
 MODELS = ("transformer", "tokenizer")
@@ -91,9 +91,15 @@ def export(checkpoint: Path, output: Path, weights: str) -> None:
     part = "ema" if weights == "ema" else "weight"
     if part not in reader.parts:
         raise UserError(f"{checkpoint}: its run kept no averaged weights; give --weights raw")
-    metadata = {"model": json.dumps(reader.model), "weights": weights, "checkpoint": checkpoint.name}
+    metadata = {"model": json.dumps(reader.model), "weights": weights} | told_of(checkpoint)
     published.whole(output, lambda path: write_model(path, reader, part, metadata))
     say(f"{output}: {len(reader.shapes)} tensors, {output.stat().st_size / 2**30:.2f} GiB, {weights} weights")
+
+
+def told_of(checkpoint: Path) -> dict[str, str]:
+    """Where weights come from, and whose codes they are made for, as far as their run tells."""
+    found = {"checkpoint": checkpoint.name, "codes_of": same_codes_as(checkpoint), "tokenizer": trained_on(checkpoint)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def export_merged(checkpoint: Path, output: Path, weights: str) -> None:
@@ -103,7 +109,8 @@ def export_merged(checkpoint: Path, output: Path, weights: str) -> None:
         merged = tokenizer.merged()
     except ValueError as error:
         raise UserError(f"--merge-projector: {error}") from error
-    metadata = {"model": json.dumps(describe(merged)), "weights": weights, "checkpoint": checkpoint.name}
+    codes_of = {"codes_of": weights_hash(tokenizer.state_dict())}
+    metadata = {"model": json.dumps(describe(merged)), "weights": weights} | codes_of | told_of(checkpoint)
     size = published.write_safetensors(output, merged.state_dict(), metadata)
     say(f"{output}: {len(merged.quantizer.codebook):,} codes without their projector, {size / 2**30:.2f} GiB")
 

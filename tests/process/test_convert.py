@@ -11,6 +11,7 @@ from support.processes import run_script
 from support.training import checkpoint_tensors, make_workplace, train_here
 
 import ibq
+from ibq.api import trained_on
 from ibq.config import UserError
 from ibq.tensor_file import TensorFile
 
@@ -50,6 +51,7 @@ def test_export_writes_what_the_checkpoint_holds(runs, tmp_path, stage, weights)
     assert found.keys() == state.keys()
     with safe_open(out, "pt") as file:
         assert json.loads(file.metadata()["model"])["kind"] == stage.title()
+    assert trained_on(out) == trained_on(runs / stage) and (trained_on(out) is None) == (stage == "tokenizer")
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -10,11 +10,13 @@ from support.models import TOKENIZER
 from support.quantizer import draw_latents
 
 import ibq
+from ibq.api import same_codes_as
 from ibq.config import UserError, config_to_dict, load_config, parse_config
 from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.quantizers import IBQConfig, SimVQConfig, VQBridgeConfig, VQConfig, build_quantizer
 from ibq.scaling.tokenizer import quantizer_parameters
+from ibq.training.checkpoint import weights_hash
 from ibq.training.schedule import LinearScheduleConfig
 from ibq.training.tokenizer_config import TokenizerRunConfig
 from tools import convert
@@ -99,6 +101,7 @@ def test_a_merged_tokenizer_gives_the_same_codes_and_images(tmp_path, monkeypatc
     monkeypatch.setattr(convert, "load_tokenizer", lambda path, **_: own)
     convert.main(["export", str(tmp_path), str(tmp_path / "merged.safetensors"), "--merge-projector"])
     assert "32 codes without their projector" in capsys.readouterr().err
+    assert same_codes_as(tmp_path / "merged.safetensors") == weights_hash(own.state_dict())
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     codes = own.encode(images)
     assert len(codes.unique()) > 3
