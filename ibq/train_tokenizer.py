@@ -23,7 +23,7 @@ from ibq.config import UserError, exit_on_user_error
 from ibq.engine.configs import LocalEngineConfig
 from ibq.engine.local import PRECISIONS
 from ibq.models.discriminator import build_discriminator
-from ibq.models.feature_discriminator import FeaturesDiscriminatorConfig
+from ibq.models.feature_discriminator import FeaturesDiscriminatorConfig, images_of_group
 from ibq.models.frozen_features import FrozenFeatures
 from ibq.models.perceptual import build_perceptual
 from ibq.models.tokenizer import Tokenizer
@@ -98,6 +98,8 @@ def build_task(
     memory_format = image_format(command.device)
     engine = partial(command.engine, data=data, memory_format=memory_format)
     gan, discriminator = config.loss.gan, None
+    if features is not None and config.statistics == "world":  # else the step at which the discriminator starts fails
+        images_of_group(gan.discriminator.norm_images, data.batching.micro_batch, dist.world_size())
     if gan.enabled:  # small, and with batch statistics of its own: never sharded
         build = partial(build_discriminator, gan.discriminator)
         whole = replace(config.optimizer, groups={})  # which name parameters of the tokenizer

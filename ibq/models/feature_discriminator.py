@@ -98,12 +98,24 @@ class SpectralConv1d(nn.Conv1d):
         return left @ (matrix @ right)
 
 
+def images_of_group(at_most: int, batch: int, world_size: int) -> int:
+    """How many images a group of `LocalBatchNorm` has where each rank has `batch`; UserError where none can be."""
+    total = batch * world_size
+    size = next(size for size in range(min(at_most, total), 0, -1) if total % size == 0)
+    if size == total or batch % size == 0:
+        return size
+    raise UserError(
+        f"statistics: world: loss.gan.discriminator.norm_images: groups of {size} images do not fit ranks of "
+        f"{batch} in a micro-batch; set it to {batch}, or to {total} or more"
+    )
+
+
 class LocalBatchNorm(nn.Module):
     """Batch normalization by the statistics of groups of images, in training and evaluation; none are remembered.
 
     A batch makes as few groups, of equally many images next to each other, as keep to `images` each. With
     `use_world_statistics` the groups are those of all ranks' images, one rank's after another's: a group lies on one
-    rank, or there is one for all. UserError where neither is so.
+    rank, or there is one for all: see `images_of_group`.
     """
 
     def __init__(self, channels: int, images: int):
@@ -116,7 +128,7 @@ class LocalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, L]."""
-        size = self._group(len(x))
+        size = images_of_group(self.images, len(x), self.world_size)
         spread = size > len(x)
         values = x if x.dtype == torch.float64 else x.float()  # bf16 would round the statistics
         values = values.unflatten(0, (-1, min(size, len(x))))
@@ -125,17 +137,6 @@ class LocalBatchNorm(nn.Module):
         variance = self._over_ranks(centered.square().mean(dim=(1, 3), keepdim=True), spread)
         scale = self.weight[:, None] * torch.rsqrt(variance + 1e-6)
         return (centered * scale + self.bias[:, None]).flatten(0, 1).to(x.dtype)
-
-    def _group(self, batch: int) -> int:
-        """Images of a group where each rank has `batch`."""
-        total = batch * self.world_size
-        size = next(size for size in range(min(self.images, total), 0, -1) if total % size == 0)
-        if size == total or batch % size == 0:
-            return size
-        raise UserError(
-            f"statistics: world: loss.gan.discriminator.norm_images: groups of {size} images do not fit ranks of "
-            f"{batch} in a micro-batch; set it to {batch}, or to {total} or more"
-        )
 
     def _over_ranks(self, statistic: Tensor, spread: bool) -> Tensor:
         return self.mean_over_ranks(statistic) if spread else statistic

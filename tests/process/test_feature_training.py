@@ -174,3 +174,12 @@ def test_nothing_is_written_without_the_weights(place, tmp_path, capsys):
     """One line says what to do."""
     assert train(place, tmp_path / "run", *MOVED, "loss.gan.discriminator.weights=nowhere.pth") == 2
     assert "no file at 'nowhere.pth'" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_groups_that_fit_no_rank_are_refused_before_the_first_step(place, tmp_path):
+    """Pairs of the six images of two ranks: not when the discriminator starts, days later."""
+    sizes = ("training.batch_size=6", "training.micro_batch=3", "loss.gan.discriminator.norm_images=2")
+    settings = (f"output={tmp_path / 'run'}", *STILL, *sizes, "loss.gan.start_step=2")
+    done = run_ranks(2, "ibq/train_tokenizer.py", "--config", place / "tokenizer.yaml", *settings)
+    assert done.returncode == 2 and "groups of 2 images do not fit ranks of 3 in a micro-batch" in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.training import write_images
+from support.training import picture, png, write_images
 
 from ibq.config import UserError
 from ibq.models.feature_discriminator import FeaturesDiscriminatorConfig
@@ -50,3 +50,13 @@ def test_a_backbone_is_trained_and_taken(tmp_path, capsys):
 def test_options_that_cannot_work(tmp_path, options, words):
     with pytest.raises(UserError, match=words):
         train(tmp_path, *options)
+
+
+def test_other_classes_of_the_validation_images_are_refused(tmp_path):
+    """They would be counted as others by their numbers."""
+    for place in ("train/apple", "train/pear", "val/pear", "val/plum"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "1.png").write_bytes(png(picture(1)))
+    places = ("--images", str(tmp_path / "train"), "--validation", str(tmp_path / "val"))
+    with pytest.raises(UserError, match=r"--validation: classes are matched by name with --images, but .*plum"):
+        train(tmp_path, *places, "--output", str(tmp_path / "a.safetensors"))

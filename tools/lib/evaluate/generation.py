@@ -184,13 +184,9 @@ def with_classifier(samples: ImageSet, arguments: argparse.Namespace, device: to
     else:
         sets = (open_split(arguments.classifier, split, HELD_OUT) for split in ("train", "validation"))
     train, validation = sets
-    if validation.classes != train.classes:
-        try:
-            validation = validation.numbered_as(train.classes)
-        except ValueError as error:
-            raise UserError(
-                f"--classifier-validation: classes are matched by name with {arguments.classifier}, but {error}"
-            ) from error
+    validation = with_classes_of(
+        train, validation, f"--classifier-validation: classes are matched by name with {arguments.classifier}"
+    )
     classes = len(train.classes)
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         wrong = next(int(label) for label in labels if not 0 <= label < classes)
@@ -215,6 +211,14 @@ def with_classifier(samples: ImageSet, arguments: argparse.Namespace, device: to
         digest.add(part.images)
         record["inputs"][f"classifier_{name}_sha256"] = digest.hexdigest(own=True)
     show_classifier(metrics)
+
+
+def with_classes_of(train: ImageIndex, other: ImageIndex, what: str) -> ImageIndex:
+    """`other` with its classes numbered as those of `train`; UserError, which names `what`, for a class it has not."""
+    try:
+        return other if other.classes == train.classes else other.numbered_as(train.classes)
+    except ValueError as error:
+        raise UserError(f"{what}, but {error}") from error
 
 
 def real_images(index: ImageIndex, size: int, device: torch.device) -> tuple[LabelledImages, PictureCount]:

@@ -12,7 +12,7 @@ from ibq.models.frozen_features import normalized
 from ibq.models.vision_transformer import VisionTransformer, VisionTransformerConfig
 from ibq.progress import progress_bar
 from ibq.tensor_file import write_tensors
-from tools.lib.evaluate.generation import real_images
+from tools.lib.evaluate.generation import real_images, with_classes_of
 from tools.lib.options import settings_of
 
 
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
         size=shape.side, steps=arguments.steps, learning_rate=arguments.learning_rate, seed=arguments.seed
     )
     train, validation = (open_images(place) for place in (arguments.images, arguments.validation))
+    validation = with_classes_of(train, validation, "--validation: classes are matched by name with --images")
     sets = [real_images(index, shape.side, device)[0] for index in (train, validation)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
