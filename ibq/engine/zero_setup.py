@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -50,6 +51,7 @@ def load_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     for variable, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
         os.environ.setdefault(variable, str(value))
+    prefer_own_ninja()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # DeepSpeed calls these two at every step.
     deprecated = r"`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
@@ -77,6 +79,16 @@ def load_deepspeed(device: torch.device) -> Any:
             "engine.kind: zero on the CPU needs a C++ compiler; install g++, or use fsdp or local"
         ) from error
     return deepspeed
+
+
+def prefer_own_ninja() -> None:
+    """Of a virtual environment that is used without having been activated: PyTorch takes the first on the PATH.
+
+    There may be none; or one of the system, and versions on both sides of 1.12 compile each other's results again.
+    """
+    own = Path(sys.executable).with_name("ninja")
+    if own.exists() and shutil.which("ninja") != str(own):
+        os.environ["PATH"] = f"{own.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def _unexpected(record: logging.LogRecord) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -599,6 +600,23 @@ def test_missing_software(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"engine\.kind: zero needs DeepSpeed"):
         zero_setup.load_deepspeed(torch.device("cpu"))
+
+
+def test_ninja_is_that_of_the_environment_also_if_it_is_not_activated(tmp_path, monkeypatch):
+    from ibq.engine.zero_setup import prefer_own_ninja
+
+    for place in ("environment", "system"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "ninja").touch(mode=0o755)
+    for known in ("system", "nowhere"):
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "environment" / "python"))
+        monkeypatch.setenv("PATH", str(tmp_path / known))
+        for _ in range(2):
+            prefer_own_ninja()
+            assert os.environ["PATH"] == f"{tmp_path}/environment:{tmp_path}/{known}"
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "other" / "python"))
+        prefer_own_ninja()
+        assert shutil.which("ninja") == f"{tmp_path}/environment/ninja"  # as there is no other
 
 
 def test_folders_of_dead_processes_are_swept_away(tmp_path):
