@@ -626,7 +626,7 @@ def test_residual_norm(width, updated, dtype, device):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 16), (4, 2, 32)])
 def test_attention_of_a_new_position(heads, kv_heads, head_dim, dtype, device, monkeypatch):
     """Position after position over a cache of several tiles; the kernels' has nothing in it but NaN before."""
-    side = 7
+    side = 6
     monkeypatch.setattr(triton_decode_step, "TILE_BYTES", 1024)
     assert triton_decode_step.tile(head_dim, dtype)["SLOTS"] < side**2
     attention = Attention(heads * head_dim, heads, kv_heads, 0.0)
@@ -734,8 +734,8 @@ def test_two_million_draws_of_the_kernels(codes, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0, "top_p": 0.9}, {"grid": (2, 5)}])
-@pytest.mark.parametrize("model", [{"tokens_per_side": 4}, {"grids": [(2, 5), (4, 4)], "order": "random"}])
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0, "top_p": 0.9}, {"grid": (2, 4)}])
+@pytest.mark.parametrize("model", [{"tokens_per_side": 3}, {"grids": [(2, 4), (3, 3)], "order": "random"}])
 def test_images_of_the_kernels_are_those_of_the_plain_step(model, settings, device):
     """In float32; on a GPU as a graph, whose codes are those of the same kernels launched one by one."""
     transformer = small_transformer(vocab_size=64, kv_heads=2, **model).to(device)
@@ -746,7 +746,7 @@ def test_images_of_the_kernels_are_those_of_the_plain_step(model, settings, devi
     request = [1, 2, 3], [5, 6, 7]
     assert torch.equal(sample_codes(fused, *request, config), sample_codes(plain, *request, config))
     if "order" in model and not settings:
-        edit = Edit(codes=torch.arange(10).view(2, 5), keep=torch.arange(10).view(2, 5) % 3 == 0)
+        edit = Edit(codes=torch.arange(8).view(2, 4), keep=torch.arange(8).view(2, 4) % 3 == 0)
         drawn = [sample_codes(decoder, *request, config, edit=edit) for decoder in (fused, plain)]
         assert torch.equal(*drawn) and torch.equal(drawn[0][:, edit.keep], edit.codes[edit.keep].expand(3, -1))
     if device == "cuda":

@@ -22,6 +22,7 @@ def peak_of_step(prepare: Callable[[], Callable[[], object]], warmup: int = 2, r
     count; of several repeats the smallest does, as what a collective's thread frees may be counted for longer.
     """
     gc.collect()
+    gc.freeze()  # what there is by now takes a second to look through
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step = prepare()
         for _ in range(warmup):
@@ -68,7 +69,9 @@ class _Memory:
 
 def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
     """(time in ns, address, bytes) of every allocation, and with negative bytes of every free."""
-    for event in events:
-        if event.name == "[memory]" and event.extra_fields.device == torch.device("cpu"):
+    cpu, left = torch.device("cpu"), list(events)
+    while left:
+        event = left.pop()
+        if event.name == "[memory]" and event.extra_fields.device == cpu:
             yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
-        yield from _allocations(event.children)
+        left += event.children
