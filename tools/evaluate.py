@@ -70,7 +70,7 @@ def measure_again(argv: Sequence[str]) -> dict:
     arguments = parse(argv)
     arguments.json = None
     if arguments.command == "reconstruction":
-        arguments.npz = None
+        arguments.npz = arguments.samples = None
     return measure(arguments, argv)
 
 

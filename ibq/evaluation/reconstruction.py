@@ -163,6 +163,7 @@ def evaluate_reconstruction(
     keep: int = 16,
     block: int | None = None,
     others: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType({}),
+    take: Callable[[Tensor], None] = lambda reconstructions: None,
 ) -> ReconstructionReport:
     """Reconstruct uint8 batches (images [B, 3, H, W], labels); figures are exact means over all images and ranks.
 
@@ -171,7 +172,8 @@ def evaluate_reconstruction(
     of their figures; with `inception` there is an rFID of the reconstructions against these same originals. With
     `block`, the networks always see so many images at once, and the figures do not depend on the batches. `others`
     gives, by name, other codes in place of an image's (codes [B, h, w], labels [B]): their PSNR and L1 are `psnr_NAME`
-    and `l1_NAME`; not with `block`.
+    and `l1_NAME`; not with `block`. `take` is given all reconstructions, uint8 [n, 3, H, W] at a time: images of one
+    shape in their order.
     """
     device = next(tokenizer.parameters()).device
     if not isinstance(perceptual, Mapping):
@@ -200,6 +202,7 @@ def evaluate_reconstruction(
             for part in pictures[:count].split(FEATURE_BLOCK):
                 seen.add(inception.block_features(part).pool)
         kept.add(images[:count], outputs[:count])
+        take(outputs[:count])
     metrics = totals.means() | _rfid(moments)
     usage.reduce()
     metrics |= usage.figures()

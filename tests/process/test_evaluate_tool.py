@@ -11,8 +11,11 @@ from support.models import TOKENIZER, TRANSFORMER
 from support.processes import run_ranks, run_script
 from support.training import CLASSES, CODES, write_best, write_images
 
+import ibq
 from ibq.config import UserError, parse_config
+from ibq.data.images import ImageDataset
 from ibq.data.shards import open_images
+from ibq.data.transforms import to_uint8, to_unit_range
 from ibq.evaluation.classifier import (
     ClassifierConfig,
     LabelledImages,
@@ -90,6 +93,31 @@ def test_every_figure_is_there(whole):
     assert expected <= metrics.keys() and metrics["images"] == IMAGES == whole["image_count"]
     assert all(np.isfinite(value) for value in metrics.values()), metrics
     assert metrics["rfid"] > 0 and metrics["lpips"] > 0 and metrics["lpips"] != metrics["lpips_alex"]
+
+
+def test_reconstructions_as_samples(place, tmp_path):
+    """With the classes of the images, in their order; 19 images are a block and a part of one."""
+    command = ["tools/evaluate.py", "reconstruction", "--tokenizer", str(place / "tokenizer16"), "--device", "cpu"]
+    command += ["--images", f"{place}/val-0.tar", "--workers", "0", "--batch-size", "5"]
+    done = run_script(*command, "--samples", str(tmp_path / "new" / "s.npz"), "--json", str(tmp_path / "r.json"))
+    assert done.returncode == 0, done.stderr
+    found = NpzImages(tmp_path / "new" / "s.npz")
+    assert found.labels().tolist() == [(20 + number) % CLASSES for number in range(IMAGES)]
+    (written,) = found.blocks(100)
+    images, _, _ = ImageDataset(open_images(f"{place}/val-0.tar"), 16).batch(range(IMAGES))
+    tokenizer = ibq.load_tokenizer(place / "tokenizer16", device="cpu")
+    with torch.no_grad():
+        expected = to_uint8(tokenizer.decode(tokenizer.encode(to_unit_range(images))))
+    assert (written.int() - expected.int()).abs().max() <= 1
+    error = (written.double() - images.double()).square().flatten(1).mean(1) / 255**2
+    psnr = json.loads((tmp_path / "r.json").read_text())["metrics"]["psnr"]
+    assert float((-10 * error.log10()).mean()) == pytest.approx(psnr)
+
+
+def test_samples_are_of_one_shape(place):
+    done = run_script(*reconstruction(place, "--samples", "s.npz", "--buckets", "16x16"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--samples: holds images of one shape, from one process" in done.stderr
 
 
 def test_a_record_says_what_its_figures_depend_on(whole):

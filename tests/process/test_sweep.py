@@ -396,6 +396,18 @@ def test_evaluation_takes_the_images_of_the_config(tmp_path):
             {"runs": {"a": []}, "evaluation": {}, "generation": {"tokenizer": "t", "images": "i", "total": 9}},
             "evaluation: is of tokenizers, and `generation` of transformers; set `evaluation: null`",
         ),
+        (
+            {"runs": {"a": []}, "generation": {"reconstructions": True, "images": "i"}, "evaluation": None},
+            "evaluation: makes the reconstructions that `generation` judges; leave it in",
+        ),
+        (
+            {"runs": {"a": []}, "generation": {"reconstructions": True, "tokenizer": "t", "images": "i"}},
+            "tokenizer: give it where the runs are transformers, or `transformer` or `reconstructions` where they are",
+        ),
+        (
+            {"runs": {"a": []}, "generation": {"reconstructions": True, "images": "i", "total": 9}},
+            "total: give it where images are drawn, and only there",
+        ),
     ],
 )
 def test_mistakes_in_the_file_are_one_line(tmp_path, values, words):
@@ -420,6 +432,16 @@ def test_a_transformers_images_are_drawn_and_judged(tmp_path):
     (run.folder / "generation.json").write_text(json.dumps({"metrics": metrics}))
     (run.folder / "sweep.json").write_text('{"parts": {}}')
     assert results.figures(run) == {"recognised": 0.25, "frechet": 3.0}
+
+
+def test_reconstructions_are_judged_as_drawn_images_are(tmp_path):
+    generation = {"reconstructions": True, "images": "some/train-*.tar", "validation": "some/val.tar"}
+    evaluation = {"validation": "v", "usage": "u"}
+    (run,) = runs_of(tmp_path, runs={"a": []}, generation=generation, evaluation=evaluation)
+    assert [part.name for part in run.parts] == ["train", "reconstruction", "usage", "generation"]
+    measured, used, judged = (evaluate.parse(part.command[1:]) for part in run.parts[1:])
+    assert judged.samples == str(measured.samples) and str(run.folder) in judged.samples and used.samples is None
+    assert (judged.classifier, judged.classifier_validation) == ("some/train-*.tar", "some/val.tar")
 
 
 def test_images_of_other_settings_make_room(tmp_path):

@@ -37,21 +37,27 @@ class ReconstructionConfig:
 class GenerationConfig:
     """How trained transformers are measured: images are drawn (tools/sample.py) and judged (tools/evaluate.py).
 
-    Or tokenizers, by how they decode what a `transformer` draws, whose codes they all have.
+    Or tokenizers: by how they decode what a `transformer` draws, whose codes they all have; or by reconstructions.
     """
 
     tokenizer: str | None = None  # whose codes the runs' transformers have learned
-    transformer: str | None = None  # that draws for the runs' tokenizers; give either
+    transformer: str | None = None  # that draws for the runs' tokenizers
+    reconstructions: bool = False  # nothing is drawn: those of the validation images are judged; give one of the three
     images: str  # labelled real images that a classifier learns from
     validation: str | None = None  # the same to test it on; null: every tenth of them
-    total: int  # images that are drawn, equally many of every class
+    total: int | None = None  # images that are drawn, equally many of every class
     sampler: tuple[str, ...] = ()  # options of tools/sample.py, such as [--guidance-scale, "1.5"]
     classifier_steps: int = 250  # of its training
 
     def __post_init__(self):
         require_least(self, total=2, classifier_steps=1)
-        if (self.tokenizer is None) == (self.transformer is None):
-            raise ValueError("tokenizer: give it where the runs are transformers, or `transformer` where they are not")
+        if (self.tokenizer is not None) + (self.transformer is not None) + self.reconstructions != 1:
+            raise ValueError(
+                "tokenizer: give it where the runs are transformers, or `transformer` or `reconstructions` where they "
+                "are not"
+            )
+        if (self.total is None) != self.reconstructions:
+            raise ValueError("total: give it where images are drawn, and only there")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +90,13 @@ class SweepConfig:
         for name in self.runs:
             if not _NAME.fullmatch(name) or name == PICTURES:
                 raise ValueError(f"runs: {name!r} cannot name a run's folder; use letters, digits and . _ + = , -")
-        if self.evaluation is not None and self.generation is not None and self.generation.transformer is None:
-            raise ValueError("evaluation: is of tokenizers, and `generation` of transformers; set `evaluation: null`")
+        if self.generation is not None:
+            if self.evaluation is not None and self.generation.tokenizer is not None:
+                raise ValueError(
+                    "evaluation: is of tokenizers, and `generation` of transformers; set `evaluation: null`"
+                )
+            if self.evaluation is None and self.generation.reconstructions:
+                raise ValueError("evaluation: makes the reconstructions that `generation` judges; leave it in")
         if self.seeds and self.scaling:
             raise ValueError("seeds: a scaling law is fitted to single runs; leave out either")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
@@ -148,7 +159,7 @@ def runs_of(config: SweepConfig, source: str) -> list[Run]:
         _check(config.script, train, f"{source}: run {name}")
         parts = (Part(name="train", command=(config.script, *train)),)
         if config.evaluation is not None:
-            parts += _evaluations(config.evaluation, folder, settings, source)
+            parts += _evaluations(config, folder, settings, source)
         if config.generation is not None:
             parts += _generation(config.generation, folder, settings)
         runs.append(Run(name=name, group=group, folder=folder, overrides=tuple(overrides), settings=settings,
@@ -249,8 +260,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return settings
 
 
-def _evaluations(config: ReconstructionConfig, folder: Path, settings: Mapping, source: str) -> tuple[Part, ...]:
+def _evaluations(sweep: SweepConfig, folder: Path, settings: Mapping, source: str) -> tuple[Part, ...]:
     """The commands that measure a trained tokenizer."""
+    config, generation = sweep.evaluation, sweep.generation
     training, validation = settings.get("data.train"), settings.get("data.validation")
     every = str(settings.get("data.validation_every", 10))
     places = {
@@ -265,10 +277,16 @@ def _evaluations(config: ReconstructionConfig, folder: Path, settings: Mapping, 
         files = ("--json", str(folder / f"{name}.json"))
         if name == "reconstruction":
             files += ("--npz", str(folder / f"{name}.npz"))
+            files += ("--samples", _samples(folder)) if generation is not None and generation.reconstructions else ()
         device = ("--device", str(settings["device"])) if "device" in settings else ()
         command = ("tools/evaluate.py", "reconstruction", "--tokenizer", str(folder))
         parts.append(Part(name=name, command=(*command, *place, "--workers", "0", *device, *files)))
     return tuple(parts)
+
+
+def _samples(folder: Path) -> str:
+    """The images of a run that are judged."""
+    return str(folder / "samples" / "samples.npz")
 
 
 def _generation(config: GenerationConfig, folder: Path, settings: Mapping) -> tuple[Part, ...]:
@@ -279,11 +297,10 @@ def _generation(config: GenerationConfig, folder: Path, settings: Mapping) -> tu
     real = ("--classifier", config.images)
     real += () if config.validation is None else ("--classifier-validation", config.validation)
     real += ("--classifier-steps", str(config.classifier_steps))
-    judged = ("--samples", str(folder / "samples" / "samples.npz"), *real, "--json", str(folder / "generation.json"))
-    return (
-        Part(name="sample", command=("tools/sample.py", *models, *config.sampler, *device, *drawn)),
-        Part(name="generation", command=("tools/evaluate.py", "generation", *device, *judged)),
-    )
+    judged = ("--samples", _samples(folder), *real, "--json", str(folder / "generation.json"))
+    sample = Part(name="sample", command=("tools/sample.py", *models, *config.sampler, *device, *drawn))
+    judge = Part(name="generation", command=("tools/evaluate.py", "generation", *device, *judged))
+    return (judge,) if config.reconstructions else (sample, judge)
 
 
 def _place(

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -66,6 +67,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "before (default)",
     )
     add("--npz", type=Path, help="write the first originals and reconstructions and the code histogram here")
+    add(
+        "--samples",
+        type=Path,
+        metavar="FILE.npz",
+        help="write all reconstructions and their classes here, as tools/sample.py writes images: for `generation`",
+    )
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> dict:
@@ -76,7 +83,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
     perceptual = perceptual_of(arguments, device, min(sides))
     inception = inception_of(arguments, device)
     images = dist.main_first(lambda: open_images_of(arguments, config))
-    report, originals = reconstruct(tokenizer, perceptual, inception, images, config, arguments, device)
+    samples = LabelledSamples() if arguments.samples else None
+    report, originals = reconstruct(tokenizer, perceptual, inception, images, config, arguments, device, samples)
     if not report.metrics["images"]:
         raise UserError(
             f"{arguments.images}: none of its images can be used, as the notes say; mend them, or give others"
@@ -89,6 +97,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
         say(f"{arguments.images}: {pictures}")
         if arguments.npz:
             write_pictures(arguments.npz, report)
+        if samples is not None:
+            samples.write(arguments.samples)
     return {
         "metrics": report.metrics,
         "codes_by_use": report.codes_by_use,
@@ -119,6 +129,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
 
 def data_config(arguments: argparse.Namespace, tokenizer: Tokenizer) -> ImageDataConfig:
     """Where the pictures are and which shapes they are brought to; UserError for impossible ones."""
+    if arguments.samples and (arguments.buckets or dist.world_size() > 1):
+        raise UserError("--samples: holds images of one shape, from one process; leave out --buckets and torchrun")
     if arguments.buckets == ["run"]:
         shapes = _buckets_of_run(Path(arguments.tokenizer))
     else:
@@ -130,7 +142,7 @@ def data_config(arguments: argparse.Namespace, tokenizer: Tokenizer) -> ImageDat
             )
         shapes = tuple((int(match[1]), int(match[2])) for match in found)
     try:
-        config = ImageDataConfig(train=arguments.images, labels=False, buckets=shapes)
+        config = ImageDataConfig(train=arguments.images, labels=arguments.samples is not None, buckets=shapes)
         check_shapes(shapes, tokenizer.downsampling, SMALLEST_IMAGE)
     except ValueError as error:
         raise UserError(f"--{str(error).removeprefix('data.')}") from error
@@ -193,6 +205,7 @@ def reconstruct(
     config: ImageDataConfig,
     arguments: argparse.Namespace,
     device: torch.device,
+    samples: "LabelledSamples | None",
 ) -> tuple[ReconstructionReport, str]:
     """Encode and decode all images, with a progress bar; also the hash of the originals."""
     size = tokenizer.config.resolution
@@ -214,11 +227,12 @@ def reconstruct(
     ):
         report = evaluate_reconstruction(
             tokenizer,
-            observed(batches, progress, digest),
+            observed(batches, progress, digest, samples),
             perceptual=perceptual,
             inception=inception,
             keep=PICTURES,
             block=BLOCK,
+            **({} if samples is None else {"take": samples.add}),
         )
     return report, digest.hexdigest()
 
@@ -230,10 +244,36 @@ def share_of(dataset: ImageDataset, block: int, rank: int, world_size: int) -> S
     return Subset(dataset, [number for numbers in blocks[rank::world_size] for number in numbers])
 
 
-def observed(batches: Iterable[tuple[Tensor, Tensor]], progress, digest: PixelHash) -> Iterator[tuple[Tensor, Tensor]]:
+class LabelledSamples:
+    """Images of one shape in the order in which they come, and their classes; on disk until they are written."""
+
+    def __init__(self):
+        self.labels: list[int] = []
+        self._shape: tuple[int, ...] = ()
+        self._pixels = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
+
+    def add(self, images: Tensor) -> None:
+        """Take in uint8 [n, 3, H, W]."""
+        pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        self._shape = pixels.shape[1:]
+        self._pixels.write(pixels.data)
+
+    def write(self, path: Path) -> None:
+        """As ADM's form has it, which `NpzImages` reads."""
+        pixels = np.memmap(self._pixels, np.uint8, mode="r", shape=(len(self.labels), *self._shape))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            np.savez(file, pixels, np.asarray(self.labels, np.int64))
+
+
+def observed(
+    batches: Iterable[tuple[Tensor, Tensor]], progress, digest: PixelHash, samples: LabelledSamples | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, which go into the hash; the bar moves on by the images of each when the next is asked for."""
     for images, labels in batches:
         digest.add(images)
+        if samples is not None:
+            samples.labels += labels.tolist()
         yield images, labels
         progress.update(len(images) * dist.world_size())
 
