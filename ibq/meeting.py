@@ -41,6 +41,10 @@ class RanksError(UserError):
     exit_code = 1
 
 
+class _LeftError(Exception):
+    """What a call waits for has gone."""
+
+
 class Place(NamedTuple):
     """Where a launcher's variables put this process."""
 
@@ -283,12 +287,12 @@ def _open_store(own: Place, end: float) -> torch_dist.Store:
         store = _in_time(
             lambda: torch_dist.TCPStore(address, own.port, **options), seconds + 1, lambda: keeps or own.is_there()
         )
+    except _LeftError:
+        raise RanksError(_gone(own, "its port is closed")) from None
     except torch_dist.DistError as error:
         problem = f"{own}: rank {own.rank} cannot use it ({first_line(error)})"
         raise UserError(f"{problem}; give all ranks another MASTER_PORT") from error
     if store is None:
-        if not keeps and not own.is_there():
-            raise RanksError(_gone(own, "its port is closed"))
         raise UserError(f"{own}: another program answers there; give all ranks another MASTER_PORT")
     if keeps:
         _reach(own, min(end, time.monotonic() + LAST_WORDS_S))
@@ -310,7 +314,10 @@ def _reach(own: Place, end: float) -> None:
 
 
 def _in_time(call: Callable[[], T], seconds: float, still: Callable[[], bool]) -> T | None:
-    """The result of a call that may never return, or its error; None if there is neither in time, or can `still` be."""
+    """The result of a call that may never return, or its error; None if there is neither in time.
+
+    _LeftError as soon as `still` says that none can come any more.
+    """
     results: list[T] = []
     errors: list[Exception] = []
 
@@ -326,7 +333,7 @@ def _in_time(call: Callable[[], T], seconds: float, still: Callable[[], bool]) -
     while thread.is_alive() and (left := end - time.monotonic()) > 0:
         thread.join(min(left, LOOK_EVERY_S))
         if thread.is_alive() and not still():
-            break
+            raise _LeftError
     if errors:
         raise errors[0]
     return results[0] if results else None

@@ -15,11 +15,12 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ibq.api import load_tokenizer, same_codes_as, trained_on
+from ibq.api import load_tokenizer, same_codes_as
 from ibq.config import UserError, exit_on_user_error
 from ibq.engine.state_files import StateReader, describe, index_file, write_model
 from ibq.progress import say
 from ibq.training.checkpoint import DamagedError, checkpoints_in, verify_checkpoint, weights_hash
+from ibq.training.start_from.places import known_tokenizer
 from tools.lib.convert import hub, published
 
 MODELS = ("transformer", "tokenizer")
@@ -98,7 +99,11 @@ def export(checkpoint: Path, output: Path, weights: str) -> None:
 
 def told_of(checkpoint: Path) -> dict[str, str]:
     """Where weights come from, and whose codes they are made for, as far as their run tells."""
-    found = {"checkpoint": checkpoint.name, "codes_of": same_codes_as(checkpoint), "tokenizer": trained_on(checkpoint)}
+    found = {
+        "checkpoint": checkpoint.name,
+        "codes_of": same_codes_as(checkpoint),
+        "tokenizer": known_tokenizer(checkpoint),
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 

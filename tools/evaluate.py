@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parse(argv)
-    for option in ("json", "npz"):
+    written = ("json", "npz", "samples") if arguments.command == "reconstruction" else ("json",)
+    for option in written:
         if path := getattr(arguments, option, None):
             records.require_writable(f"--{option}", path)
     set_up_torch(training=False)

@@ -84,10 +84,10 @@ def load_deepspeed(device: torch.device) -> Any:
 def prefer_own_ninja() -> None:
     """Of a virtual environment that is used without having been activated: PyTorch takes the first on the PATH.
 
-    There may be none; or one of the system, and versions on both sides of 1.12 compile each other's results again.
+    There may be none; or one of the system, and versions such as 1.11 and 1.13 compile each other's results again.
     """
-    own = Path(sys.executable).with_name("ninja")
-    if own.exists() and shutil.which("ninja") != str(own):
+    own = Path(sys.prefix, "bin", "ninja")
+    if sys.prefix != sys.base_prefix and own.exists() and shutil.which("ninja") != str(own):
         os.environ["PATH"] = f"{own.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 

@@ -1,7 +1,8 @@
 """Sets of images to be judged: `.npz` files in ADM's form, folders and shards, read piece by piece.
 
 ADM's form: `arr_0` uint8 [N, H, W, 3], `arr_1` the classes [N] where there are any, and, in a reference file, the
-statistics `mu`, `sigma` (pool features) and `mu_s`, `sigma_s` (spatial ones). Nothing in such a file is unpickled.
+statistics `mu`, `sigma` (pool features) and `mu_s`, `sigma_s` (spatial ones); ours may add `classes`, the names of the
+classes. Nothing in such a file is unpickled.
 """
 
 import hashlib
@@ -110,6 +111,17 @@ class NpzImages:
                 f"{self.count} images; write it again with numpy.savez(FILE, images, labels)"
             )
         return torch.from_numpy(labels.astype(np.int64))
+
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, by number; None where the file has none, as ADM's do. UserError for another form."""
+        if "classes.npy" not in self.members:
+            return None
+        names = self._array("classes")
+        if names.ndim != 1 or names.dtype.kind != "U":
+            raise UserError(
+                f"{self.path}: classes is {names.dtype} {list(names.shape)}, not a list of names; leave it out"
+            )
+        return names.tolist()
 
     def statistics(self) -> Statistics:
         """The statistics in the file, checked."""

@@ -174,8 +174,7 @@ def open_transformer(
 
 def check_origin(config: GeneratedCodesConfig, source: Source) -> None:
     """UserError unless the transformer knows the codes of the tokenizer that a run starts from, as far as both tell."""
-    place = Path(config.transformer)
-    known = known_tokenizer(place) if place.is_dir() else None
+    known = known_tokenizer(Path(config.transformer))
     if known is not None and known not in (weights_hash(source.tensors), source.codes_of):
         raise UserError(
             f"{config.transformer}: was trained on codes of another tokenizer than {source.place}; give its own as "

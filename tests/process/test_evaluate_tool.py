@@ -1,6 +1,9 @@
 """tools/evaluate.py: the same figures for every number of processes, with all that they depend on, checked again."""
 
+import io
 import json
+import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from PIL import Image
 from support.models import TOKENIZER, TRANSFORMER
 from support.processes import run_ranks, run_script
-from support.training import CLASSES, CODES, write_best, write_images
+from support.training import CLASSES, CODES, picture, png, write_best, write_images
 
 import ibq
 from ibq.config import UserError, parse_config
@@ -30,6 +33,7 @@ from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer, TransformerConfig
 from tools import evaluate
+from tools.lib.evaluate.generation import as_numbered_in
 
 IMAGES = 19  # of which neither the batches nor the blocks nor the ranks have equal shares
 
@@ -114,10 +118,56 @@ def test_reconstructions_as_samples(place, tmp_path):
     assert float((-10 * error.log10()).mean()) == pytest.approx(psnr)
 
 
-def test_samples_are_of_one_shape(place):
-    done = run_script(*reconstruction(place, "--samples", "s.npz", "--buckets", "16x16"))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "--samples: holds images of one shape, from one process" in done.stderr
+def test_reconstructions_are_judged_by_the_names_of_their_classes(tmp_path):
+    """Images of two classes, numbers 0 and 1, by a classifier that knows a third, before them."""
+    for number, name in enumerate(("apple", "pear", "plum")):
+        for part in ("train", "val"):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for copy in range(2):
+                pixels = np.full((16, 16, 3), 100 * number + copy, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{copy}.png")
+    shutil.rmtree(tmp_path / "val" / "apple")
+    torch.manual_seed(0)
+    write_best(tmp_path / "tokenizer" / "best", Tokenizer(parse_config(TokenizerConfig, TOKENIZER)))
+    given = ["--tokenizer", str(tmp_path / "tokenizer"), "--images", str(tmp_path / "val"), "--workers", "0"]
+    off = ["--device", "cpu", "--lpips", "none", "--inception", "none", "--lpips-alex", "none"]
+    evaluate.main(["reconstruction", *given, *off, "--samples", str(tmp_path / "s.npz")])
+    samples = NpzImages(tmp_path / "s.npz")
+    assert samples.labels().tolist() == [0, 0, 1, 1] and samples.class_names() == ["pear", "plum"]
+    train = open_images(str(tmp_path / "train"))
+    assert as_numbered_in(train, samples, samples.labels()).tolist() == [1, 1, 2, 2]
+    only = open_images(str(tmp_path / "val")).numbered_as(["pear", "plum"])
+    only.classes = ["pear", "fig"]
+    with pytest.raises(UserError, match="class 'plum' is none of the classifier's"):
+        as_numbered_in(only, samples, samples.labels())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--samples", "s.npz", "--buckets", "16x16"), "--samples: holds images of one shape, from one process"),
+        (("--samples", "s.png"), "--samples s.png: give a name that ends in .npz"),
+        (("--samples", "tests"), "--samples tests: cannot be written (it is a folder)"),
+    ],
+)
+def test_samples_that_cannot_be(place, options, words):
+    done = run_script(*reconstruction(place, *options))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def test_samples_of_images_without_a_class(place, tmp_path):
+    """Refused: figures with and without --samples are of the same images."""
+    shutil.copy(place / "train-0.tar", tmp_path)
+    with tarfile.open(tmp_path / "train-0.tar", "a") as tar:
+        data = png(picture(1))
+        member = tarfile.TarInfo("unlabelled.png")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    given = ["--tokenizer", str(place / "tokenizer16"), "--images", str(tmp_path / "train-0.tar"), "--device", "cpu"]
+    done = run_script("tools/evaluate.py", "reconstruction", *given, "--samples", str(tmp_path / "s.npz"))
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "--samples: image 'unlabelled' has no class of its place: no label" in said
 
 
 def test_a_record_says_what_its_figures_depend_on(whole):

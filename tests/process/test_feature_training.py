@@ -182,4 +182,4 @@ def test_groups_that_fit_no_rank_are_refused_before_the_first_step(place, tmp_pa
     settings = (f"output={tmp_path / 'run'}", *STILL, *sizes, "loss.gan.start_step=2")
     done = run_ranks(2, "ibq/train_tokenizer.py", "--config", place / "tokenizer.yaml", *settings)
     assert done.returncode == 2 and "groups of 2 images do not fit ranks of 3 in a micro-batch" in done.stderr
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -10,7 +10,7 @@ import socket
 from datetime import timedelta
 
 import pytest
-from support.points import Points
+from support.points import Points, wait_for
 from support.processes import HANG_S, PIPE, rank_environments, script_environment, start_script
 from support.training import make_workplace
 from torch.distributed import TCPStore
@@ -53,11 +53,16 @@ def start(place, tmp_path, environments):
 @pytest.fixture
 def wait_until_1_asks(environments):
     """Wait until rank 1 is done with opening the store, and waits for rank 0's answers in it."""
+    place = environments[0]["MASTER_ADDR"], int(environments[0]["MASTER_PORT"])
 
-    def wait() -> None:
-        address, port = environments[0]["MASTER_ADDR"], int(environments[0]["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=HANG_S))
-        store.wait(["ibq/asks/1"])
+    def is_open() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(place) == 0
+
+    def wait(*processes) -> None:
+        wait_for(is_open, *processes, what="the store to open")
+        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=HANG_S))
+        wait_for(lambda: store.check(["ibq/asks/1"]), *processes, what="rank 1 to ask")
 
     return wait
 
@@ -100,7 +105,7 @@ def test_rank_0_does_not_come(start):
 def test_rank_0_is_killed_while_others_wait(start, wait_until_1_asks):
     """It waits for rank 2, which nobody starts."""
     first, second = (start(rank, WORLD_SIZE="3") for rank in range(2))
-    wait_until_1_asks()
+    wait_until_1_asks(first, second)
     first.kill()
     *_, said = second.communicate(timeout=HANG_S)[1].splitlines()  # PyTorch writes its stack above
     assert second.returncode == 1 and "has ended before all ranks had come" in said
@@ -109,6 +114,7 @@ def test_rank_0_is_killed_while_others_wait(start, wait_until_1_asks):
 def test_rank_0_ends_as_another_opens_its_store(start):
     """What listened when the other looked does not when it comes to use it."""
     with socket.create_server(("127.0.0.1", 0)) as store:
+        store.settimeout(HANG_S)
         waiting = start(1, MASTER_PORT=str(store.getsockname()[1]))
         store.accept()[0].close()
     *_, said = waiting.communicate(timeout=HANG_S)[1].splitlines()
@@ -167,8 +173,8 @@ def test_ranks_of_worlds_of_different_size(start):
 
 
 def test_a_rank_that_waits_hears_ctrl_c(start, wait_until_1_asks):
-    _, second = start(0, WORLD_SIZE="3"), start(1, WORLD_SIZE="3")
-    wait_until_1_asks()
+    first, second = start(0, WORLD_SIZE="3"), start(1, WORLD_SIZE="3")
+    wait_until_1_asks(first, second)
     second.send_signal(signal.SIGINT)
     assert second.wait(HANG_S) == 130
 

@@ -23,12 +23,14 @@ from torchvision.transforms.functional import pil_to_tensor
 import ibq
 from ibq.config import UserError, parse_config
 from ibq.data.transforms import to_unit_range
+from ibq.engine.state_files import describe
 from ibq.models.heads import BitsHeadConfig
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.training.checkpoint import weights_hash
 from ibq.training.post_training import GeneratedCodesConfig, open_transformer
 from ibq.training.tokenizer_task import TokenizerTask
 from tools import encode_shards, sample
+from tools.lib.convert.published import write_safetensors
 
 pytestmark = pytest.mark.slow
 PERTURBED = "codes={kind: perturbed, images: 0.7, neighbours: 5, end: 0.5}"
@@ -139,16 +141,23 @@ MISTAKES = {
     "another grid": ({"tokens_per_side": SIDE + 1}, "is for 5 x 5 codes, not for 4 x 4"),
     "another head": ({"head": BitsHeadConfig()}, "its head.kind is bits, but codes are drawn here by the logits of"),
     "another tokenizer": ({}, "was trained on codes of another tokenizer than"),
+    "another tokenizer, one file": ({}, "was trained on codes of another tokenizer than"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_transformer_of_something_else_is_refused(place, tmp_path, capfd, name):
     settings, words = MISTAKES[name]
-    write_best(tmp_path / "best", small_transformer(**TRANSFORMER | settings))
+    transformer, given = small_transformer(**TRANSFORMER | settings), tmp_path
+    write_best(tmp_path / "best", transformer)
     if name == "another tokenizer":
         (tmp_path / "best/info.json").write_text(json.dumps({"tokenizer": "0" * 64}))
-    assert train(place, "refused", GENERATED % (tmp_path, "image")) == 2
+    if name == "another tokenizer, one file":  # as tools/convert.py writes
+        given = tmp_path / "t.safetensors"
+        write_safetensors(
+            given, transformer.state_dict(), {"model": json.dumps(describe(transformer)), "tokenizer": "0"}
+        )
+    assert train(place, "refused", GENERATED % (given, "image")) == 2
     error = capfd.readouterr().err
     assert words in error and error.count("error:") == 1 and not (place / "refused").exists()
 

@@ -406,7 +406,7 @@ def test_evaluation_takes_the_images_of_the_config(tmp_path):
         ),
         (
             {"runs": {"a": []}, "generation": {"reconstructions": True, "images": "i", "total": 9}},
-            "total: give it where images are drawn, and only there",
+            "total: give it, and perhaps `sampler`, where images are drawn, and only there",
         ),
     ],
 )
@@ -442,6 +442,27 @@ def test_reconstructions_are_judged_as_drawn_images_are(tmp_path):
     measured, used, judged = (evaluate.parse(part.command[1:]) for part in run.parts[1:])
     assert judged.samples == str(measured.samples) and str(run.folder) in judged.samples and used.samples is None
     assert (judged.classifier, judged.classifier_validation) == ("some/train-*.tar", "some/val.tar")
+
+
+def test_what_is_measured_anew_is_judged_anew(tmp_path):
+    """Other reconstructions make those judged before them say nothing, though the command stays the same."""
+    generation = {"reconstructions": True, "images": "i"}
+    (run,) = runs_of(tmp_path, runs={"a": []}, generation=generation, evaluation={"validation": "v", "usage": "u"})
+    (run.folder / "samples").mkdir(parents=True)
+    state = state_module.open_run(run, fresh=False)
+    (run.folder / "status.json").write_text('{"state": "finished"}')
+    for part in run.parts:
+        state.begin(part, 0.0)
+        state.end(1.0, done=True)
+    assert state.next_part() is None
+    (again,) = runs_of(tmp_path, runs={"a": []}, generation=generation, evaluation={"validation": "w", "usage": "u"})
+    state = state_module.open_run(again, fresh=False)
+    assert state.next_part().name == "reconstruction"
+    state.make_room(state.next_part())
+    assert not (run.folder / "samples").exists()
+    state.begin(state.next_part(), 0.0)
+    state.end(1.0, done=True)
+    assert state.next_part().name == "usage" and "generation" not in state.record["parts"]
 
 
 def test_images_of_other_settings_make_room(tmp_path):

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -605,18 +604,20 @@ def test_missing_software(tmp_path, monkeypatch):
 def test_ninja_is_that_of_the_environment_also_if_it_is_not_activated(tmp_path, monkeypatch):
     from ibq.engine.zero_setup import prefer_own_ninja
 
-    for place in ("environment", "system"):
-        (tmp_path / place).mkdir()
+    for place in ("environment/bin", "system"):
+        (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "ninja").touch(mode=0o755)
     for known in ("system", "nowhere"):
-        monkeypatch.setattr(sys, "executable", str(tmp_path / "environment" / "python"))
+        monkeypatch.setattr(sys, "prefix", str(tmp_path / "environment"))
         monkeypatch.setenv("PATH", str(tmp_path / known))
         for _ in range(2):
             prefer_own_ninja()
-            assert os.environ["PATH"] == f"{tmp_path}/environment:{tmp_path}/{known}"
-        monkeypatch.setattr(sys, "executable", str(tmp_path / "other" / "python"))
+            assert os.environ["PATH"] == f"{tmp_path}/environment/bin:{tmp_path}/{known}"
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    for other in ("base_prefix", "prefix"):  # no environment, and one without a ninja
+        monkeypatch.setattr(sys, other, str(tmp_path / ("environment" if other == "base_prefix" else "other")))
         prefer_own_ninja()
-        assert shutil.which("ninja") == f"{tmp_path}/environment/ninja"  # as there is no other
+        assert os.environ["PATH"] == str(tmp_path / "system")
 
 
 def test_folders_of_dead_processes_are_swept_away(tmp_path):

@@ -23,15 +23,10 @@ def peak_of_step(prepare: Callable[[], Callable[[], object]], warmup: int = 2, r
     """
     gc.collect()
     gc.freeze()  # what there is by now takes a second to look through
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step = prepare()
-        for _ in range(warmup):
-            step()
-        begins = []
-        for _ in range(repeats):
-            gc.collect()
-            begins.append(time.time_ns())
-            step()
+    try:
+        recorded, begins = _record(prepare, warmup, repeats)
+    finally:
+        gc.unfreeze()
     peaks, memory = [0] * repeats, _Memory()
     for moment, place, size in sorted(_allocations(recorded.profiler.kineto_results.experimental_event_tree())):
         number = bisect_right(begins, moment) - 1
@@ -39,6 +34,20 @@ def peak_of_step(prepare: Callable[[], Callable[[], object]], warmup: int = 2, r
             peaks[number] = max(peaks[number], memory.held)
         memory.note(place, size)
     return min(peaks)
+
+
+def _record(prepare: Callable[[], Callable[[], object]], warmup: int, repeats: int) -> tuple[profile, list[int]]:
+    """What the profiler has seen, and when each of the repeats began, in ns."""
+    begins = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step = prepare()
+        for _ in range(warmup):
+            step()
+        for _ in range(repeats):
+            gc.collect()
+            begins.append(time.time_ns())
+            step()
+    return recorded, begins
 
 
 class _Memory:

@@ -56,8 +56,8 @@ class GenerationConfig:
                 "tokenizer: give it where the runs are transformers, or `transformer` or `reconstructions` where they "
                 "are not"
             )
-        if (self.total is None) != self.reconstructions:
-            raise ValueError("total: give it where images are drawn, and only there")
+        if (self.total is None) != self.reconstructions or (self.sampler and self.reconstructions):
+            raise ValueError("total: give it, and perhaps `sampler`, where images are drawn, and only there")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ class RunState:
     def make_room(self, part: Part) -> None:
         """Remove what a part that is about to be started would not write over: images of other settings."""
         before = self.record["parts"].get(part.name, {}).get("command", list(part.command))
-        if part.name == "sample" and before != list(part.command):
+        if part.name in ("sample", "reconstruction") and before != list(part.command):
             remove(self.run.folder, (SAMPLES,))
 
     def begin(self, part: Part, now: float) -> None:
@@ -76,6 +76,9 @@ class RunState:
         part, self.part = self.part, None
         noted = {"command": list(part.command), "done": done, "seconds": self.seconds(part.name) + seconds}
         self.record["parts"][part.name] = noted
+        names = [own.name for own in self.run.parts]
+        for later in names[names.index(part.name) + 1 :]:  # they measured what this part has now replaced
+            self.record["parts"].pop(later, None)
         self.save()
 
     def save(self) -> None:

@@ -187,6 +187,7 @@ def with_classifier(samples: ImageSet, arguments: argparse.Namespace, device: to
     validation = with_classes_of(
         train, validation, f"--classifier-validation: classes are matched by name with {arguments.classifier}"
     )
+    labels = as_numbered_in(train, samples, labels)
     classes = len(train.classes)
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         wrong = next(int(label) for label in labels if not 0 <= label < classes)
@@ -211,6 +212,19 @@ def with_classifier(samples: ImageSet, arguments: argparse.Namespace, device: to
         digest.add(part.images)
         record["inputs"][f"classifier_{name}_sha256"] = digest.hexdigest(own=True)
     show_classifier(metrics)
+
+
+def as_numbered_in(train: ImageIndex, samples: ImageSet, labels: torch.Tensor) -> torch.Tensor:
+    """The samples' classes by the numbers of the real images' classes, where their file has names; else as they are."""
+    names = samples.class_names()
+    if names is None or not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+        return labels
+    places = {name: number for number, name in enumerate(train.classes)}
+    if missing := [names[number] for number in labels.unique() if names[number] not in places]:
+        raise UserError(
+            f"{samples.place}: class {missing[0]!r} is none of the classifier's; give real images of the same classes"
+        )
+    return torch.tensor([places.get(name, -1) for name in names])[labels]
 
 
 def with_classes_of(train: ImageIndex, other: ImageIndex, what: str) -> ImageIndex:

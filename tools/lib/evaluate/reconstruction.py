@@ -4,7 +4,9 @@ import argparse
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from ibq.config import UserError, dump_config, load_config
 from ibq.data.buckets import bucketed, check_shapes
 from ibq.data.counts import count
 from ibq.data.images import ImageDataset, Subset
-from ibq.data.index import ImageIndex
+from ibq.data.index import LABEL_PROBLEM, ImageIndex
 from ibq.data.loader import by_shape, validation_batches
 from ibq.data.shards import ImageDataConfig
 from ibq.evaluation.features import RESIZING, Inception, load_inception, weights_at_hand
@@ -35,6 +37,7 @@ from tools.lib.options import add_device_options, add_image_options, autocast_of
 
 HELP = "PSNR, SSIM, LPIPS, rFID, codebook usage, perplexity and effective rank of a tokenizer"
 PICTURES = 24  # that --npz gets
+LABEL_PROBLEMS = ("no label", LABEL_PROBLEM)  # how reasons begin for which an image has no class
 LPIPS_OPTIONS = {"vgg": "lpips", "alex": "lpips_alex"}  # backbone -> option and figure
 
 
@@ -83,7 +86,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
     perceptual = perceptual_of(arguments, device, min(sides))
     inception = inception_of(arguments, device)
     images = dist.main_first(lambda: open_images_of(arguments, config))
-    samples = LabelledSamples() if arguments.samples else None
+    samples = LabelledSamples(arguments.samples, classes_of(arguments, config)) if arguments.samples else None
     report, originals = reconstruct(tokenizer, perceptual, inception, images, config, arguments, device, samples)
     if not report.metrics["images"]:
         raise UserError(
@@ -98,7 +101,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict:
         if arguments.npz:
             write_pictures(arguments.npz, report)
         if samples is not None:
-            samples.write(arguments.samples)
+            samples.write()
     return {
         "metrics": report.metrics,
         "codes_by_use": report.codes_by_use,
@@ -131,6 +134,8 @@ def data_config(arguments: argparse.Namespace, tokenizer: Tokenizer) -> ImageDat
     """Where the pictures are and which shapes they are brought to; UserError for impossible ones."""
     if arguments.samples and (arguments.buckets or dist.world_size() > 1):
         raise UserError("--samples: holds images of one shape, from one process; leave out --buckets and torchrun")
+    if arguments.samples and arguments.samples.suffix != ".npz":
+        raise UserError(f"--samples {arguments.samples}: give a name that ends in .npz")
     if arguments.buckets == ["run"]:
         shapes = _buckets_of_run(Path(arguments.tokenizer))
     else:
@@ -142,11 +147,25 @@ def data_config(arguments: argparse.Namespace, tokenizer: Tokenizer) -> ImageDat
             )
         shapes = tuple((int(match[1]), int(match[2])) for match in found)
     try:
-        config = ImageDataConfig(train=arguments.images, labels=arguments.samples is not None, buckets=shapes)
+        config = ImageDataConfig(train=arguments.images, labels=False, buckets=shapes)
         check_shapes(shapes, tokenizer.downsampling, SMALLEST_IMAGE)
     except ValueError as error:
         raise UserError(f"--{str(error).removeprefix('data.')}") from error
     return config
+
+
+def classes_of(arguments: argparse.Namespace, config: ImageDataConfig) -> list[str]:
+    """The names of the images' classes; UserError where an image has none: figures are of all images, labelled or not.
+
+    So `verify` needs no --samples to come to the same ones.
+    """
+    images = open_images_of(arguments, replace(config, labels=True, max_bad_fraction=1.0))
+    for number, reason in images.problems():
+        if reason.startswith(LABEL_PROBLEMS):
+            raise UserError(
+                f"--samples: image {images.key(number)!r} has no class of its place: {reason}; leave it out"
+            )
+    return images.classes
 
 
 def _buckets_of_run(folder: Path) -> tuple[tuple[int, int], ...]:
@@ -247,23 +266,31 @@ def share_of(dataset: ImageDataset, block: int, rank: int, world_size: int) -> S
 class LabelledSamples:
     """Images of one shape in the order in which they come, and their classes; on disk until they are written."""
 
-    def __init__(self):
-        self.labels: list[int] = []
+    def __init__(self, path: Path, classes: Sequence[str]):
+        self.path, self.classes, self.labels = path, list(classes), []
         self._shape: tuple[int, ...] = ()
-        self._pixels = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
+        self._pixels = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (closed with this object)
 
     def add(self, images: Tensor) -> None:
         """Take in uint8 [n, 3, H, W]."""
         pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         self._shape = pixels.shape[1:]
-        self._pixels.write(pixels.data)
+        with self._explained():
+            self._pixels.write(pixels.data)
 
-    def write(self, path: Path) -> None:
-        """As ADM's form has it, which `NpzImages` reads."""
-        pixels = np.memmap(self._pixels, np.uint8, mode="r", shape=(len(self.labels), *self._shape))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            np.savez(file, pixels, np.asarray(self.labels, np.int64))
+    def write(self) -> None:
+        """As ADM's form has it, which `NpzImages` reads, with the names of the classes."""
+        with self._explained(), whole_file(self.path) as file:
+            self._pixels.flush()
+            pixels = np.memmap(self._pixels, np.uint8, mode="r", shape=(len(self.labels), *self._shape))
+            np.savez(file, pixels, np.asarray(self.labels, np.int64), classes=np.asarray(self.classes, np.str_))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"--samples {self.path}: cannot be written ({error}); give another file") from error
 
 
 def observed(
