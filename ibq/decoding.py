@@ -120,6 +120,7 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Bytes of the weights that every step reads: those of the blocks without their modulations, and the head."""
         weights = [layer.weight for layer in self._transformer.modules() if isinstance(layer, PackedLinear)]
+        weights += self._transformer.head.parameters()  # of one that is not packed
         return sum(weight.numel() * weight.element_size() for weight in weights)
 
 

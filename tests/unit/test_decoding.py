@@ -12,6 +12,7 @@ from torch import nn
 from ibq.config import UserError
 from ibq.decoding import DTYPES, Decoder, PackedLinear, settle
 from ibq.engine.compilation import compile_units
+from ibq.models.heads import BitsHeadConfig, MaskedBitsHeadConfig
 from ibq.models.transformer import TransformerConfig
 from ibq.ops.backend import missing_for_compile, triton_is_installed
 from ibq.sampler import SCHEDULES, SamplerConfig
@@ -104,6 +105,14 @@ def test_weights_that_a_step_reads(transformer):
     count = sum(p.numel() for p in read) + config.vocab_size * config.width
     found = {precision: Decoder(transformer, precision, 2).weight_bytes() for precision in LARGEST_KL}
     assert found == {"fp32": 4 * count, "bf16": 2 * count}
+
+
+@pytest.mark.parametrize("head", [BitsHeadConfig(), MaskedBitsHeadConfig(layers=1)])
+def test_weights_of_a_head_of_bits(head):
+    transformer = small_transformer(vocab_size=64, head=head)
+    blocks = [p for block in transformer.blocks for m in (block.attention, block.feed_forward) for p in m.parameters()]
+    count = sum(p.numel() for p in [*blocks, *transformer.head.parameters()])
+    assert Decoder(transformer, "bf16", 2).weight_bytes() == 2 * count
 
 
 def test_an_unknown_precision(transformer):
