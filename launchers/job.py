@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,8 +58,11 @@ class Job:
         allocation = current_allocation(self.ranks)
         _, *arguments = in_code((self.script, *self.arguments))
         if self.script in ONE_PROCESS:
-            here = subprocess.Popen([sys.executable, "-u", str(ROOT / self.script), *arguments])
-            return self._conclude(allocation, None, _wait([here]))
+            here = [subprocess.Popen([sys.executable, "-u", str(ROOT / self.script), *arguments])]
+            with signals_passed_on(here):
+                code = _ended(here)
+                again = self._say_end(None, code)
+            return _end(allocation, code, again)
         run = load_run(str(ROOT / self.script), arguments) if is_training_script(self.script) else None
         nodes = usable_nodes(run, len(allocation.nodes), allocation.ranks_per_node) if run else len(allocation.nodes)
         folder = Path(run.output) if run is not None else None
@@ -69,13 +72,15 @@ class Job:
         say(f"{self.script} on {where}, {each}; logs: {logs}/rank-*.log")
         before, started = last_checkpoint(folder), time.time()
         code = self._preflight(allocation, nodes, folder or Path.cwd(), run) if self.preflight else 0
-        if not code:
-            code = _wait(allocation.start(self._step(allocation, nodes, arguments, logs, folder)))
+        processes = [] if code else allocation.start(self._step(allocation, nodes, arguments, logs, folder))
+        with signals_passed_on(processes):  # to the last word: as srun returns, Slurm ends a job that has lost a node
+            code = code or _ended(processes)
             if code and self.launcher != "srun":  # whose own code says little
                 code = stopped_by(folder, started) or code
-        row = {"start": allocation.restart, "nodes": allocation.nodes[:nodes], "code": code}
-        append_line(_made(logs) / ATTEMPTS_FILE, row | {"before": before, "after": last_checkpoint(folder)})
-        return self._conclude(allocation, logs, code, folder)
+            row = {"start": allocation.restart, "nodes": allocation.nodes[:nodes], "code": code}
+            append_line(_made(logs) / ATTEMPTS_FILE, row | {"before": before, "after": last_checkpoint(folder)})
+            again = self._say_end(logs, code, folder)
+        return _end(allocation, code, again)
 
     def _step(
         self, allocation: Allocation, nodes: int, arguments: Sequence[str], logs: Path, folder: Path | None
@@ -99,27 +104,23 @@ class Job:
         step = Step(command=command, nodes=nodes, ranks_per_node=allocation.ranks_per_node)
         return _wait(allocation.start(step))
 
-    def _conclude(self, allocation: Allocation, logs: Path | None, code: int, folder: Path | None = None) -> int:
-        """Say how it ended, and have it requeued where that helps."""
+    def _say_end(self, logs: Path | None, code: int, folder: Path | None = None) -> bool:
+        """Say how it ended; whether to be requeued helps."""
         reason = status_of(folder).get("reason", "")
         said = f"{self.script} ended with exit code {code}" + (f": {reason}" if reason else "")
+        limit = MOST_STOPS if code in STOPPED else self.retries
         if code == 0:
             say(f"{self.script} is done")
-            return 0
-        if code == 2:
+        elif code == 2:
             say(f"{said}; only its user can mend that, so it is not requeued")
-            return code
-        if code not in STOPPED and logs is None:
+        elif code not in STOPPED and logs is None:
             say(said)  # a sweep tries its runs again by itself
-            return code
-        limit = MOST_STOPS if code in STOPPED else self.retries
-        if logs is not None and fruitless(logs) >= limit:
+        elif logs is not None and fruitless(logs) >= limit:
             say(f"{said}; {limit} starts without a new checkpoint: it is not requeued")
-            return code
-        say(f"{said}; the same command goes on from the last checkpoint")
-        if allocation.requeue():
-            say("requeued, but still running: ending")
-        return code
+        else:
+            say(f"{said}; the same command goes on from the last checkpoint")
+            return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,27 @@ def _made(folder: Path) -> Path:
 
 
 def _wait(processes: Sequence[subprocess.Popen]) -> int:
-    """The exit code of several processes, with signals passed on to them; a signal's as shells have it.
+    """The exit code of several processes, with signals passed on to them; a signal's as shells have it."""
+    with signals_passed_on(processes):
+        return _ended(processes)
+
+
+def _ended(processes: Sequence[subprocess.Popen]) -> int:
+    codes = [process.wait() for process in processes]
+    while any(is_group_running(process.pid) for process in processes):
+        time.sleep(LOOK_S)
+    return max(128 - code if code < 0 else code for code in codes)
+
+
+def _end(allocation: Allocation, code: int, again: bool) -> int:
+    if again and allocation.requeue():
+        say("requeued, but still running: ending")
+    return code
+
+
+@contextlib.contextmanager
+def signals_passed_on(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
+    """Signals to this process go to those that run, and do not end it.
 
     When Slurm ends a job it signals the tasks itself, and `srun` and this process too: this one waits for them.
     """
@@ -219,13 +240,10 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
-        codes = [process.wait() for process in processes]
-        while any(is_group_running(process.pid) for process in processes):
-            time.sleep(LOOK_S)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return max(128 - code if code < 0 else code for code in codes)
 
 
 def is_group_running(group: int) -> bool:

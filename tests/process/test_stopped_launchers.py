@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from support import ENVIRONMENT, ROOT
-from support.points import wait_for
-from support.processes import HANG_S, hear_signals
+from support.points import Points, wait_for
+from support.processes import HANG_S, PIPE, hear_signals, script_environment, start_script
 from support.training import make_workplace, scalars
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -192,3 +192,17 @@ def test_a_job_waits_for_its_ranks(start, launcher, number):
     assert command.process.wait(HANG_S) == 128 + signal.Signals[number]
     assert not processes_of(command.output)
     command.check(number)
+
+
+def test_a_job_says_its_last_word_though_a_signal_comes(place, tmp_path):
+    """Slurm ends a job that has lost a node in the moment in which srun ends."""
+    points = Points(tmp_path / "points", {"end": ("open", r"attempts\.jsonl ")})
+    job = ["launchers/job.py", "--ranks", "1", "--no-preflight", "--", "ibq/train_ar.py", "data.train=/nowhere"]
+    settings = ("--config", place / "transformer.yaml", f"output={tmp_path / 'run'}")
+    given = script_environment(**points.environment)
+    process = start_script(*job, *settings, environment=given, stdout=PIPE, stderr=PIPE)
+    (pid,) = points.wait("end", process)
+    os.kill(pid, signal.SIGTERM)
+    points.release("end", "end.signalled")
+    said = "".join(process.communicate(timeout=HANG_S))
+    assert process.returncode == 2 and "ended with exit code 2" in said, said
