@@ -60,9 +60,9 @@ class Job:
         if self.script in ONE_PROCESS:
             here = [subprocess.Popen([sys.executable, "-u", str(ROOT / self.script), *arguments])]
             with signals_passed_on(here):
-                code = _ended(here)
+                code = exit_code(here)
                 again = self._say_end(None, code)
-            return _end(allocation, code, again)
+            return leave_or_requeue(allocation, code, again)
         run = load_run(str(ROOT / self.script), arguments) if is_training_script(self.script) else None
         nodes = usable_nodes(run, len(allocation.nodes), allocation.ranks_per_node) if run else len(allocation.nodes)
         folder = Path(run.output) if run is not None else None
@@ -74,13 +74,13 @@ class Job:
         code = self._preflight(allocation, nodes, folder or Path.cwd(), run) if self.preflight else 0
         processes = [] if code else allocation.start(self._step(allocation, nodes, arguments, logs, folder))
         with signals_passed_on(processes):  # to the last word: as srun returns, Slurm ends a job that has lost a node
-            code = code or _ended(processes)
+            code = code or exit_code(processes)
             if code and self.launcher != "srun":  # whose own code says little
                 code = stopped_by(folder, started) or code
             row = {"start": allocation.restart, "nodes": allocation.nodes[:nodes], "code": code}
             append_line(_made(logs) / ATTEMPTS_FILE, row | {"before": before, "after": last_checkpoint(folder)})
             again = self._say_end(logs, code, folder)
-        return _end(allocation, code, again)
+        return leave_or_requeue(allocation, code, again)
 
     def _step(
         self, allocation: Allocation, nodes: int, arguments: Sequence[str], logs: Path, folder: Path | None
@@ -102,7 +102,9 @@ class Job:
         options += ("--device", run.device) if run is not None else ()
         command = (sys.executable, str(ROOT / "launchers/lib/preflight.py"), *options)
         step = Step(command=command, nodes=nodes, ranks_per_node=allocation.ranks_per_node)
-        return _wait(allocation.start(step))
+        processes = allocation.start(step)
+        with signals_passed_on(processes):
+            return exit_code(processes)
 
     def _say_end(self, logs: Path | None, code: int, folder: Path | None = None) -> bool:
         """Say how it ended; whether to be requeued helps."""
@@ -199,20 +201,16 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _wait(processes: Sequence[subprocess.Popen]) -> int:
-    """The exit code of several processes, with signals passed on to them; a signal's as shells have it."""
-    with signals_passed_on(processes):
-        return _ended(processes)
-
-
-def _ended(processes: Sequence[subprocess.Popen]) -> int:
+def exit_code(processes: Sequence[subprocess.Popen]) -> int:
+    """That of several processes and of what they have started, once all have ended; a signal's as shells have it."""
     codes = [process.wait() for process in processes]
     while any(is_group_running(process.pid) for process in processes):
         time.sleep(LOOK_S)
     return max(128 - code if code < 0 else code for code in codes)
 
 
-def _end(allocation: Allocation, code: int, again: bool) -> int:
+def leave_or_requeue(allocation: Allocation, code: int, again: bool) -> int:
+    """The exit code, after a requeue where that helps; signals end this process again, as Slurm then does."""
     if again and allocation.requeue():
         say("requeued, but still running: ending")
     return code

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from ibq.data.index import ImageIndex
 
-BESIDE, DAMAGED = "beside the class folders", "damaged or not readable"
+BESIDE, UNLABELLED = "beside the class folders", "label missing or impossible"
+DAMAGED = "damaged or not readable"
 # How problems begin, as the index and the decoders tell them -> the reason that a count sums up by.
 REASONS = (
     (r"the label is missing: it lies beside", BESIDE),
-    (r"no label|the label", "label missing or impossible"),
+    (r"no label|the label", UNLABELLED),
     (r"\.\w+ files are not read", "of a kind that is not read"),
     (r"no picture: a key ends", "several dots in the name"),
     (r"no picture", "label without a picture"),

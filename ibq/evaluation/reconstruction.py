@@ -163,7 +163,7 @@ def evaluate_reconstruction(
     keep: int = 16,
     block: int | None = None,
     others: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType({}),
-    take: Callable[[Tensor], None] = lambda reconstructions: None,
+    take: Callable[[Tensor], None] | None = None,
 ) -> ReconstructionReport:
     """Reconstruct uint8 batches (images [B, 3, H, W], labels); figures are exact means over all images and ranks.
 
@@ -202,7 +202,8 @@ def evaluate_reconstruction(
             for part in pictures[:count].split(FEATURE_BLOCK):
                 seen.add(inception.block_features(part).pool)
         kept.add(images[:count], outputs[:count])
-        take(outputs[:count])
+        if take is not None:
+            take(outputs[:count])
     metrics = totals.means() | _rfid(moments)
     usage.reduce()
     metrics |= usage.figures()

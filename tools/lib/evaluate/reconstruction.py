@@ -18,9 +18,9 @@ from ibq import dist
 from ibq.api import load_tokenizer
 from ibq.config import UserError, dump_config, load_config
 from ibq.data.buckets import bucketed, check_shapes
-from ibq.data.counts import count
+from ibq.data.counts import BESIDE, UNLABELLED, count, reason_of
 from ibq.data.images import ImageDataset, Subset
-from ibq.data.index import LABEL_PROBLEM, ImageIndex
+from ibq.data.index import ImageIndex
 from ibq.data.loader import by_shape, validation_batches
 from ibq.data.shards import ImageDataConfig
 from ibq.evaluation.features import RESIZING, Inception, load_inception, weights_at_hand
@@ -37,7 +37,6 @@ from tools.lib.options import add_device_options, add_image_options, autocast_of
 
 HELP = "PSNR, SSIM, LPIPS, rFID, codebook usage, perplexity and effective rank of a tokenizer"
 PICTURES = 24  # that --npz gets
-LABEL_PROBLEMS = ("no label", LABEL_PROBLEM)  # how reasons begin for which an image has no class
 LPIPS_OPTIONS = {"vgg": "lpips", "alex": "lpips_alex"}  # backbone -> option and figure
 
 
@@ -161,7 +160,7 @@ def classes_of(arguments: argparse.Namespace, config: ImageDataConfig) -> list[s
     """
     images = open_images_of(arguments, replace(config, labels=True, max_bad_fraction=1.0))
     for number, reason in images.problems():
-        if reason.startswith(LABEL_PROBLEMS):
+        if reason_of(reason) in (BESIDE, UNLABELLED):
             raise UserError(
                 f"--samples: image {images.key(number)!r} has no class of its place: {reason}; leave it out"
             )
@@ -251,7 +250,7 @@ def reconstruct(
             inception=inception,
             keep=PICTURES,
             block=BLOCK,
-            **({} if samples is None else {"take": samples.add}),
+            take=samples.add if samples is not None else None,
         )
     return report, digest.hexdigest()
 
