@@ -112,8 +112,7 @@ def _make_codes(folder: Path, model: TransformerConfig, images: int) -> None:
     )  # fmt: skip
     _run(
         sys.executable, "tools/encode_shards.py", "--tokenizer", str(tokenizer / "checkpoints/step-00000008"),
-        "--images", str(IMAGES / "val-*.tar"), "--split", "validation", "--validation-every", "4",
-        "--output", str(folder / "encoded"),
+        "--images", str(IMAGES / "val-*.tar"), "--output", str(folder / "encoded"),
     )  # fmt: skip
     encoded = folder / "encoded"
     meta = read_codes_meta(encoded)
