@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -65,8 +66,11 @@ class ShardStore:
 
     A URL is fetched whole into `cache` before its first sample is read; the least recently used shards make room, so
     that the cache never holds more than `limit_bytes`. Processes of one machine share it. `checks` (size and SHA-256 by
-    shard, where known) tells a broken download from a good one.
+    shard, where known) tells a broken download from a good one. Relative paths are those of the folder in which it was
+    made, and a local shard stays the file that it first opened: what was indexed is what is read.
     """
+
+    _numbers = itertools.count()
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class ShardStore:
         self.limit_bytes, self.retries = limit_bytes, retries
         self.checks = dict(checks or {})
         self._lost: dict[str, tuple[float, str]] = {}
+        self._folder, self._number = os.getcwd(), next(self._numbers)
 
     def read(self, entry: ImageEntry) -> bytes:
         """The bytes of an image file. OSError if the shard can't be had, ValueError if the bytes are not whole."""
@@ -97,7 +102,8 @@ class ShardStore:
     def _read_once(self, entry: ImageEntry) -> bytes:
         if not is_url(entry.shard):
             # Not seek and read: forked workers share the position in a file that was open before.
-            return os.pread(_open_file(entry.shard).fileno(), entry.size, entry.offset)
+            file = _open_file(os.path.join(self._folder, entry.shard), self._number)
+            return os.pread(file.fileno(), entry.size, entry.offset)
         with self._open_cached(entry.shard) as file:
             return os.pread(file.fileno(), entry.size, entry.offset)
 
@@ -212,6 +218,6 @@ class ShardStore:
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _open_file(path: str) -> BinaryIO:
-    # Kept open per process: a shard is read thousands of times.
+def _open_file(path: str, _store: int) -> BinaryIO:
+    # Kept open per process: a shard is read thousands of times. Another store's index may be of what is there by now.
     return open(path, "rb")

@@ -11,7 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from support.processes import run_ranks, run_script
-from support.training import CLASSES, TOKENIZER_CONFIG, picture, png, scalars, train_here, write_shard
+from support.training import (
+    CLASSES,
+    TOKENIZER_CONFIG,
+    picture,
+    png,
+    scalars,
+    train_here,
+    write_images,
+    write_shard,
+)
 
 from ibq.config import UserError
 from ibq.data import storage
@@ -300,6 +309,23 @@ def test_an_open_shard_may_be_removed(tmp_path):
     dataset[0]
     (tmp_path / "set/train-0.tar").unlink()
     assert dataset[40][1] == 40 % CLASSES
+
+
+def test_a_shard_is_read_as_it_was_indexed(tmp_path, monkeypatch):
+    """One of the same name, in another folder or written anew, is another one; the working folder may change."""
+    for name, count in (("small", 4), ("large", 40)):
+        write_images(tmp_path / name, count=count)
+    read = []
+    for name in ("small", "large"):
+        monkeypatch.chdir(tmp_path / name)
+        read.append(ImageDataset(open_images("train-*.tar"), 16))
+        assert all(int(label) == number % CLASSES for number, (_, label) in enumerate(read[-1])), name
+    monkeypatch.chdir(tmp_path)
+    before = [image for image, _ in read[1]]
+    for shard in ("train-0.tar", "train-1.tar"):
+        (tmp_path / "small" / shard).rename(tmp_path / "large" / shard)
+    assert all(image.equal(other) for image, (other, _) in zip(before, read[1], strict=True))
+    assert len([*ImageDataset(open_images("large/train-*.tar"), 16)]) == 4
 
 
 # --- Single samples ---
