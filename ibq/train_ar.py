@@ -25,6 +25,7 @@ from ibq.models.transformer import Grid, Transformer, TransformerConfig
 from ibq.training.ar_config import ARRunConfig
 from ibq.training.ar_task import ARTask
 from ibq.training.checkpoint import weights_hash
+from ibq.training.post_training import codes_hash
 from ibq.training.run import Command, naming
 from ibq.training.run_data import RunData, code_data, image_data
 from ibq.training.start_from.config import TransformerStartConfig
@@ -110,8 +111,8 @@ def _open_codes(config: ARRunConfig, _device: torch.device) -> tuple[RunData, No
         _check_model(config, num_codes=num_codes, grids=[meta.grid for meta in metas], classes=data.classes)
     if config.data.tokenizer is not None and not config.data.allow_other_tokenizer:
         with naming("data.tokenizer"):
-            wanted = weights_hash(load_tokenizer(config.data.tokenizer, device="cpu").state_dict())
-        if data.provenance["tokenizer"] not in (wanted, same_codes_as(config.data.tokenizer)):
+            own = weights_hash(load_tokenizer(config.data.tokenizer, device="cpu").state_dict())
+        if data.provenance["tokenizer"] not in (own, same_codes_as(config.data.tokenizer)):
             raise UserError(
                 "data.train: made with another tokenizer than data.tokenizer; encode the images again with it, or set "
                 "data.allow_other_tokenizer=true"
@@ -126,7 +127,7 @@ def _open_images(config: ARRunConfig, device: torch.device) -> tuple[RunData, To
     height, width = (side * tokenizer.downsampling for side in grid)
     data = image_data(config.data, (height, width), config.seed)
     _check_model(config, num_codes=tokenizer.quantizer.num_codes, grids=[grid], classes=data.classes)
-    data.provenance = {"tokenizer": weights_hash(tokenizer.state_dict())}
+    data.provenance = {"tokenizer": codes_hash(config.data.tokenizer, tokenizer)}
     data.allow_other = config.data.allow_other_tokenizer
     return data, tokenizer
 

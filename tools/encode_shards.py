@@ -40,7 +40,7 @@ from ibq.data.transforms import AugmentConfig, FixedView, ten_crop, to_unit_rang
 from ibq.files import remove, write_text
 from ibq.models.tokenizer import Tokenizer
 from ibq.progress import progress_bar, say
-from ibq.training.checkpoint import weights_hash
+from ibq.training.post_training import codes_hash
 from ibq.training.run import set_up_torch
 from tools.lib.options import (
     add_device_options,
@@ -214,7 +214,7 @@ class Job:
         arguments = self.arguments
         return {
             "format": DESCRIPTION_FORMAT,
-            "tokenizer": weights_hash(self.tokenizer.state_dict()),
+            "tokenizer": codes_hash(self.arguments.tokenizer, self.tokenizer),
             "images": self.index.fingerprint(),
             "image_count": len(self.index),
             "classes": len(self.index.classes),

@@ -74,7 +74,7 @@ class CodesMeta:
     num_codes: int
     grid: tuple[int, int]  # rows and columns of codes of an image
     classes: list[str]
-    tokenizer: str  # SHA-256 of the tokenizer's weights
+    tokenizer: str  # SHA-256 of the weights of the tokenizer whose codes they are
     views: int = 1  # augmented views of each image, one row each
     rows: list[int] = field(default_factory=list)  # of each pair of files
     made_by: dict = field(default_factory=dict)  # settings of the encoder, for the record

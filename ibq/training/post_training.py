@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ibq.api import load_transformer
+from ibq.api import load_transformer, same_codes_as
 from ibq.config import UserError
+from ibq.models.tokenizer import Tokenizer
 from ibq.models.tokenizer_config import TokenizerConfig
 from ibq.models.transformer import Transformer
 from ibq.ops.codebook import nearest_codes
@@ -133,6 +134,11 @@ def origin_of_codes(origin: Mapping) -> dict[str, str]:
     """`codes_of`: the hash of the tokenizer whose codes a run's has, from where it began (`Start.origin`), if known."""
     start = origin.get("start_from")
     return {} if start is None else {"codes_of": start.get("codes_of", start["weights_sha256"])}
+
+
+def codes_hash(path: str | Path, tokenizer: Tokenizer) -> str:
+    """The hash of the tokenizer whose codes those of a loaded one are: its own, or that of an earlier one (`codes`)."""
+    return same_codes_as(path) or weights_hash(tokenizer.state_dict())
 
 
 def open_transformer(

@@ -111,6 +111,24 @@ def test_codes_and_transformers_of_before_go_with_it(place, tmp_path, capfd):
     torch.set_flush_denormal(False)
 
 
+def test_codes_made_with_it_are_those_of_the_first_tokenizer(place, tmp_path):
+    """A transformer of the first one's codes goes on with them, from shards or made from images in passing."""
+    assert train(place, "later", PERTURBED, "training.max_steps=2") == 0
+    first, later = f"{place / 'tokenizer'}", f"{place / 'later'}"
+    argv = ["--config", str(place / "transformer.yaml"), "training.max_steps=1", f"start_from={place / 'transformer'}"]
+    argv = [*argv, *(f"model.{name}={value}" for name, value in TRANSFORMER.items())]
+    for tokenizer in (first, later):
+        folder = tmp_path / tokenizer.rpartition("/")[2]
+        what = [f"--tokenizer={tokenizer}", f"--images={place / 'data/train-*.tar'}", "--workers=0", "--device=cpu"]
+        encode_shards.main([*what, f"--output={folder / 'codes'}"])
+        codes = [f"data.{split}={folder / 'codes'}" for split in ("train", "validation")]
+        assert train_here("transformer", [*argv, *codes, f"output={folder / 'ar'}"]) == 0
+        images = [f"data.{split}={place / 'data/train-*.tar'}" for split in ("train", "validation")]
+        images += ["data.kind=images", f"data.tokenizer={tokenizer}", "data.workers=0"]
+        assert train_here("transformer", [*argv, *images, f"output={folder / 'images'}"]) == 0
+    torch.set_flush_denormal(False)
+
+
 def test_engines_train_alike(place):
     """Two ranks under FSDP2 as under DDP, whose random numbers are the same; discriminator and accumulation too."""
     settings = ("training.micro_batch=2", "training.validate_every=3", "training.max_steps=3", "optimizer.kind=sgd")

@@ -479,6 +479,32 @@ def test_images_of_other_settings_make_room(tmp_path):
         assert (run.folder / "samples").exists() == stays
 
 
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_other_weights_in_the_same_place_are_drawn_with_anew(tmp_path, kind):
+    """Also after a part was begun by a version that did not note them: those images stay."""
+    model = tmp_path / "model"
+    (model / "best").mkdir(parents=True)
+    (model / "best/info.json").write_text('{"step": 1}')
+    evaluation = {"validation": "v", "usage": "u"} if kind == "transformer" else None
+    generation = {kind: str(model), "images": "i", "total": 9}
+    (run,) = runs_of(tmp_path, runs={"a": []}, generation=generation, evaluation=evaluation)
+    (run.folder / "samples").mkdir(parents=True)
+    state = state_module.open_run(run, fresh=False)
+    (run.folder / "status.json").write_text('{"state": "finished"}')
+    for part in run.parts:
+        state.begin(part, 0.0)
+        state.end(1.0, done=True)
+    assert state_module.open_run(run, fresh=False).state == "done"
+    (model / "best/info.json").write_text('{"step": 2}')
+    state = state_module.open_run(run, fresh=False)
+    assert state.next_part().name == "sample"
+    state.make_room(state.next_part())
+    assert not (run.folder / "samples").exists()
+    for noted in state.record["parts"].values():
+        noted.pop("models")
+    assert state.next_part() is None
+
+
 def test_mistakes_on_the_command_line_end_with_2(tmp_path):
     file = write_sweep(tmp_path / "sweep.yaml", runs={"a": []})
     process = start(file, "--only", "b")

@@ -117,6 +117,7 @@ class Part:
 
     name: str
     command: tuple[str, ...]  # without the interpreter
+    models: tuple[str, ...] = ()  # places of those that it uses and the run does not make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +299,9 @@ def _generation(config: GenerationConfig, folder: Path, settings: Mapping) -> tu
     real += () if config.validation is None else ("--classifier-validation", config.validation)
     real += ("--classifier-steps", str(config.classifier_steps))
     judged = ("--samples", _samples(folder), *real, "--json", str(folder / "generation.json"))
-    sample = Part(name="sample", command=("tools/sample.py", *models, *config.sampler, *device, *drawn))
+    given = tuple(place for place in (config.tokenizer, config.transformer) if place is not None)
+    command = ("tools/sample.py", *models, *config.sampler, *device, *drawn)
+    sample = Part(name="sample", command=command, models=given)
     judge = Part(name="generation", command=("tools/evaluate.py", "generation", *device, *judged))
     return (judge,) if config.reconstructions else (sample, judge)
 

@@ -1,8 +1,9 @@
 """How the runs of a sweep stand: what is done, what is under way, and how far."""
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ class RunState:
     state: State = "queued"
     part: Part | None = None  # what is under way
     since: float = 0.0  # when that was started
+    models: list[str] = field(default_factory=list)  # versions of those that it uses
     failures: int = 0  # in this call
     reason: str = ""  # of the last failure
     progress: "Progress" = field(init=False)
@@ -46,7 +48,13 @@ class RunState:
         noted = self.record["parts"].get(part.name, {})
         if part.name == "train":
             return noted.get("done", False) and read_status(self.run.folder).get("state") == "finished"
-        return noted.get("done", False) and noted.get("command") == list(part.command)
+        return noted.get("done", False) and not self._differs(part)
+
+    def _differs(self, part: Part) -> bool:
+        """Whether a part was begun by another command, or with other weights in the same place."""
+        noted = self.record["parts"].get(part.name, {})
+        now = {"command": list(part.command), "models": versions(part.models)}
+        return any(noted.get(name, value) != value for name, value in now.items())
 
     def seconds(self, name: str) -> float:
         """Time that a part has taken so far, in this call and in earlier ones."""
@@ -62,19 +70,20 @@ class RunState:
 
     def make_room(self, part: Part) -> None:
         """Remove what a part that is about to be started would not write over: images of other settings."""
-        before = self.record["parts"].get(part.name, {}).get("command", list(part.command))
-        if part.name in ("sample", "reconstruction") and before != list(part.command):
+        if part.name in ("sample", "reconstruction") and self._differs(part):
             remove(self.run.folder, (SAMPLES,))
 
     def begin(self, part: Part, now: float) -> None:
         """A part has been started."""
         self.state, self.part, self.since = "running", part, now
+        self.models = versions(part.models)
         self.progress.begin()
 
     def end(self, seconds: float, *, done: bool) -> None:
         """The part that was under way has ended; written down for later calls."""
         part, self.part = self.part, None
-        noted = {"command": list(part.command), "done": done, "seconds": self.seconds(part.name) + seconds}
+        noted = {"command": list(part.command), "models": self.models}
+        noted |= {"done": done, "seconds": self.seconds(part.name) + seconds}
         self.record["parts"][part.name] = noted
         names = [own.name for own in self.run.parts]
         for later in names[names.index(part.name) + 1 :]:  # they measured what this part has now replaced
@@ -84,6 +93,18 @@ class RunState:
     def save(self) -> None:
         """Write the record."""
         write_text(self.run.folder / RECORD_FILE, json.dumps(self.record, indent=1) + "\n")
+
+
+def versions(places: Sequence[str]) -> list[str]:
+    """What tells the weights in some places from later ones: of a run what it wrote beside them, of a file its time."""
+    found = []
+    for place in map(Path, places):
+        infos = [path for path in (place / "best/info.json", place / "info.json") if path.exists()]
+        if infos:
+            found.append(hashlib.sha256(infos[0].read_bytes()).hexdigest())
+        else:
+            found.append(str(place.stat().st_mtime_ns) if place.exists() else "absent")
+    return found
 
 
 def open_run(run: Run, *, fresh: bool) -> RunState:
