@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 import torch
-from support import ROOT, needs
+from support import ROOT
 from support.models import TOKENIZER, TRANSFORMER, small_transformer
 from support.processes import run_ranks, run_script
 from support.published import lightning_state, patch_discriminator_state
@@ -164,8 +164,6 @@ def engines(place):
     for stage, kinds in (("transformer", AR_ENGINES), ("tokenizer", TOKENIZER_ENGINES)):
         jobs[1].append({"stage": stage, "argv": argv_of(place, stage, f"{stage} one process")})
         for name, (ranks, settings) in kinds.items():
-            if "ZeRO" in name and needs.missing("g++"):
-                continue
             share = ranks // 2 if "tensor" in name else ranks
             argv = argv_of(place, stage, f"{stage} {name}", f"training.micro_batch={8 // share}", *settings)
             jobs.setdefault(ranks, []).append({"stage": stage, "argv": argv})
@@ -181,10 +179,7 @@ def engines(place):
 CASES = [("transformer", name) for name in AR_ENGINES] + [("tokenizer", name) for name in TOKENIZER_ENGINES]
 
 
-@pytest.mark.parametrize(
-    ("stage", "name"),
-    [pytest.param(*case, marks=pytest.mark.needs("g++") if "ZeRO" in case[1] else ()) for case in CASES],
-)
+@pytest.mark.parametrize(("stage", "name"), CASES)
 def test_every_engine_starts_from_the_same_weights(engines, stage, name):
     one, other = engines / f"{stage} one process", engines / f"{stage} {name}"
     losses = [scalars(folder)["loss/total"] for folder in (one, other)]

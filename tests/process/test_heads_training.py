@@ -74,7 +74,6 @@ def training_of(folder) -> dict[str, torch.Tensor]:
     return {n: t for n, t in checkpoint_tensors(folder, STEPS).items() if not n.startswith("rank-")}
 
 
-@pytest.mark.needs("g++")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", HEADS)
 def test_an_engine_trains_as_any_other(place, name, engine):

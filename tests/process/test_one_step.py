@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from support import needs
 from support.processes import run_ranks
 from support.training import checkpoint_tensors, largest_difference, make_workplace, scalars
 
@@ -14,11 +13,6 @@ ENGINES = {
 }
 ORDERS = {"raster": 1, "random": 2}  # steps: at the first nothing before the head has a gradient
 ALL = ["training.validate_every=null", "checkpoint.save_every=1"]
-
-
-def wanted_by(engine: str) -> tuple[str, ...]:
-    """What DeepSpeed compiles its collectives with."""
-    return ("g++",) if engine.startswith("zero") else ()
 
 
 def order_of(order: str) -> list[str]:
@@ -34,7 +28,6 @@ def runs(tmp_path_factory):
         {"stage": "transformer", "argv": [*config, f"output={folder / order / name}", *engine, *order_of(order)]}
         for name, engine in ENGINES.items()
         for order in ORDERS
-        if not needs.missing(*wanted_by(name))
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = run_ranks(1, "tests/workers/train_worker.py", folder / "jobs.json")
@@ -44,7 +37,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.needs(*wanted_by(name))) for name in ENGINES])
+@pytest.mark.parametrize("name", ENGINES)
 def test_a_step(runs, name, order):
     found, expected = scalars(runs / order / name), scalars(runs / order / "local")
     for series in ("loss/total", "gradient_norm/transformer"):

@@ -593,9 +593,6 @@ def test_missing_software(tmp_path, monkeypatch):
         zero_setup.build_operators(nvme(tmp_path), OptimizerConfig())
     with pytest.raises(UserError, match=r"could not compile the CPU optimizer \(no C\+\+ compiler was found\)"):
         zero_setup.build_operators(ZeroEngineConfig(offload_optimizer="cpu"), OptimizerConfig())
-    monkeypatch.setattr("deepspeed.init_distributed", lambda *_, **__: 1 / 0)
-    with pytest.raises(UserError, match=r"zero on the CPU needs a C\+\+ compiler; install g\+\+"):
-        zero_setup.load_deepspeed(torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"engine\.kind: zero needs DeepSpeed"):
         zero_setup.load_deepspeed(torch.device("cpu"))
