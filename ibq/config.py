@@ -8,6 +8,7 @@ is one line that names the file (with its line) or the command line, the key, an
 import builtins
 import dataclasses
 import difflib
+import gc
 import math
 import os
 import re
@@ -108,6 +109,8 @@ def require_least(config: Any, **least: float) -> None:
 
 def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its code; an error for the user: one line, their code, 2; Ctrl-C: exit 130."""
+    gc.freeze()  # what was imported stays: no collection, in the midst of a step perhaps, looks through it again
+    gc.enable()
     try:
         code = main()
     except (ConfigError, UserError) as error:

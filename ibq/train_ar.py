@@ -4,12 +4,14 @@ deepspeed ibq/train_ar.py --config yaml/xxl.yaml
 torchrun --nproc-per-node 8 ibq/train_ar.py --config yaml/b.yaml data.train=codes/train
 """
 
+import gc
 import sys
 from pathlib import Path
 
 # A script's own folder comes first on sys.path; there `ibq/` would hide other packages, and `ibq` itself be missing.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    gc.disable()  # until all is imported, which stays: looking for garbage in it took a fifth of the start
 
 from collections.abc import Sequence
 from functools import partial

@@ -4,12 +4,14 @@ python ibq/train_tokenizer.py --config yaml/tokenizer_16384.yaml data.train='sha
 torchrun --nproc-per-node 8 ibq/train_tokenizer.py --config yaml/tokenizer_262144.yaml
 """
 
+import gc
 import sys
 from pathlib import Path
 
 # A script's own folder comes first on sys.path; there `ibq/` would hide other packages, and `ibq` itself be missing.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    gc.disable()  # until all is imported, which stays: looking for garbage in it took a fifth of the start
 
 import math
 from collections.abc import Sequence
