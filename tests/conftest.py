@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+import gc
 import os
 import random
 import signal
@@ -29,6 +30,8 @@ def pytest_runtest_setup():
 def environment():
     """Give every file of tests the variables that all began with: some modules set others, such as DeepSpeed."""
     restore_environment()
+    gc.collect()
+    gc.freeze()  # modules above all, which the tests of this file would look through for garbage again and again
     yield
     restore_environment()
 
