@@ -16,6 +16,8 @@ from types import ModuleType
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from tqdm import tqdm
+
 from ibq.config import exit_on_user_error
 from ibq.files import write_text
 from ibq.training.provenance import origin
@@ -65,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
     bench = bench_module(arguments.name)
+    tqdm.monitor_interval = 0  # its thread would be a second one: see `run_apart`
     if arguments.json:
         arguments.json = file_of(arguments.json, arguments)
     figures = bench.measure(arguments)

@@ -25,6 +25,32 @@ pytestmark = pytest.mark.skipif(
 bench = partial(run_script, "tools/bench.py", timeout=600)
 
 
+def test_what_measures_is_forked_where_that_is_as_new():
+    """From a process of one thread, for the CPU."""
+    code = """
+import threading
+from tools.lib.bench.process import _may_fork
+alone = _may_fork({"device": "cpu"}), _may_fork({"device": "cuda"})
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+assert (*alone, _may_fork({"device": "cpu"})) == (True, False, False)
+"""
+    done = run_script("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_what_measures_says_why_it_fails(forks):
+    code = f"""
+from tools.lib.bench import process, quantizer
+process._may_fork = lambda arguments: {forks}
+assert process.run_apart(quantizer.rate_of_products, dim=1, device="cpu")["flop_per_second"] > 0
+process.run_apart(quantizer.rate_of_products, dim=-1, device="cpu")
+"""
+    done = run_script("-c", code)
+    assert "RuntimeError: rate_of_products ended with exit code 1:" in done.stderr, done.stderr
+    assert "dimension -1" in done.stderr and not done.stdout
+
+
 def test_quantizer(tmp_path):
     file = tmp_path / "q.json"
     size = ("--codes", "3000", "--dim", "16", "--images", "2", "--tokens", "400", "--repeats", "1")

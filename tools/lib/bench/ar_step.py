@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """Each form in a fresh process, then the machine's own rates."""
+    """Each form in a process of its own, then the machine's own rates."""
     config = load_section(TransformerConfig, arguments.config, "model")  # errors before the wait
     if not config.is_plain:
         raise UserError("--config: the plain form has the plain head and adaptive norms alone; see the bench heads")
@@ -49,7 +49,7 @@ def table(figures: dict) -> str:
     return f"{bench_step.table(figures, rows)}; {figures['flops_per_step'] / 1e12:.2f} TFLOP a step"
 
 
-# --- In a fresh process ---
+# --- In a process of its own ---
 
 
 def measure_rates(*, config: str, batch: int, device: str) -> dict[str, float]:

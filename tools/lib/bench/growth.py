@@ -75,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """Each axis in a fresh process, its exponents, and what the figures depend on."""
+    """Each axis in a process of its own, its exponents, and what the figures depend on."""
     check(arguments, steps=1)
     axes: dict[str, dict] = {}
     settings = {name: getattr(arguments, name) for name in ("points", "steps", "device")}

@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=2_048, help="tokens N of one batch (default: %(default)s)")
     add("--precision", choices=DTYPES, default="fp32", help="bf16: under autocast (default: %(default)s)")
     add_device(parser, "cpu")
-    add("--repeats", type=int, default=3, help="rounds, in each of which every form runs once, in a fresh process")
+    add("--repeats", type=int, default=3, help="rounds, in each of which every form runs once, in a process of its own")
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -112,7 +112,7 @@ def table(figures: dict) -> str:
     return "\n".join(lines)
 
 
-# --- In a fresh process ---
+# --- In a process of its own ---
 
 
 def textbook(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this bench."""
     bench_step.add_options(parser, config="yaml/b.yaml", batch=4, steps=4, compiled="auto")
     parser.add_argument("--codes", type=int, default=262_144, help="vocabulary, a power of two (default: %(default)s)")
-    help_rounds = "in each of which every head runs once, in a fresh process (default: %(default)s)"
+    help_rounds = "in each of which every head runs once, in a process of its own (default: %(default)s)"
     parser.add_argument("--rounds", type=int, default=3, help=help_rounds)
 
 
@@ -81,7 +81,7 @@ def table(figures: dict) -> str:
     return "\n".join([*lines, "speed and memory: over those of the plain head, medians of the rounds"])
 
 
-# --- In a fresh process ---
+# --- In a process of its own ---
 
 
 def measure_head(*, head: str, config: str, codes: int, batch: int, steps: int, compile: str, device: str) -> dict:

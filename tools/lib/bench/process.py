@@ -1,15 +1,19 @@
-"""What benches of numeric cores share: seconds, peak memory, matrix-product rates, exponents, fresh processes."""
+"""What benches of numeric cores share: seconds, peak memory, matrix-product rates, exponents, processes for each."""
 
 import ctypes
 import importlib
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 if __name__ == "__main__":  # started by `run_apart`
     sys.path[0] = str(Path(__file__).resolve().parents[3])
@@ -21,16 +25,46 @@ SECONDS_OF_PRODUCTS = 0.02
 
 
 def run_apart(function: Callable[..., dict], **arguments) -> dict:
-    """`function(**arguments)` in a fresh interpreter: neither memory nor caches of one measurement touch the next.
+    """`function(**arguments)` in a process of its own: neither memory nor caches of one measurement touch the next.
 
     The function lies at the top level of a module of this repository; arguments and result go through JSON. Its
     printed lines come before the result and are dropped. Raises RuntimeError with the error output if it fails.
     """
-    command = [sys.executable, __file__, function.__module__, function.__name__, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{function.__name__} ended with exit code {done.returncode}:\n{done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
+    run = _run_forked if _may_fork(arguments) else _run_fresh
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        code = run(function, json.dumps(arguments), said, errors)
+        texts = [(stream.seek(0), stream.read())[1] for stream in (said, errors)]
+    if code != 0:
+        raise RuntimeError(f"{function.__name__} ended with exit code {code}:\n{texts[1].strip()}")
+    return json.loads(texts[0].splitlines()[-1])
+
+
+def _may_fork(arguments: Mapping) -> bool:
+    """Whether a fork is as a fresh interpreter but for the seconds of its imports: this process has computed nothing.
+
+    With one thread alone it holds no pool of them, which would be lost, and no lock that another has; CUDA knows of
+    no forks.
+    """
+    linux = sys.platform.startswith("linux")
+    return linux and arguments.get("device") == "cpu" and len(os.listdir("/proc/self/task")) == 1
+
+
+def _run_fresh(function: Callable[..., dict], arguments: str, said: IO, errors: IO) -> int:
+    command = [sys.executable, __file__, function.__module__, function.__name__, arguments]
+    return subprocess.run(command, stdout=said, stderr=errors).returncode
+
+
+def _run_forked(function: Callable[..., dict], arguments: str, said: IO, errors: IO) -> int:
+    process = multiprocessing.get_context("fork").Process(target=_in_fork, args=(function, arguments, said, errors))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _in_fork(function: Callable[..., dict], arguments: str, said: IO, errors: IO) -> None:
+    for number, stream in ((1, said), (2, errors)):
+        os.dup2(stream.fileno(), number)
+    print(json.dumps(function(**json.loads(arguments))), flush=True)
 
 
 def seconds_of(function: Callable[[], object], device: str | torch.device = "cpu") -> float:
@@ -90,8 +124,9 @@ def _product_rates(rows: int, inner: int, columns: int, dtype: torch.dtype, devi
     out = torch.empty(rows, columns, dtype=dtype, device=device)
 
     def seconds(calls: int) -> float:
-        return median_seconds(lambda: [torch.mm(a, b, out=out) for _ in range(calls)], 1, device)
+        return seconds_of(lambda: [torch.mm(a, b, out=out) for _ in range(calls)], device)
 
+    seconds(1)  # loads what a first call loads
     # Long enough for the clock, and on a GPU for the wait at the end not to count.
     calls = max(1, round(SECONDS_OF_PRODUCTS / seconds(1)))
     return [calls * 2 * rows * inner * columns / seconds(calls) for _ in range(5)]

@@ -1,4 +1,4 @@
-"""What the benches of training steps share: both forms in fresh processes, the best step with its parts, the table."""
+"""What benches of training steps share: forms in processes of their own, the best step with its parts, the table."""
 
 import argparse
 import contextlib
@@ -56,7 +56,7 @@ def engine_config(config: str, compile: str) -> LocalEngineConfig:
 def measure_forms(
     arguments: argparse.Namespace, measure_form: Callable[..., dict], measure_rates: Callable[..., dict]
 ) -> dict:
-    """Each form in a fresh process, their ratios, the machine's own rates, and what the figures depend on."""
+    """Each form in a process of its own, their ratios, the machine's own rates, and what the figures depend on."""
     check(arguments, batch=1, steps=1)
     settings = {name: getattr(arguments, name) for name in ("config", "batch", "steps", "compile", "device")}
     figures: dict = {}

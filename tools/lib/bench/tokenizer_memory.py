@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """Each form in a fresh process."""
+    """Each form in a process of its own."""
     check(arguments, batch=1, repeats=1)
     settings = {name: getattr(arguments, name) for name in ("config", "batch", "precision", "device", "repeats")}
     load_section(TokenizerConfig, arguments.config, "model")  # errors before the wait
@@ -60,7 +60,7 @@ def table(figures: dict) -> str:
     return "\n".join(lines)
 
 
-# --- In a fresh process ---
+# --- In a process of its own ---
 
 
 def measure_form(*, form: str, config: str, batch: int, precision: str, device: str, repeats: int) -> dict[str, float]:

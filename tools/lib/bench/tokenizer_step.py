@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """Each form in a fresh process, then the machine's own rates."""
+    """Each form in a process of its own, then the machine's own rates."""
     model = load_section(TokenizerConfig, arguments.config, "model")  # errors before the wait
     loss = load_section(TokenizerLossConfig, arguments.config, "loss")
     if not isinstance(loss.gan.discriminator, PatchDiscriminatorConfig):
@@ -84,7 +84,7 @@ def table(figures: dict) -> str:
     return f"{bench_step.table(figures, rows)}; at these rates the products alone take {figures['floor_seconds']:.3f} s"
 
 
-# --- In a fresh process ---
+# --- In a process of its own ---
 
 
 def measure_rates(*, config: str, batch: int, device: str) -> dict[str, float]:
