@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import ROOT, needs
+from support.processes import run_script
 from support.training import make_workplace, train_here
 
 from ibq.training import startup
@@ -109,15 +110,27 @@ def test_every_command_is_known():
     assert "launchers/sweep.py" in found and "tools/lib/bench/process.py" not in found
 
 
+# Runs a command, and says last which modules are there then.
+TELLS_MODULES = """
+import json, pathlib, runpy, sys
+del sys.argv[0]
+sys.path[0] = str(pathlib.Path(sys.argv[0]).resolve().parent)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(json.dumps([*sys.modules]), file=sys.stderr)
+"""
+
+
 @pytest.mark.parametrize("command", bench_start_up.help_commands())
 def test_help_does_not_wait_for_heavy_modules(command):
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    """From a process that has nothing but PyTorch, and what that imports, or has not even that."""
+    light = command in WITHOUT_TORCH
+    done = run_script("-c", TELLS_MODULES, *command.split(), "--help", imported=["torch"], fresh=light, PYTHONPATH="")
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]
-    modules = set(re.findall(r"^import time:.*\|\s*(\S+)$", done.stderr, flags=re.M))
+    modules = set(json.loads(done.stderr.splitlines()[-1]))
     assert "argparse" in modules
-    assert not modules & {*HEAVY, *(["torch"] if command in WITHOUT_TORCH else [])}
+    assert not modules & {*HEAVY, *(["torch"] if light else [])}
 
 
 @pytest.mark.needs(*needs.NVME)

@@ -1,9 +1,10 @@
 """The parent of the scripts that tests start: it has imported what takes seconds, once, and forks for each of them.
 
-    python tests/support/fork_server.py CONTROL ROOT
+    python tests/support/fork_server.py CONTROL ROOT [MODULE ...]
 
-CONTROL is the number of an inherited socket; see support/processes.py, its only user. The parent has computed nothing
-and has one thread, so that a child is as a new process that has just imported the same modules.
+CONTROL is the number of an inherited socket; see support/processes.py, its only user. Without modules: HEAVY. The
+parent has computed nothing and has one thread, so that a child is as a new process that has just imported the same
+modules.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import signal
 import socket
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 # What runs of both stages import, first or last: torch._dynamo with the first step of an optimizer.
@@ -33,13 +35,14 @@ HEAVY += (
 )
 
 
-def preload(root: str) -> None:
-    """Import the heavy modules, those of the project from `root`, and leave sys.path as it was."""
+def preload(root: str, modules: Sequence[str]) -> None:
+    """Import the modules, those of the project from `root`, and leave sys.path as it was."""
     sys.path.insert(0, root)
-    for name in HEAVY:
+    for name in modules or HEAVY:
         importlib.import_module(name)
     sys.path.remove(root)
-    remember_cpu_info()
+    if not modules:
+        remember_cpu_info()
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, "an import has started threads, which a fork would lose"
     gc.collect()
@@ -126,7 +129,7 @@ def become(request: dict, path: list[str]) -> tuple[str, str]:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: it is for the tests; they end this by its socket
     path = sys.path[1:]
-    preload(sys.argv[2])
+    preload(sys.argv[2], sys.argv[3:])
     control = socket.socket(fileno=int(sys.argv[1]))
     control.send(b"ready")
     request = serve(control)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
@@ -82,14 +83,15 @@ class Forked:
 
 
 class ForkServer:
-    """The forking parent of this process."""
+    """A forking parent of this process, which has imported these modules alone, or what runs of both stages do."""
 
-    def __init__(self):
+    def __init__(self, imported: Sequence[str] = ()):
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
         self.environment.pop("PYTHONPATH", None)
         self._lock, log = threading.Lock(), tempfile.TemporaryFile()  # noqa: SIM115 (closed with this process)
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno()), str(ROOT)]
+        command += imported
         streams = {"stdin": DEVNULL, "stdout": DEVNULL, "stderr": log}
         self._process = subprocess.Popen(command, cwd=ROOT, env=self.environment, pass_fds=[theirs.fileno()], **streams)
         theirs.close()
@@ -118,18 +120,18 @@ def can_fork() -> bool:
     return wanted and hasattr(os, "pidfd_open") and not torch.cuda.is_available()
 
 
-_starting, _servers = threading.Lock(), []
+_starting, _servers = threading.Lock(), {}
 
 
-def _server() -> ForkServer:
+def _server(imported: Sequence[str]) -> ForkServer:
     """That of this process, which starts with the first script."""
     with _starting:
-        if not _servers:
-            _servers.append(ForkServer())
-        return _servers[0]
+        if tuple(imported) not in _servers:
+            _servers[tuple(imported)] = ForkServer(imported)
+        return _servers[tuple(imported)]
 
 
-def _is_forkable(command: list[str], environment: dict[str, str]) -> bool:
+def _is_forkable(command: list[str], environment: dict[str, str], imported: Sequence[str]) -> bool:
     """Whether a fork is as a new process: a script of the project, and no difference that an import would see."""
     of_project = command[0].endswith(".py") and (ROOT / command[0]).resolve().is_relative_to(ROOT)
     if not can_fork() or not (of_project or command[0] == "-c"):
@@ -137,7 +139,7 @@ def _is_forkable(command: list[str], environment: dict[str, str]) -> bool:
     known = {"", *PYTHONPATH.split(os.pathsep), str(STANDING)}
     if not {*environment.get("PYTHONPATH", "").split(os.pathsep)} <= known:
         return False
-    theirs = _server().environment
+    theirs = _server(imported).environment
     different = {name for name in environment.keys() | theirs.keys() if environment.get(name) != theirs.get(name)}
     return all(name == "PYTHONPATH" or name.startswith(FREE) for name in different)
 
@@ -149,14 +151,15 @@ def start_script(
     stderr=None,
     start_new_session: bool = False,
     fresh: bool = False,
+    imported: Sequence[str] = (),
 ) -> Forked | subprocess.Popen:
     """Start a script of the repository, or `-c CODE`, in the repository's folder; `environment` is all of it (default:
-    that of run_script). `stdout` and `stderr` are an open file, None, PIPE (for `communicate`, as text), DEVNULL or,
-    for stderr, STDOUT.
+    that of run_script), `imported` the modules that it may find imported, if not all. `stdout` and `stderr` are an open
+    file, None, PIPE (for `communicate`, as text), DEVNULL or, for stderr, STDOUT.
     """
     words = [str(word) for word in command]
     environment = script_environment() if environment is None else environment
-    if fresh or not _is_forkable(words, environment):
+    if fresh or not _is_forkable(words, environment, imported):
         streams = {"stdout": stdout, "stderr": stderr, "text": True, "start_new_session": start_new_session}
         streams["preexec_fn"] = hear_signals
         return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **streams)
@@ -168,7 +171,7 @@ def start_script(
         ]
         files[1] = files[0] if stderr == STDOUT else files[1]
         numbers = [file if isinstance(file, int) else file.fileno() for file in (null, *files)]
-        return Forked(*_server().start(words, environment, start_new_session, numbers), pipes)
+        return Forked(*_server(imported).start(words, environment, start_new_session, numbers), pipes)
 
 
 def hear_signals() -> None:
@@ -183,11 +186,15 @@ def script_environment(**own: str) -> dict[str, str]:
 
 
 def run_script(
-    *command: str | Path, timeout: float = HANG_S, fresh: bool = False, **environment: str
+    *command: str | Path,
+    timeout: float = HANG_S,
+    fresh: bool = False,
+    imported: Sequence[str] = (),
+    **environment: str,
 ) -> subprocess.CompletedProcess:
     """Run a Python script of the repository as a process of its own, on one thread."""
-    own = script_environment(**environment)
-    process = start_script(*command, environment=own, stdout=PIPE, stderr=PIPE, fresh=fresh)
+    how = {"environment": script_environment(**environment), "fresh": fresh, "imported": imported}
+    process = start_script(*command, stdout=PIPE, stderr=PIPE, **how)
     try:
         said = process.communicate(timeout=timeout)
     except BaseException:
