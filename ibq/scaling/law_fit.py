@@ -183,7 +183,7 @@ def _law_fit(
 ) -> LawFit:
     rng, x = np.random.default_rng(settings.seed), _predictors(runs, predictors)
     found = fit(x, runs.losses, settings.delta)
-    resampled = bootstrap(x, runs.losses, settings.resamples, rng, settings.delta, tick)
+    resampled = bootstrap(x, runs.losses, settings.resamples, rng, settings.delta, tick, found)
     constants = np.array([law.constants for law in resampled])
     names = constant_names(predictors)
     predictions = []

@@ -54,6 +54,7 @@ class Fit:
     law: PowerLaw
     objective: float  # sum of Huber losses, in units of delta^2
     residuals: np.ndarray  # log of measured over fitted loss, of all points
+    theta: np.ndarray  # the law in the parameters of its problem
     bounds: tuple[str, ...]  # constants that lie at a bound: "E", "A", "alpha", "B", "beta"
 
 
@@ -73,17 +74,20 @@ def objective(
     x [n, K]: logarithms of the predictors; y [n]: of the losses. The model is LSE(e, c_k - g_k x_k).
     """
     count = x.shape[1]
-    parts = np.empty((len(y), count + 1))
-    parts[:, 0] = theta[0]
-    parts[:, 1:] = theta[1 : count + 1] - x * theta[count + 1 :]
-    top = parts.max(1)
-    shares = np.exp(parts - top[:, None])
-    total = shares.sum(1)
+    # A minimum asks for thousands of these, on few points: what takes time is the number of NumPy's calls.
+    shares = np.empty((count + 1, len(y)))
+    shares[0] = theta[0]
+    np.subtract(theta[1 : count + 1, None], x.T * theta[count + 1 :, None], out=shares[1:])
+    top = np.maximum.reduce(shares)
+    shares -= top
+    np.exp(shares, out=shares)
+    total = np.add.reduce(shares)
     residual = (top + np.log(total) - y) / delta
-    size = np.abs(residual)
-    value = weights @ np.where(size <= 1, 0.5 * residual**2, size - 0.5)
-    slope = shares * (weights * np.clip(residual, -1, 1) / (delta * total))[:, None]  # d value / d parts
-    return float(value), np.concatenate([slope.sum(0), -(slope[:, 1:] * x).sum(0)])
+    clipped = np.minimum(np.maximum(residual, -1.0), 1.0)
+    pull = weights * clipped
+    value = pull @ (residual - 0.5 * clipped)  # residual^2 / 2 within 1, else |residual| - 1/2
+    shares *= pull / (delta * total)  # d value / d parts
+    return float(value), np.concatenate([np.add.reduce(shares, 1), -np.einsum("kn,nk->k", shares[1:], x)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +174,7 @@ def fit(predictors: np.ndarray, losses: np.ndarray, delta: float = 1e-3) -> Fit:
     value, theta = problem.solve(problem.starts(weights, STARTS), weights)
     law = problem.law(theta)
     residuals = np.log(losses) - np.log(law(*predictors.T))
-    return Fit(law=law, objective=value, residuals=residuals, bounds=problem.at_bounds(theta))
+    return Fit(law=law, objective=value, residuals=residuals, theta=theta, bounds=problem.at_bounds(theta))
 
 
 def _checked(predictors: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -194,8 +198,9 @@ def bootstrap(
     rng: np.random.Generator,
     delta: float = 1e-3,
     tick: Callable[[], None] = lambda: None,
+    found: Fit | None = None,
 ) -> list[PowerLaw]:
-    """Laws fitted to `count` resamples of the runs; `tick` is called after each.
+    """Laws fitted to `count` resamples of the runs; `tick` is called after each, `found` is the fit to the runs.
 
     A resample that has fewer than three values of a predictor, or fewer runs than constants, determines no law and is
     drawn again. ValueError where the runs themselves are too few.
@@ -205,15 +210,15 @@ def bootstrap(
         raise ValueError("predictors: fewer than three different values; give runs of more sizes and budgets")
     problem = Problem.of(predictors, losses, delta)
     ones = np.ones(len(losses))
-    starts = problem.starts(ones, STARTS)
-    _, best = problem.solve(starts, ones)
+    best = (found or fit(predictors, losses, delta)).theta
+    (start,) = problem.starts(ones, 1)
     laws = []
     while len(laws) < count:
         weights = rng.multinomial(len(losses), ones / len(losses)).astype(np.float64)
         drawn = predictors[weights > 0]
         if len(drawn) < len(best) or any(len(set(column)) < 3 for column in drawn.T.tolist()):
             continue
-        _, theta = problem.solve([best, starts[0]], weights, quick=True)
+        _, theta = problem.solve([best, start], weights, quick=True)
         laws.append(problem.law(theta))
         tick()
     return laws
