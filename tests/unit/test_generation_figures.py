@@ -204,6 +204,7 @@ def test_features_are_those_of_torch_fidelity(network, weights, pictures):
     theirs = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
     theirs.eval()
     seen = {}
+    pictures = pictures[:5]
     theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, out: seen.update(spatial=out))
     with torch.no_grad():
         pool, logits = theirs(pictures)
@@ -282,10 +283,10 @@ def test_the_same_images_as_file_and_folder(network, pictures, tmp_path):
 
 
 def test_a_report_names_the_reference_of_every_distance(network, pictures, tmp_path):
-    one, other = save(tmp_path / "one.npz", pictures), save(tmp_path / "other.npz", pictures.flip(2))
+    one, other = save(tmp_path / "one.npz", pictures[:8]), save(tmp_path / "other.npz", pictures[:8].flip(2))
     report = evaluate_generation(network, one, [other])
     name = f"other.npz@{other.sha256()[:8]}"
-    assert list(report.references) == [name] and report.references[name]["images"] == 11
+    assert list(report.references) == [name] and report.references[name]["images"] == 8
     assert report.metrics.keys() == {"inception_score", name}
     assert report.metrics[name].keys() == {"fid", "sfid", "precision", "recall"}
     assert report.metrics[name]["fid"] > 0 and report.metrics[name]["sfid"] > 0
@@ -300,6 +301,7 @@ def test_stored_statistics_are_taken_as_they_are(network, pictures, tmp_path, mo
         return 1.0
 
     monkeypatch.setattr("ibq.evaluation.generation.frechet_distance", distance)
+    pictures = pictures[:8]  # that the network sees at once
     own = extract(network, save(tmp_path / "images.npz", pictures))
     statistics = {"mu": own.pool_gaussian.mean.astype(np.float32), "sigma": 2 * own.pool_gaussian.covariance}
     np.savez(tmp_path / "stats.npz", **statistics)
