@@ -1,4 +1,4 @@
-"""Writing safetensors files one tensor after the other: a file may be larger than the memory."""
+"""Safetensors files that may be larger than the memory: written one tensor after the other, and read in parts."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 DTYPES = {
@@ -21,6 +22,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
 Layout = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
@@ -67,6 +69,35 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for name, tensor in tensors.items():
         file.write(name, tensor)
     return file.close()
+
+
+class StoredTensors:
+    """The tensors of such a file, of which elements are read from the disk when they are asked for.
+
+    There is no mapping: all of its pages that were read so far would count as this process's memory. SafetensorError
+    for what is not a safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        with safe_open(path, "pt"):
+            pass  # the header is whole, and fits the file
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._entries = json.loads(file.read(length))
+        self._path, self._begin = path, 8 + length
+
+    def elements(self, name: str, first: int, end: int) -> Tensor:
+        """Elements [first, end) of a tensor, flat; ValueError if they are not there."""
+        if name not in self._entries:
+            raise ValueError(f"{self._path.name} holds no {name}")
+        start, stop = self._entries[name]["data_offsets"]
+        values = torch.empty(end - first, dtype=TYPES[self._entries[name]["dtype"]])
+        place = start + first * values.itemsize
+        with open(self._path, "rb") as file:
+            file.seek(self._begin + place)
+            if place + values.nbytes > stop or file.readinto(values.view(torch.uint8).numpy()) < values.nbytes:
+                raise ValueError(f"{self._path.name} does not hold all of {name}")
+        return values
 
 
 def _header(layout: Layout, metadata: Mapping[str, str] | None) -> dict:

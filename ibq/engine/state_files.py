@@ -9,13 +9,11 @@ frozen there is the weight alone: it is read as the average too, and moments are
 """
 
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,7 +21,7 @@ from ibq.config import config_to_dict
 from ibq.engine.base import PARTS, Engine, ParameterState
 from ibq.engine.pieces import Piece, Spans, overlaps, whole
 from ibq.files import write_text
-from ibq.tensor_file import TensorFile
+from ibq.tensor_file import StoredTensors, TensorFile
 
 Files = dict[str, dict]  # name -> {"bytes", "sha256"}
 Places = dict[str, dict]  # parameter -> {"shape", "file", "runs"}; "runs" are the spans of its piece
@@ -159,6 +157,7 @@ class StateReader:
         self.parts: tuple[str, ...] = tuple(part for part in PARTS if part in index["parts"])
         self.model: dict = index["model"]  # see `describe`
         self._entries: dict[str, dict] = index["parameters"]
+        self._files: dict[str, StoredTensors] = {}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -182,7 +181,7 @@ class StateReader:
 
     def full(self, part: str, name: str) -> Tensor:
         """All of one part of a parameter, in its shape."""
-        shape = self.shapes[name]
+        shape = tuple(self._entries[name]["shape"])
         return self.read(part, name, whole(shape)).view(shape)
 
     def read(self, part: str, name: str, piece: Piece) -> Tensor:
@@ -212,23 +211,16 @@ class StateReader:
         for file, places in found:
             first = min(place for _, place, _ in places)
             end = max(place + length for _, place, length in places)
-            values = self._elements(file, f"{part}/{name}", first, end)
+            values = self._stored(file).elements(f"{part}/{name}", first, end)
             for target, place, length in places:
                 result[target : target + length] = values[place - first : place - first + length]
         return result
 
-    def _elements(self, file: str, key: str, first: int, end: int) -> Tensor:
-        """Elements [first, end) of a stored tensor."""
-        # Opened anew each time: a mapping that is kept counts all pages read so far as this process's memory.
-        with safe_open(self._folder / file, "pt") as opened:
-            stored = opened.get_slice(key)
-            shape = stored.get_shape()
-            if len(shape) == 0:
-                return opened.get_tensor(key).reshape(-1)[first:end].clone()
-            row = math.prod(shape[1:])
-            begin = first // row
-            rows = stored[begin : -(-end // row)].reshape(-1)
-            return rows[first - begin * row : end - begin * row].clone()
+    def _stored(self, file: str) -> StoredTensors:
+        """One of the files; its header is read once, which takes longer than most tensors of it."""
+        if file not in self._files:
+            self._files[file] = StoredTensors(self._folder / file)
+        return self._files[file]
 
 
 def write_model(path: Path, reader: StateReader, part: str, metadata: Mapping[str, str] | None = None) -> None:

@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ibq.engine.base import ParameterState
 from ibq.engine.pieces import Piece, Spans, block, overlaps, part, place, stretch, take, whole
 from ibq.engine.state_files import MissingPartError, StateReader, index_file, rank_file, write_index, write_pieces
-from ibq.tensor_file import TensorFile, write_tensors
+from ibq.tensor_file import StoredTensors, TensorFile, write_tensors
 
 SHAPE = (12, 10)
 FULL = torch.arange(120.0).view(SHAPE)
@@ -149,6 +149,32 @@ def test_a_tensor_file_is_a_safetensors_file(tmp_path):
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert json.loads(file.metadata()["model"]) == {"kind": "Net"}
+
+
+def test_elements_are_read_from_a_tensor_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {
+        "a": torch.randn(3, 4),
+        "b": torch.randn(5).to(torch.bfloat16),
+        "n": torch.arange(7),
+        "e": torch.zeros(0),
+    }
+    write_tensors(path, tensors, {"model": "{}"})
+    stored = StoredTensors(path)
+    for name, tensor in tensors.items():
+        for first, end in ((0, tensor.numel()), (1, 3), (2, 2)) if tensor.numel() else ((0, 0),):
+            found = stored.elements(name, first, end)
+            assert found.dtype == tensor.dtype and torch.equal(found, tensor.flatten()[first:end]), name
+    with pytest.raises(ValueError, match="holds no c"):
+        stored.elements("c", 0, 1)
+    with pytest.raises(ValueError, match="not hold all of a"):  # but the beginning of what comes next
+        stored.elements("a", 10, 13)
+    content = path.read_bytes()
+    path.write_bytes(content[:-60])
+    with pytest.raises(ValueError, match="not hold all of n"):
+        stored.elements("n", 0, 7)
+    with pytest.raises(SafetensorError):
+        StoredTensors(path)
 
 
 def test_a_tensor_file_wants_its_layout_kept(tmp_path):
