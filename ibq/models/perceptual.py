@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ibq.config import UserError
 
@@ -70,13 +71,23 @@ def build_lpips(net: str, weights: str, *, remedy: str, sha256: str | None = Non
 
     backbone = BACKBONES[net]
     state = None if weights == "random" else _read(backbone, weights, remedy, sha256)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _LinearLayersLeftEmpty():
         warnings.simplefilter("ignore")  # lpips calls torchvision in a way that it warns about
         torch.manual_seed(0)  # random weights must be the same on every rank and after a restart
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     if state is not None:
         _load(network.net, state, weights, backbone)
     return network.requires_grad_(False).eval()
+
+
+class _LinearLayersLeftEmpty(TorchFunctionMode):
+    """Within it none is drawn for: nine tenths of a backbone are its classifier, which lpips throws away at once."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        tensor = (kwargs or {}).get("tensor")
+        if func in (nn.init.kaiming_uniform_, nn.init.normal_) and tensor is not None and tensor.dim() == 2:
+            return tensor
+        return func(*args, **kwargs or {})
 
 
 def perceptual_features(network: nn.Module, images: Tensor) -> list[Tensor]:
