@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import copy
 import ctypes
+import functools
 import importlib
 import io
 import logging
@@ -66,6 +67,10 @@ def load_deepspeed(device: torch.device) -> Any:
     except ImportError as error:
         raise UserError(f"engine.kind: zero needs DeepSpeed ({error}); {install('train')}") from None
     logger.setLevel(logging.WARNING)
+    # On the CPU it starts numactl to count, for every bucket of gradients that stage 3 reduces.
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if not hasattr(accelerator.device_count, "cache_info"):
+        accelerator.device_count = functools.cache(accelerator.device_count)
     # Its operators are compiled without debugging information, which takes two fifths of the time.
     builder = importlib.import_module("deepspeed.ops.op_builder.builder").OpBuilder
     builder.strip_empty_entries = lambda _, flags: [flag for flag in flags if flag not in ("", "-g")]
