@@ -260,8 +260,8 @@ def main() -> None:
     torch.set_flush_denormal(True)
     backend = load_deepspeed(torch.device("cpu")).comm.comm.cdb
     assert backend.shm_comm_op is None, "DeepSpeed has compiled collectives that no training uses"
-    gc.freeze()  # every engine of stage 3 collects garbage, at a second each with all that is loaded by now
     for job in torch.load(jobs, weights_only=False):
+        gc.freeze()  # DeepSpeed collects garbage time and again: what is loaded and compiled by now is none
         run(Job(**job), jobs.parent)
     dist.shutdown()
 
