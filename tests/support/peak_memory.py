@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -20,13 +21,10 @@ def peak_of_step(prepare: Callable[[], Callable[[], object]], warmup: int = 2, r
     interpreter, libraries, freed pages that were not given back and the collectives' staging buffers, and varies by
     tens of MiB. The first steps differ (the optimizer has no state yet, DDP has not sorted its buckets) and do not
     count; of several repeats the smallest does, as what a collective's thread frees may be counted for longer.
+    Garbage is collected before each repeat: whoever measures says by gc.freeze() what is none, which takes a second to
+    look through.
     """
-    gc.collect()
-    gc.freeze()  # what there is by now takes a second to look through
-    try:
-        recorded, begins = _record(prepare, warmup, repeats)
-    finally:
-        gc.unfreeze()
+    recorded, begins = _record(prepare, warmup, repeats)
     peaks, memory = [0] * repeats, _Memory()
     for moment, place, size in sorted(_allocations(recorded.profiler.kineto_results.experimental_event_tree())):
         number = bisect_right(begins, moment) - 1
@@ -64,6 +62,10 @@ class _Memory:
 
     def note(self, place: int, size: int) -> None:
         """An allocation, or with a negative size a free, perhaps of what was there before the recording."""
+        if size < 0 and place in self._sizes:  # as nearly all: what is known does not overlap
+            self.held -= self._sizes.pop(place)
+            del self._places[bisect_left(self._places, place)]
+            return
         first = max(0, bisect_left(self._places, place) - 1)
         taken = self._places[first : bisect_left(self._places, place + max(size, 1))]
         for other in taken:
@@ -81,6 +83,7 @@ def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
     cpu, left = torch.device("cpu"), list(events)
     while left:
         event = left.pop()
-        if event.name == "[memory]" and event.extra_fields.device == cpu:
-            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
-        left += event.children
+        if event.tag != _EventType.Allocation:
+            left += event.children
+        elif (found := event.extra_fields).device == cpu:
+            yield event.start_time_ns, found.ptr, found.alloc_size

@@ -6,6 +6,7 @@ CASES is a JSON file: name -> {model, engine, precision, micro_batch, accumulati
 is a tokenizer; CASES.RANK gets name -> bytes.
 """
 
+import gc
 import json
 import sys
 import warnings
@@ -88,6 +89,8 @@ def tokenizer_step(case: dict, engines: list) -> Callable[[], object]:
 def measure(case: dict) -> int:
     engines: list = []
     prepare = tokenizer_step if "resolution" in case["model"] else transformer_step
+    gc.collect()
+    gc.freeze()
     peak = peak_of_step(lambda: prepare(case, engines))
     for engine in engines:
         if hasattr(engine, "close"):
