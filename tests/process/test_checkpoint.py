@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import ROOT, needs
 from support.points import HANG_S, Points
-from support.processes import run_script
+from support.processes import run_script, script_environment, start_script
 from support.training import (
     checkpoint_tensors,
     make_workplace,
@@ -312,9 +312,7 @@ def test_a_run_that_cannot_save_its_end_says_so(place, disk, tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused(place, tmp_path):
     command = ["ibq/train_ar.py", "--config", str(place / "transformer.yaml"), f"output={tmp_path}/run"]
     points = Points(tmp_path / "points", {"logs": ("open", r"/metrics\.jsonl a")})
-    first = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | points.environment
-    )
+    first = start_script(*command, environment=script_environment(**points.environment), stderr=subprocess.DEVNULL)
     try:
         points.wait("logs", first)
         second = run_script(*command)
