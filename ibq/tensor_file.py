@@ -87,16 +87,16 @@ class StoredTensors:
         self._path, self._begin = path, 8 + length
 
     def elements(self, name: str, first: int, end: int) -> Tensor:
-        """Elements [first, end) of a tensor, flat; ValueError if they are not there."""
+        """Elements [first, end) of a tensor, flat; OSError if they are not there."""
         if name not in self._entries:
-            raise ValueError(f"{self._path.name} holds no {name}")
+            raise OSError(f"{self._path.name} holds no {name}")
         start, stop = self._entries[name]["data_offsets"]
         values = torch.empty(end - first, dtype=TYPES[self._entries[name]["dtype"]])
         place = start + first * values.itemsize
         with open(self._path, "rb") as file:
             file.seek(self._begin + place)
             if place + values.nbytes > stop or file.readinto(values.view(torch.uint8).numpy()) < values.nbytes:
-                raise ValueError(f"{self._path.name} does not hold all of {name}")
+                raise OSError(f"{self._path.name} does not hold all of {name}")
         return values
 
 

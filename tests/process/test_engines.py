@@ -37,7 +37,7 @@ ENGINES = {
     ),
     "ZeRO-3 with NVMe": (1, ("engine.kind=zero", "engine.offload_optimizer=nvme", "engine.nvme_path=NVME")),
 }
-NEEDS = {name: ("g++",) for name in ENGINES if "ZeRO" in name} | {"ZeRO-3 with NVMe": needs.NVME}
+NEEDS = {"ZeRO-3, compiled": ("g++",), "ZeRO-3 with offload": ("g++",), "ZeRO-3 with NVMe": needs.NVME}
 ELASTIC = ("one process", "DDP", "FSDP2", "FSDP2 x tensor", "ZeRO-2", "ZeRO-3", "ZeRO-3 with NVMe")
 VARIANTS = {
     "adamw": (),

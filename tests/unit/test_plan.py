@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from support import ROOT, needs
+from support import ROOT
 from support.golden import golden_json
 from support.peak_memory import peak_of_step
 from support.processes import run_ranks
@@ -443,7 +443,6 @@ def planned_peak(found: dict, gpus: int) -> float:
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory):
     """Bytes at the peak of a step, by case, of two processes that do the same: the smaller, see `peak_of_step`."""
-    needs.require("g++")
     path = tmp_path_factory.mktemp("plan") / "cases.json"
     path.write_text(json.dumps(CASES))
     result = run_ranks(2, "tests/workers/plan_worker.py", path, timeout=1800)
