@@ -253,11 +253,12 @@ def form(size: int) -> dict[str, float]:
 def test_tokenizer_memory(tmp_path):
     config = tmp_path / "t.yaml"
     config.write_text(
-        "model: {resolution: 64, channels: 32, channel_multipliers: [1, 1], res_blocks: 2, attention_resolutions: [], "
+        "model: {resolution: 64, channels: 32, channel_multipliers: [1, 1], res_blocks: 4, attention_resolutions: [], "
         "latent_channels: 16, quantizer: {num_codes: 64, dim: 16}}\n"
     )
     file = tmp_path / "t.json"
-    size = ("--config", str(config), "--batch", "16", "--repeats", "1")  # fewer are lost among the process's own pages
+    # Fewer images, or fewer blocks, are lost among the process's own pages.
+    size = ("--config", str(config), "--batch", "12", "--repeats", "1")
     done = bench("tokenizer-memory", *size, "--json", str(file))
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())

@@ -22,8 +22,7 @@ stamps="$(python -c 'import sys; print(sys.prefix)')/.ibq-installed"
 wanted="$(cat setup.cfg pyproject.toml; pwd)"
 if [ "$(cat "$stamps/$EXTRAS" 2>/dev/null)" != "$wanted" ]; then
   echo "installing the project (the first time this fetches PyTorch: a few minutes)"
-  # Python compiles the modules that are used, a small part, when they are.
-  python -m pip install --quiet --no-compile --editable ".[$EXTRAS]" || fail "the installation failed; see above"
+  python -m pip install --quiet --editable ".[$EXTRAS]" || fail "the installation failed; see above"
   mkdir -p "$stamps"
   for name in "$usual" "$EXTRAS"; do printf '%s\n' "$wanted" >"$stamps/$name"; done
 fi
