@@ -71,7 +71,9 @@ def build_lpips(net: str, weights: str, *, remedy: str, sha256: str | None = Non
 
     backbone = BACKBONES[net]
     state = None if weights == "random" else _read(backbone, weights, remedy, sha256)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _LinearLayersLeftEmpty():
+    # Random ones depend on all that is drawn, and stay what they are: runs have learned by them.
+    drawing = contextlib.nullcontext() if state is None else _LinearLayersLeftEmpty()
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), drawing:
         warnings.simplefilter("ignore")  # lpips calls torchvision in a way that it warns about
         torch.manual_seed(0)  # random weights must be the same on every rank and after a restart
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)

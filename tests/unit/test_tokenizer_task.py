@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import lpips
 import pytest
 import torch
 from torch.nn import functional as F
@@ -130,3 +131,21 @@ def test_a_bad_discriminator_step_undoes_nothing_that_was_done(judged_by, monkey
     for module, old in zip(modules, before, strict=True):
         assert torch.equal(torch.nn.utils.parameters_to_vector(module.parameters()), old)
     assert all(torch.equal(task.lecam[name], value) for name, value in lecam.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*'weights'")  # lpips calls torchvision so
+def test_perceptual_weights_are_those_of_lpips_whatever_is_drawn_for_them(tmp_path):
+    """Random ones as after seed 0, and a file's; both leave the generator as it was."""
+    before = torch.random.get_rng_state()
+    random = build_perceptual(PerceptualConfig(weights="random"))
+    backbone = {f"features.{name.split('.', 1)[1]}": value for name, value in random.net.state_dict().items()}
+    torch.save(backbone, tmp_path / "vgg16.pth")
+    loaded = build_perceptual(PerceptualConfig(weights=str(tmp_path / "vgg16.pth")))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        expected = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).state_dict()
+    for built in (random, loaded):
+        found = built.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
