@@ -444,17 +444,22 @@ def test_reconstructions_are_judged_as_drawn_images_are(tmp_path):
     assert (judged.classifier, judged.classifier_validation) == ("some/train-*.tar", "some/val.tar")
 
 
-def test_what_is_measured_anew_is_judged_anew(tmp_path):
-    """Other reconstructions make those judged before them say nothing, though the command stays the same."""
-    generation = {"reconstructions": True, "images": "i"}
-    (run,) = runs_of(tmp_path, runs={"a": []}, generation=generation, evaluation={"validation": "v", "usage": "u"})
+def finish(run) -> state_module.RunState:
+    """A run of which every part has ended well."""
     (run.folder / "samples").mkdir(parents=True)
     state = state_module.open_run(run, fresh=False)
     (run.folder / "status.json").write_text('{"state": "finished"}')
     for part in run.parts:
         state.begin(part, 0.0)
         state.end(1.0, done=True)
-    assert state.next_part() is None
+    return state
+
+
+def test_what_is_measured_anew_is_judged_anew(tmp_path):
+    """Other reconstructions make those judged before them say nothing, though the command stays the same."""
+    generation = {"reconstructions": True, "images": "i"}
+    (run,) = runs_of(tmp_path, runs={"a": []}, generation=generation, evaluation={"validation": "v", "usage": "u"})
+    assert finish(run).next_part() is None
     (again,) = runs_of(tmp_path, runs={"a": []}, generation=generation, evaluation={"validation": "w", "usage": "u"})
     state = state_module.open_run(again, fresh=False)
     assert state.next_part().name == "reconstruction"
@@ -488,12 +493,7 @@ def test_other_weights_in_the_same_place_are_drawn_with_anew(tmp_path, kind):
     evaluation = {"validation": "v", "usage": "u"} if kind == "transformer" else None
     generation = {kind: str(model), "images": "i", "total": 9}
     (run,) = runs_of(tmp_path, runs={"a": []}, generation=generation, evaluation=evaluation)
-    (run.folder / "samples").mkdir(parents=True)
-    state = state_module.open_run(run, fresh=False)
-    (run.folder / "status.json").write_text('{"state": "finished"}')
-    for part in run.parts:
-        state.begin(part, 0.0)
-        state.end(1.0, done=True)
+    finish(run)
     assert state_module.open_run(run, fresh=False).state == "done"
     (model / "best/info.json").write_text('{"step": 2}')
     state = state_module.open_run(run, fresh=False)

@@ -33,10 +33,11 @@ def run_apart(function: Callable[..., dict], **arguments) -> dict:
     run = _run_forked if _may_fork(arguments) else _run_fresh
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
         code = run(function, json.dumps(arguments), said, errors)
-        texts = [(stream.seek(0), stream.read())[1] for stream in (said, errors)]
-    if code != 0:
-        raise RuntimeError(f"{function.__name__} ended with exit code {code}:\n{texts[1].strip()}")
-    return json.loads(texts[0].splitlines()[-1])
+        for stream in (said, errors):
+            stream.seek(0)
+        if code != 0:
+            raise RuntimeError(f"{function.__name__} ended with exit code {code}:\n{errors.read().strip()}")
+        return json.loads(said.read().splitlines()[-1])
 
 
 def _may_fork(arguments: Mapping) -> bool:
